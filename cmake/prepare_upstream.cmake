@@ -1,0 +1,37 @@
+# Gives the build a patched llama.cpp tree: sets KVTC_LLAMA_CPP_DIR. CMakeLists.txt includes it; alone it runs as
+#   cmake -DKVTC_UPSTREAM_DIR=build/upstream -P cmake/prepare_upstream.cmake
+# In: KVTC_UPSTREAM_DIR (where to unpack), KVTC_UPSTREAM_SDIST (a local sdist), KVTC_LLAMA_CPP_SOURCE (a developer's
+# own patched llama.cpp, never written to), KVTC_PATCH_DIR (default patches/), KVTC_PYTHON (the Python that has pip).
+cmake_minimum_required(VERSION 3.21)
+get_filename_component(KVTC_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
+include("${CMAKE_CURRENT_LIST_DIR}/fetch_upstream.cmake")
+include("${CMAKE_CURRENT_LIST_DIR}/apply_patches.cmake")
+
+foreach(variable KVTC_UPSTREAM_DIR KVTC_UPSTREAM_SDIST KVTC_LLAMA_CPP_SOURCE KVTC_PATCH_DIR)
+    if(${variable})
+        get_filename_component(${variable} "${${variable}}" ABSOLUTE)
+    endif()
+endforeach()
+if(NOT KVTC_PATCH_DIR)
+    set(KVTC_PATCH_DIR "${KVTC_SOURCE_DIR}/patches")
+endif()
+
+kvtc_read_upstream("${KVTC_PATCH_DIR}/UPSTREAM")
+if(KVTC_LLAMA_CPP_SOURCE)
+    set(KVTC_LLAMA_CPP_DIR "${KVTC_LLAMA_CPP_SOURCE}")
+    if(NOT EXISTS "${KVTC_LLAMA_CPP_DIR}/ggml/include/ggml.h")
+        message(FATAL_ERROR "kvtc: KVTC_LLAMA_CPP_SOURCE is not a llama.cpp tree: ${KVTC_LLAMA_CPP_DIR}")
+    endif()
+    kvtc_read_series("${KVTC_PATCH_DIR}" patches)
+    if(patches)
+        kvtc_check_marker("${KVTC_LLAMA_CPP_DIR}")
+    endif()
+else()
+    if(NOT KVTC_UPSTREAM_DIR)
+        message(FATAL_ERROR "kvtc: set KVTC_UPSTREAM_DIR to the folder to unpack upstream in")
+    endif()
+    kvtc_fetch_upstream("${KVTC_UPSTREAM_DIR}")
+    kvtc_apply_patches("${KVTC_UPSTREAM_TREE}" "${KVTC_UPSTREAM_SDIST_FILE}" "${KVTC_PATCH_DIR}")
+    set(KVTC_LLAMA_CPP_DIR "${KVTC_UPSTREAM_TREE}/vendor/llama.cpp")
+endif()
+message(STATUS "kvtc: llama.cpp in ${KVTC_LLAMA_CPP_DIR}")

@@ -1,0 +1,446 @@
+// Reads a calibration and trusts nothing in it: every size, width and number is checked before use.
+#include "kvtc-calibration.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+namespace {
+
+struct gguf_deleter { void operator()(gguf_context * ctx) const { gguf_free(ctx); } };
+struct ggml_deleter { void operator()(ggml_context * ctx) const { ggml_free(ctx); } };
+
+[[noreturn]] void fail(const std::string & what) {
+    throw std::runtime_error(what);
+}
+
+int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type) {
+    const int64_t id = gguf_find_key(gguf, key);
+    if (id < 0) {
+        fail(std::string("key ") + key + " is missing");
+    }
+    if (gguf_get_kv_type(gguf, id) != type) {
+        fail(std::string("key ") + key + " has the wrong type");
+    }
+    return id;
+}
+
+// the six blobs of one side, wherever they came from
+struct raw_side {
+    int64_t H = 0;
+    int64_t d = 0;
+    int64_t n_codebook = 0;
+
+    const float       * mean     = nullptr;
+    const float       * scale    = nullptr;
+    const float       * gain     = nullptr;
+    const ggml_fp16_t * decode   = nullptr;
+    const int8_t      * widths   = nullptr;
+    const ggml_fp16_t * codebook = nullptr;
+};
+
+void check_shape(const raw_side & raw, const std::string & where) {
+    if (raw.H < 1 || raw.H > 4096 || raw.d < 8 || raw.d > GGML_KVTC_MAX_DIM || raw.d % 8 != 0) {
+        fail(where + ": " + std::to_string(raw.H) + " heads of dimension " + std::to_string(raw.d) + " are out of range");
+    }
+    if (raw.n_codebook < 0 || raw.n_codebook > (int64_t) 1 << 28) {
+        fail(where + ": codebook size out of range");
+    }
+}
+
+// decode^-1 by Gauss-Jordan elimination with partial pivoting, in f64
+void invert(const float * matrix, float * inverse, int d, const std::string & where) {
+    std::vector<double> a((size_t) d*2*d, 0.0);
+    for (int i = 0; i < d; ++i) {
+        for (int j = 0; j < d; ++j) {
+            a[(size_t) i*2*d + j] = matrix[(size_t) i*d + j];
+        }
+        a[(size_t) i*2*d + d + i] = 1.0;
+    }
+    for (int c = 0; c < d; ++c) {
+        int pivot = c;
+        for (int i = c + 1; i < d; ++i) {
+            if (std::fabs(a[(size_t) i*2*d + c]) > std::fabs(a[(size_t) pivot*2*d + c])) {
+                pivot = i;
+            }
+        }
+        double * row = &a[(size_t) c*2*d];
+        if (pivot != c) {
+            std::swap_ranges(row, row + 2*d, &a[(size_t) pivot*2*d]);
+        }
+        if (!(std::fabs(row[c]) > 1e-12)) {
+            fail(where + ".decode is singular");
+        }
+        const double f = 1.0/row[c];
+        for (int j = c; j < 2*d; ++j) {
+            row[j] *= f;
+        }
+        for (int i = 0; i < d; ++i) {
+            double * other = &a[(size_t) i*2*d];
+            const double m = other[c];
+            if (i == c || m == 0.0) {
+                continue;
+            }
+            for (int j = c; j < 2*d; ++j) {
+                other[j] -= m*row[j];
+            }
+        }
+    }
+    for (int i = 0; i < d; ++i) {
+        for (int j = 0; j < d; ++j) {
+            inverse[(size_t) i*d + j] = (float) a[(size_t) i*2*d + d + j];
+            if (!std::isfinite(inverse[(size_t) i*d + j])) {
+                fail(where + ".decode is singular");
+            }
+        }
+    }
+}
+
+void copy_f32(std::vector<float> & dst, const float * src, size_t n, const std::string & what) {
+    dst.resize(n);
+    memcpy(dst.data(), src, n*sizeof(float)); // the source may be unaligned
+    for (float x : dst) {
+        if (!std::isfinite(x)) {
+            fail(what + " holds NaN or infinity");
+        }
+    }
+}
+
+void copy_f16(std::vector<float> & dst, const ggml_fp16_t * src, size_t n, const std::string & what) {
+    std::vector<ggml_fp16_t> half(n);
+    memcpy(half.data(), src, n*sizeof(ggml_fp16_t));
+    dst.resize(n);
+    ggml_fp16_to_fp32_row(half.data(), dst.data(), (int64_t) n);
+    for (float x : dst) {
+        if (!std::isfinite(x)) {
+            fail(what + " holds NaN or infinity");
+        }
+    }
+}
+
+void check_widths(const ggml_kvtc_side_calibration & side, const std::vector<int> & bits, const std::string & where) {
+    const int B = (int) bits.size();
+    const int G = side.d/8;
+    for (int budget = 0; budget < B; ++budget) {
+        size_t used = 0;
+        for (int h = 0; h < side.H; ++h) {
+            const int8_t * w = side.group_widths(h, budget, B);
+            for (int g = 0; g < G; ++g) {
+                if (std::find(std::begin(KVTC_WIDTHS), std::end(KVTC_WIDTHS), (int) w[g]) == std::end(KVTC_WIDTHS)) {
+                    fail(where + ".widths: " + std::to_string(w[g]) + " bits is no width");
+                }
+                if (g > 0 && w[g] > w[g - 1]) {
+                    fail(where + ".widths rise along the groups of head " + std::to_string(h));
+                }
+            }
+            used = (used + 3)/4*4 + ggml_kvtc_head_bytes(side, h, budget, B);
+        }
+        const size_t row = (size_t) side.H*side.d*bits[budget]/8;
+        if (used > row) {
+            fail(where + ".widths need " + std::to_string(used) + " bytes of a row of " + std::to_string(row));
+        }
+    }
+}
+
+void read_codebooks(ggml_kvtc_side_calibration & side, int B, const std::string & where) {
+    const int G = side.d/8;
+    size_t next = 0;
+    side.book.assign((size_t) side.H*G*9, -1);
+    for (int h = 0; h < side.H; ++h) {
+        for (int g = 0; g < G; ++g) {
+            for (int w : KVTC_WIDTHS) {
+                bool used = false;
+                for (int budget = 0; budget < B; ++budget) {
+                    used = used || side.group_widths(h, budget, B)[g] == w;
+                }
+                if (w == 0 || !used) {
+                    continue;
+                }
+                const size_t n = (size_t) 8 << w;
+                if (next + n > side.levels.size()) {
+                    fail(where + ".codebook is too short");
+                }
+                side.book[((size_t) h*G + g)*9 + w] = (int64_t) next;
+                for (size_t i = 0; i < n; ++i) {
+                    if ((i & ((1u << w) - 1)) != 0 && side.levels[next + i] < side.levels[next + i - 1]) {
+                        fail(where + ".codebook: levels do not rise");
+                    }
+                }
+                next += n;
+            }
+        }
+    }
+    if (next != side.levels.size()) {
+        fail(where + ".codebook is too long");
+    }
+}
+
+ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int> & bits, const std::string & where) {
+    ggml_kvtc_side_calibration side;
+    side.H = (int) raw.H;
+    side.d = (int) raw.d;
+    const size_t n  = (size_t) side.H*side.d;
+    const size_t nw = n/8*bits.size();
+    copy_f32(side.mean,   raw.mean,     n,                      where + ".mean");
+    copy_f32(side.scale,  raw.scale,    n,                      where + ".scale");
+    copy_f32(side.gain,   raw.gain,     (size_t) 2*side.H,      where + ".gain");
+    copy_f16(side.decode, raw.decode,   n*side.d,               where + ".decode");
+    copy_f16(side.levels, raw.codebook, (size_t) raw.n_codebook, where + ".codebook");
+    side.widths.assign(raw.widths, raw.widths + nw);
+
+    for (float s : side.scale) {
+        if (!(s > 0.0f)) {
+            fail(where + ".scale holds a value that is not positive");
+        }
+    }
+    for (int h = 0; h < side.H; ++h) {
+        const float base = side.gain[2*h];
+        const float rule = side.gain[2*h + 1];
+        if (!(base > 1e-30f && base < 1e30f) || (rule != 0.0f && rule != 1.0f)) {
+            fail(where + ".gain of head " + std::to_string(h) + " is out of range");
+        }
+    }
+    check_widths(side, bits, where);
+    read_codebooks(side, (int) bits.size(), where);
+
+    side.encode.resize(side.decode.size());
+    for (int h = 0; h < side.H; ++h) {
+        const size_t offset = (size_t) h*side.d*side.d;
+        invert(&side.decode[offset], &side.encode[offset], side.d, where);
+    }
+    return side;
+}
+
+// a tensor of the sidecar with its expected type and shape (numpy order); -1 accepts any size and stores it
+const void * get_tensor(ggml_context * ctx, const std::string & name, ggml_type type, std::initializer_list<int64_t *> shape) {
+    const ggml_tensor * t = ggml_get_tensor(ctx, name.c_str());
+    if (!t) {
+        fail(name + " is missing");
+    }
+    if (t->type != type) {
+        fail(name + " is " + ggml_type_name(t->type) + ", expected " + ggml_type_name(type));
+    }
+    int dim = (int) shape.size();
+    for (int64_t * expected : shape) {
+        const int64_t n = t->ne[--dim];
+        if (*expected < 0) {
+            *expected = n;
+        } else if (*expected != n) {
+            fail(name + " has the wrong shape");
+        }
+    }
+    for (int i = (int) shape.size(); i < GGML_MAX_DIMS; ++i) {
+        if (t->ne[i] != 1) {
+            fail(name + " has the wrong shape");
+        }
+    }
+    return t->data;
+}
+
+raw_side sidecar_side(ggml_context * ctx, const std::string & where, int64_t B) {
+    raw_side raw;
+    raw.H = raw.d = raw.n_codebook = -1;
+    int64_t two = 2;
+    raw.mean = (const float *) get_tensor(ctx, where + ".mean", GGML_TYPE_F32, { &raw.H, &raw.d });
+    raw.n_codebook = 0;
+    check_shape(raw, where);
+    raw.n_codebook = -1;
+    int64_t groups = raw.d/8;
+    raw.scale    = (const float *)       get_tensor(ctx, where + ".scale",    GGML_TYPE_F32, { &raw.H, &raw.d });
+    raw.gain     = (const float *)       get_tensor(ctx, where + ".gain",     GGML_TYPE_F32, { &raw.H, &two });
+    raw.decode   = (const ggml_fp16_t *) get_tensor(ctx, where + ".decode",   GGML_TYPE_F16, { &raw.H, &raw.d, &raw.d });
+    raw.widths   = (const int8_t *)      get_tensor(ctx, where + ".widths",   GGML_TYPE_I8,  { &raw.H, &B, &groups });
+    raw.codebook = (const ggml_fp16_t *) get_tensor(ctx, where + ".codebook", GGML_TYPE_F16, { &raw.n_codebook });
+    return raw;
+}
+
+// the embedded form: six sizes, then the blobs of K and V one after the other, each padded to 8 bytes
+struct blob_reader {
+    const uint8_t * p;
+    size_t left;
+    std::string where;
+
+    const void * take(size_t n) {
+        const size_t padded = (n + 7)/8*8;
+        if (padded > left) {
+            fail(where + " is too short");
+        }
+        const void * result = p;
+        p    += padded;
+        left -= padded;
+        return result;
+    }
+};
+
+void embedded_layer(const gguf_context * gguf, int64_t id, int il, ggml_kvtc_calibration & cal) {
+    blob_reader in { (const uint8_t *) gguf_get_arr_data(gguf, id), gguf_get_arr_n(gguf, id)*8, "kvtc.blk." + std::to_string(il) };
+    uint64_t sizes[6];
+    memcpy(sizes, in.take(sizeof(sizes)), sizeof(sizes));
+    for (int s = 0; s < 2; ++s) {
+        const std::string where = in.where + (s == 0 ? ".k" : ".v");
+        raw_side raw;
+        raw.d = (int64_t) std::min<uint64_t>(sizes[3*s], 1 << 30);
+        raw.H = (int64_t) std::min<uint64_t>(sizes[3*s + 1], 1 << 30);
+        raw.n_codebook = (int64_t) std::min<uint64_t>(sizes[3*s + 2], (uint64_t) 1 << 40);
+        check_shape(raw, where);
+        const size_t n = (size_t) (raw.H*raw.d);
+        raw.mean     = (const float *)       in.take(n*4);
+        raw.scale    = (const float *)       in.take(n*4);
+        raw.gain     = (const float *)       in.take((size_t) raw.H*2*4);
+        raw.decode   = (const ggml_fp16_t *) in.take(n*(size_t) raw.d*2);
+        raw.widths   = (const int8_t *)      in.take(n/8*cal.bits.size());
+        raw.codebook = (const ggml_fp16_t *) in.take((size_t) raw.n_codebook*2);
+        cal.layers[s][il] = take_side(raw, cal.bits, where);
+    }
+    if (in.left != 0) {
+        fail(in.where + " is too long");
+    }
+}
+
+std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
+    std::unique_ptr<gguf_context, gguf_deleter> gguf(gguf_init_from_file(fname, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    if (!gguf) {
+        fail("not a readable GGUF file (truncated?)");
+    }
+    const int64_t id_version = find_key(gguf.get(), "kvtc.version", GGUF_TYPE_UINT32);
+    const uint32_t version = gguf_get_val_u32(gguf.get(), id_version);
+    if (version != GGML_KVTC_VERSION) {
+        fail("format version " + std::to_string(version) + ", this build reads version " + std::to_string(GGML_KVTC_VERSION) +
+             (version > GGML_KVTC_VERSION ? ": update kvtc" : ": calibrate again"));
+    }
+
+    auto cal = std::make_unique<ggml_kvtc_calibration>();
+    cal->fingerprint = gguf_get_val_str(gguf.get(), find_key(gguf.get(), "kvtc.model.fingerprint", GGUF_TYPE_STRING));
+
+    const uint32_t n_layer = gguf_get_val_u32(gguf.get(), find_key(gguf.get(), "kvtc.block_count", GGUF_TYPE_UINT32));
+    if (n_layer < 1 || n_layer > 65536) {
+        fail("kvtc.block_count is out of range");
+    }
+
+    const int64_t id_bits = find_key(gguf.get(), "kvtc.bits", GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(gguf.get(), id_bits) != GGUF_TYPE_INT32 || gguf_get_arr_n(gguf.get(), id_bits) < 1 || gguf_get_arr_n(gguf.get(), id_bits) > 16) {
+        fail("kvtc.bits has the wrong type or size");
+    }
+    for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id_bits); ++i) {
+        const int32_t b = ((const int32_t *) gguf_get_arr_data(gguf.get(), id_bits))[i];
+        if (b < 1 || b > 8 || (i > 0 && b <= cal->bits.back())) {
+            fail("kvtc.bits is out of range");
+        }
+        cal->bits.push_back(b);
+        cal->bits_text += (i > 0 ? "," : "") + std::to_string(b);
+    }
+
+    const int64_t id_type = gguf_find_key(gguf.get(), "general.type");
+    const bool sidecar = id_type >= 0 && gguf_get_kv_type(gguf.get(), id_type) == GGUF_TYPE_STRING &&
+                         strcmp(gguf_get_val_str(gguf.get(), id_type), "kvtc") == 0;
+    if (!sidecar) {
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            const int64_t id = gguf_find_key(gguf.get(), ("kvtc.blk." + std::to_string(il)).c_str());
+            if (id < 0) {
+                continue; // a layer without a cache
+            }
+            if (gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_UINT64) {
+                fail("kvtc.blk." + std::to_string(il) + " has the wrong type");
+            }
+            embedded_layer(gguf.get(), id, (int) il, *cal);
+        }
+    } else {
+        ggml_context * data = nullptr;
+        std::unique_ptr<gguf_context, gguf_deleter> again(gguf_init_from_file(fname, { /*.no_alloc =*/ false, /*.ctx =*/ &data }));
+        std::unique_ptr<ggml_context, ggml_deleter> ctx(data);
+        if (!again || !ctx) {
+            fail("its data cannot be read (truncated?)");
+        }
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            for (int s = 0; s < 2; ++s) {
+                const std::string where = "kvtc.blk." + std::to_string(il) + (s == 0 ? ".k" : ".v");
+                if (ggml_get_tensor(ctx.get(), (where + ".mean").c_str())) {
+                    cal->layers[s][(int) il] = take_side(sidecar_side(ctx.get(), where, (int64_t) cal->bits.size()), cal->bits, where);
+                }
+            }
+        }
+    }
+    if (cal->layers[0].empty() && cal->layers[1].empty()) {
+        fail("it holds no layer");
+    }
+    return cal;
+}
+
+} // namespace
+
+int ggml_kvtc_calibration::budget_index(int b) const {
+    const auto it = std::find(bits.begin(), bits.end(), b);
+    return it == bits.end() ? -1 : (int) (it - bits.begin());
+}
+
+const ggml_kvtc_side_calibration * ggml_kvtc_calibration::find(int il, ggml_kvtc_side side) const {
+    const auto it = layers[side].find(il);
+    return it == layers[side].end() ? nullptr : &it->second;
+}
+
+uint32_t ggml_kvtc_head_bytes(const ggml_kvtc_side_calibration & side, int h, int budget, int n_budgets) {
+    uint32_t n = 1;
+    for (int g = 0; g < side.d/8; ++g) {
+        n += side.group_widths(h, budget, n_budgets)[g];
+    }
+    return n;
+}
+
+ggml_kvtc_calibration * ggml_kvtc_calibration_open(const char * fname, char * err, size_t err_size) {
+    try {
+        return read_calibration(fname).release();
+    } catch (const std::exception & e) {
+        snprintf(err, err_size, "calibration %s: %s", fname, e.what());
+        return nullptr;
+    }
+}
+
+void ggml_kvtc_calibration_free(ggml_kvtc_calibration * cal) {
+    delete cal;
+}
+
+bool ggml_kvtc_calibration_present(const char * fname) {
+    std::unique_ptr<gguf_context, gguf_deleter> gguf(gguf_init_from_file(fname, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    return gguf && gguf_find_key(gguf.get(), "kvtc.version") >= 0;
+}
+
+const char * ggml_kvtc_calibration_fingerprint(const ggml_kvtc_calibration * cal) {
+    return cal->fingerprint.c_str();
+}
+
+bool ggml_kvtc_calibration_has_bits(const ggml_kvtc_calibration * cal, int bits) {
+    return cal->budget_index(bits) >= 0;
+}
+
+const char * ggml_kvtc_calibration_bits(const ggml_kvtc_calibration * cal) {
+    return cal->bits_text.c_str();
+}
+
+bool ggml_kvtc_calibration_shape(const ggml_kvtc_calibration * cal, int il, ggml_kvtc_side side, int * n_head, int * head_dim) {
+    const auto * s = cal->find(il, side);
+    if (s) {
+        *n_head   = s->H;
+        *head_dim = s->d;
+    }
+    return s != nullptr;
+}
+
+void ggml_kvtc_encode_matrix(const ggml_kvtc_calibration * cal, int il, ggml_kvtc_side side, float * encode, float * bias) {
+    const auto * s = cal->find(il, side);
+    memcpy(encode, s->encode.data(), s->encode.size()*sizeof(float));
+    for (int h = 0; h < s->H; ++h) {
+        for (int c = 0; c < s->d; ++c) {
+            const float * row = &s->encode[((size_t) h*s->d + c)*s->d];
+            double sum = 0.0;
+            for (int i = 0; i < s->d; ++i) {
+                sum += (double) row[i]*s->mean[(size_t) h*s->d + i];
+            }
+            bias[(size_t) h*s->d + c] = (float) -sum;
+        }
+    }
+}

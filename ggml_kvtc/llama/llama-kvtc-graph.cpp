@@ -1,0 +1,227 @@
+// kvtc's nodes in llama.cpp's graphs.
+#include "llama-kvtc.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-graph.h"
+#include "llama-kv-cells.h"
+#include "llama-model.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+std::atomic<bool> capture { false };
+
+// what the host tells the graph about the ubatch; one per cache and graph
+class llm_graph_input_kvtc : public llm_graph_input_i {
+public:
+    explicit llm_graph_input_kvtc(const llama_kvtc * kvtc) : kvtc(kvtc) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        if (info && info->buffer) {
+            kvtc->set_info(info, *ubatch);
+        }
+        if (slots && slots->buffer) {
+            kvtc->set_slots(slots);
+        }
+        if (pos && pos->buffer) {
+            ggml_backend_tensor_set(pos, ubatch->pos, 0, ggml_nbytes(pos));
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return !info || (ggml_nelements(info) == kvtc->info_size() && slots->ne[0] == params.ubatch.n_tokens);
+    }
+
+    const llama_kvtc * kvtc;
+    ggml_tensor * info  = nullptr; // I32, see ggml_kvtc_attn
+    ggml_tensor * slots = nullptr; // I64 [n_tokens]
+    ggml_tensor * pos   = nullptr; // I32 [n_tokens]
+};
+
+llm_graph_input_kvtc * get_input(const llm_graph_context & g, const llama_kvtc * kvtc) {
+    for (auto & input : g.res->inputs) {
+        auto * found = dynamic_cast<llm_graph_input_kvtc *>(input.get());
+        if (found && found->kvtc == kvtc) {
+            return found;
+        }
+    }
+    return (llm_graph_input_kvtc *) g.res->add_input(std::make_unique<llm_graph_input_kvtc>(kvtc));
+}
+
+ggml_tensor * get_pos(const llm_graph_context & g, const llama_kvtc * kvtc) {
+    llm_graph_input_kvtc * input = get_input(g, kvtc);
+    if (!input->pos) {
+        input->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_tokens);
+        ggml_set_input(input->pos);
+    }
+    return input->pos;
+}
+
+// the cache tensor a node writes to
+const ggml_tensor * root_of(const ggml_tensor * t) {
+    while (t->view_src) {
+        t = t->view_src;
+    }
+    return t;
+}
+
+// transformed vectors of this ubatch that were written to a cache tensor
+ggml_tensor * find_stored(ggml_cgraph * gf, const ggml_tensor * cache) {
+    for (int i = ggml_graph_n_nodes(gf) - 1; i >= 0; --i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_KVTC_SET_ROWS && root_of(node) == cache) {
+            return node->src[1];
+        }
+    }
+    return nullptr;
+}
+
+bool is_single_rope(const ggml_tensor * t) {
+    return t->op == GGML_OP_ROPE && (t->op_params[2] == GGML_ROPE_TYPE_NORMAL || t->op_params[2] == GGML_ROPE_TYPE_NEOX);
+}
+
+// the rotation a layer's keys get, undone: keys that pass through other operations after RoPE (a norm, say)
+ggml_tensor * unrotate(const llm_graph_context & g, const llama_model & model, ggml_tensor * x, ggml_tensor * pos, int il) {
+    ggml_tensor * back = ggml_rope_ext_back(g.ctx0, x, pos, model.get_rope_factors(g.cparams, il), g.hparams.n_rot(il), g.hparams.rope_type,
+            g.cparams.n_ctx_orig_yarn, model.get_rope_freq_base(g.cparams, il), model.get_rope_freq_scale(g.cparams, il),
+            g.cparams.yarn_ext_factor, g.cparams.yarn_attn_factor, g.cparams.yarn_beta_fast, g.cparams.yarn_beta_slow);
+    return back;
+}
+
+void add_capture(const llm_graph_context & g, ggml_tensor * x, const char * name, int il, float scale = 1.0f) {
+    if (x) {
+        x = ggml_cont(g.ctx0, scale == 1.0f ? x : ggml_scale(g.ctx0, x, scale));
+        ggml_format_name(x, "%s-%d", name, il);
+        ggml_set_output(x); // its memory must outlive the node
+        ggml_build_forward_expand(g.gf, x);
+    }
+}
+
+} // namespace
+
+void llama_kvtc_set_capture(bool on) {
+    capture = on;
+}
+
+ggml_tensor * llm_kvtc_keys(const llm_graph_context & g, llama_kvtc * kvtc, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, float kq_scale, int il) {
+    if (capture && k_cur && v_cur) {
+        const bool swa = g.hparams.is_swa(il);
+        if (g.hparams.has_rope(il) && !(is_single_rope(q_cur) && is_single_rope(k_cur))) {
+            throw std::runtime_error("kvtc: cannot capture keys before RoPE from this architecture yet");
+        }
+        add_capture(g, is_single_rope(q_cur) ? q_cur->src[0] : q_cur, "kvtc_q", il);
+        add_capture(g, is_single_rope(k_cur) ? k_cur->src[0] : k_cur, "kvtc_k", il);
+        add_capture(g, v_cur, "kvtc_v", il);
+        add_capture(g, q_cur, swa ? "kvtc_q_rope_swa" : "kvtc_q_rope", il, kq_scale);
+        add_capture(g, k_cur, swa ? "kvtc_k_rope_swa" : "kvtc_k_rope", il);
+    }
+    return kvtc && k_cur ? kvtc->keys(g, k_cur, il) : k_cur;
+}
+
+ggml_tensor * llama_kvtc::keys(const llm_graph_context & g, ggml_tensor * k_cur, int il) {
+    layer & l = get_layer(il);
+    if (!l.encode[GGML_KVTC_K]) {
+        return k_cur;
+    }
+    if (is_single_rope(k_cur)) {
+        set_rope(l, (const int32_t *) k_cur->op_params, k_cur->src[2]);
+        return k_cur->src[0]; // the ROPE node stays out of the graph
+    }
+    if (!g.hparams.has_rope(il)) {
+        return k_cur;
+    }
+    ggml_tensor * x = unrotate(g, model, k_cur, get_pos(g, this), il);
+    set_rope(l, (const int32_t *) x->op_params, x->src[2]);
+    // ROPE_BACK multiplies by the magnitude scale once more instead of dividing by it
+    ggml_kvtc_rope rope;
+    ggml_kvtc_rope_from_params((const int32_t *) x->op_params, nullptr, &rope);
+    return rope.mscale == 1.0f ? x : ggml_scale(g.ctx0, x, 1.0f/(rope.mscale*rope.mscale));
+}
+
+void llama_kvtc::set_rope(layer & l, const int32_t * op_params, const ggml_tensor * freq_factors) {
+    const std::vector<int32_t> now(op_params, op_params + GGML_MAX_OP_PARAMS/sizeof(int32_t));
+    if (hparams.no_alloc || now == l.rope) {
+        return;
+    }
+    std::vector<float> factors;
+    if (freq_factors) {
+        factors.resize(ggml_nelements(freq_factors));
+        ggml_backend_tensor_get(freq_factors, factors.data(), 0, ggml_nbytes(freq_factors));
+    }
+    ggml_kvtc_rope rope;
+    if (!ggml_kvtc_rope_from_params(op_params, freq_factors ? factors.data() : nullptr, &rope) || rope.n_rot > l.encode[GGML_KVTC_K]->ne[0]) {
+        throw std::runtime_error("kvtc: cannot undo the RoPE of layer " + std::to_string(l.il));
+    }
+    std::vector<uint8_t> pack(ggml_nbytes(l.pack));
+    ggml_backend_tensor_get(l.pack, pack.data(), 0, pack.size());
+    ggml_kvtc_pack_set_rope(pack.data(), &rope);
+    ggml_backend_tensor_set(l.pack, pack.data(), 0, pack.size());
+    l.rope = now;
+}
+
+ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) const {
+    const layer & l = get_layer(il);
+    ggml_tensor * cache = l.cache[side];
+    if (x->type != GGML_TYPE_F32) {
+        x = ggml_cast(ctx, x, GGML_TYPE_F32);
+    }
+    // z = encode * x + bias, head by head
+    ggml_tensor * z = ggml_mul_mat(ctx, l.encode[side], ggml_permute(ctx, x, 0, 2, 1, 3));
+    z = ggml_add(ctx, z, l.bias[side]);
+
+    cache = ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1]*cache->ne[2]); // idxs count over all streams
+    return ggml_kvtc_set_rows(ctx, cache, z, idxs, l.pack, side);
+}
+
+ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+        ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
+    if (kq_b) {
+        throw std::runtime_error("kvtc: cache types kvtc* cannot serve models with an attention bias");
+    }
+    const layer & l = get_layer(il);
+
+    // one stream's worth of queries per slice, as in build_attn_mha
+    const int64_t n_stream = k->ne[3];
+    q = ggml_view_4d(g.ctx0, q, q->ne[0], q->ne[1], q->ne[2]/n_stream, n_stream, q->nb[1], q->nb[2], q->nb[2]*(q->ne[2]/n_stream), 0);
+    q = ggml_permute(g.ctx0, q, 0, 2, 1, 3);
+    k = ggml_permute(g.ctx0, k, 0, 2, 1, 3);
+    v = ggml_permute(g.ctx0, v, 0, 2, 1, 3);
+
+    llm_graph_input_kvtc * input = get_input(g, this);
+    if (!input->info) {
+        input->info  = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, 2*k->ne[1]*n_stream + g.n_tokens);
+        input->slots = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I64, g.n_tokens);
+        ggml_set_input(input->info);
+        ggml_set_input(input->slots);
+    }
+
+    ggml_tensor * z[2];
+    for (int s = 0; s < 2; ++s) {
+        z[s] = l.encode[s] ? find_stored(g.gf, l.cache[s]) : nullptr;
+    }
+    ggml_kvtc_attn_params p = {
+        /*.scale         =*/ kq_scale,
+        /*.max_bias      =*/ g.hparams.f_max_alibi_bias,
+        /*.logit_softcap =*/ g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f,
+        /*.n_sink        =*/ params.n_sink,
+        /*.n_window      =*/ params.n_window,
+        /*.n_slots       =*/ (int32_t) owners.size(),
+    };
+    ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, kq_mask, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
+    ggml_format_name(cur, "kvtc_attn-%d", il);
+    cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(g.gf, cur);
+
+    // only now: the attention above still reads the rows that these replace
+    for (int s = 0; s < 2; ++s) {
+        if (z[s] && l.rows[s]) {
+            ggml_build_forward_expand(g.gf, ggml_kvtc_set_rows(g.ctx0, l.rows[s], z[s], input->slots, l.pack, (ggml_kvtc_side) s));
+        }
+    }
+    return cur;
+}

@@ -1,0 +1,363 @@
+#include "llama-kvtc.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-kv-cells.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+constexpr double MIB = 1024.0*1024.0;
+
+[[noreturn]] void fail(const std::string & what) {
+    throw std::runtime_error("kvtc: " + what);
+}
+
+// the attention of these reads the cache by itself, past llm_graph_context::build_attn
+bool reads_cache_itself(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_QWEN4EXP:
+            return true;
+        default:
+            return false;
+    }
+}
+
+float bits_per_value(const ggml_tensor * t) {
+    return 8.0f*ggml_type_size(t->type)/ggml_blck_size(t->type);
+}
+
+} // namespace
+
+std::shared_ptr<llama_kvtc> llama_kvtc::create(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells) {
+    bool any = false;
+    for (const auto & l : layers) {
+        any = any || ggml_kvtc_is_type(l.k->type) || (l.v && ggml_kvtc_is_type(l.v->type));
+    }
+    if (!any) {
+        return nullptr;
+    }
+    std::shared_ptr<llama_kvtc> result(new llama_kvtc(cfg, cells));
+    result->check_model(cfg, layers);
+    result->calibration = llama_kvtc_find_calibration(cfg.model, result->source);
+    for (const auto & l : layers) {
+        result->check_layer(cfg, l);
+    }
+    result->create_layers(cfg, layers);
+    result->print_info();
+    return result;
+}
+
+llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & cells) :
+    model(cfg.model), hparams(cfg.hparams), cells(cells), n_seq_max(cfg.n_seq_max), params(llama_kvtc_default_params()) {
+    slot_of.resize(cells.size());
+    for (size_t s = 0; s < cells.size(); ++s) {
+        slot_of[s].assign(cells[s].size(), -1);
+    }
+    // one stream for all sequences holds the exact rows of them all
+    n_slots = (cfg.n_stream == 1 ? n_seq_max : 1)*(uint32_t) (params.n_sink + params.n_window);
+    owners.resize(cells.size()*n_slots);
+}
+
+void llama_kvtc::check_model(const config & cfg, const std::vector<llama_kvtc_layer> & layers) const {
+    const std::string arch = llm_arch_name(cfg.model.arch);
+    if (cfg.hparams.is_mla() || reads_cache_itself(cfg.model.arch) || cfg.name_tag[0] != '\0') {
+        fail("cache types kvtc* cannot serve " + arch + " models (MLA or an attention of their own): use f16 or q8_0");
+    }
+    if (cfg.shared || cfg.hparams.n_layer_kv_from_start >= 0) {
+        fail("cache types kvtc* cannot serve models or contexts whose layers share a KV cache yet (" + arch + "): use f16 or q8_0");
+    }
+    if (cfg.hparams.n_pos_per_embd() > 1) {
+        fail("cache types kvtc* cannot serve models with M-RoPE yet (" + arch + "): use f16 or q8_0");
+    }
+    if (params.n_sink < 0 || params.n_window < 0) {
+        fail("--kvtc-sink and --kvtc-window must not be negative");
+    }
+    for (const auto & l : layers) {
+        if (!l.v) {
+            fail("cache types kvtc* cannot serve " + arch + " models (no V cache): use f16 or q8_0");
+        }
+        if (cfg.offload && !ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(cfg.model.dev_layer(l.il)))) {
+            fail("no kvtc kernels for device " + std::string(ggml_backend_dev_name(cfg.model.dev_layer(l.il))) + ": use -ngl 0 or --no-kv-offload");
+        }
+    }
+}
+
+void llama_kvtc::check_layer(const config & cfg, const llama_kvtc_layer & l) const {
+    const ggml_tensor * cache[2] = { l.k, l.v };
+    const uint32_t want_d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
+    for (int s = 0; s < 2; ++s) {
+        const int bits = ggml_kvtc_type_bits(cache[s]->type);
+        if (bits == 0) {
+            continue;
+        }
+        const std::string where = std::string(s == GGML_KVTC_K ? "K" : "V") + " of layer " + std::to_string(l.il);
+        if (!ggml_kvtc_calibration_has_bits(calibration.get(), bits)) {
+            fail("calibration " + source + " serves kvtc{" + ggml_kvtc_calibration_bits(calibration.get()) + "}, not " +
+                 ggml_type_name(cache[s]->type) + ": choose one of these or calibrate again");
+        }
+        int H = 0;
+        int d = 0;
+        if (!ggml_kvtc_calibration_shape(calibration.get(), l.il, (ggml_kvtc_side) s, &H, &d)) {
+            fail("calibration " + source + " lacks " + where + ": calibrate again");
+        }
+        if (H != (int) cfg.hparams.n_head_kv(l.il) || d != (int) want_d[s]) {
+            fail("calibration " + source + " has " + std::to_string(H) + " heads of dimension " + std::to_string(d) + " for " + where +
+                 ", the model " + std::to_string(cfg.hparams.n_head_kv(l.il)) + " of " + std::to_string(want_d[s]));
+        }
+    }
+}
+
+void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & src) {
+    // kvtc's tensors live in host memory so far: check_model has seen to it
+    ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
+    const size_t n_tensors = src.size()*8;
+    ggml_context_ptr ctx_bases { ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, true }) };
+    ggml_context_ptr ctx_exact { ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, true }) };
+
+    const int64_t n_rows = (int64_t) n_slots*cells.size();
+    for (const auto & l : src) {
+        layer out;
+        out.il = l.il;
+        out.cache[0] = l.k;
+        out.cache[1] = l.v;
+        int bits[2];
+        int64_t n_exact = 0;
+        const int64_t H    = cfg.hparams.n_head_kv(l.il);
+        const int64_t d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
+        for (int s = 0; s < 2; ++s) {
+            bits[s] = ggml_kvtc_type_bits(out.cache[s]->type);
+            if (bits[s] > 0) {
+                coded[s] = true;
+                out.encode[s] = ggml_new_tensor_3d(ctx_bases.get(), GGML_TYPE_F32, d[s], d[s], H);
+                out.bias  [s] = ggml_new_tensor_3d(ctx_bases.get(), GGML_TYPE_F32, d[s], 1, H);
+                n_exact += d[s]*H*n_rows;
+            }
+        }
+        out.pack = ggml_new_tensor_1d(ctx_bases.get(), GGML_TYPE_I8, ggml_kvtc_pack_size(calibration.get(), l.il, bits[0], bits[1]));
+        if (n_exact > 0) {
+            out.exact = ggml_new_tensor_1d(ctx_exact.get(), GGML_TYPE_F16, n_exact);
+            size_t offset = 0;
+            for (int s = 0; s < 2; ++s) {
+                if (bits[s] > 0) {
+                    const size_t row = d[s]*sizeof(ggml_fp16_t);
+                    out.rows[s] = ggml_view_3d(ctx_exact.get(), out.exact, d[s], n_rows, H, row, row*n_rows, offset);
+                    offset += row*n_rows*H;
+                }
+            }
+        }
+        layers.push_back(std::move(out));
+    }
+
+    for (ggml_context_ptr * ctx : { &ctx_bases, &ctx_exact }) {
+        ggml_backend_buffer_t buf = nullptr;
+        if (cfg.hparams.no_alloc) { // a dry run that only wants the sizes, as in llama_kv_cache
+            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx->get()); t; t = ggml_get_next_tensor(ctx->get(), t)) {
+                t->buffer = buf;
+            }
+        } else if (ggml_get_first_tensor(ctx->get())) {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx->get(), buft);
+            if (!buf) {
+                fail("failed to allocate the bases or the exact rows");
+            }
+            ggml_backend_buffer_clear(buf, 0);
+        }
+        buffers.emplace_back(std::move(*ctx), buf);
+    }
+    if (cfg.hparams.no_alloc) {
+        return;
+    }
+
+    std::vector<float>   encode;
+    std::vector<float>   bias;
+    std::vector<uint8_t> pack;
+    for (const layer & l : layers) {
+        for (int s = 0; s < 2; ++s) {
+            if (l.encode[s]) {
+                encode.resize(ggml_nelements(l.encode[s]));
+                bias  .resize(ggml_nelements(l.bias[s]));
+                ggml_kvtc_encode_matrix(calibration.get(), l.il, (ggml_kvtc_side) s, encode.data(), bias.data());
+                ggml_backend_tensor_set(l.encode[s], encode.data(), 0, ggml_nbytes(l.encode[s]));
+                ggml_backend_tensor_set(l.bias[s],   bias.data(),   0, ggml_nbytes(l.bias[s]));
+            }
+        }
+        pack.resize(ggml_nbytes(l.pack));
+        ggml_kvtc_pack_write(calibration.get(), l.il, ggml_kvtc_type_bits(l.cache[0]->type), ggml_kvtc_type_bits(l.cache[1]->type), pack.data());
+        ggml_backend_tensor_set(l.pack, pack.data(), 0, pack.size());
+    }
+}
+
+void llama_kvtc::print_info() const {
+    LLAMA_LOG_INFO("%s: calibration from %s\n", __func__, source.c_str());
+
+    double codes  = 0.0;
+    double bits   = 0.0;
+    double values = 0.0;
+    // neighbours of the same types share a line
+    for (size_t i = 0, j = 0; i < layers.size(); i = j) {
+        const auto same = [&](const layer & a, const layer & b) {
+            return a.cache[0]->type == b.cache[0]->type && a.cache[1]->type == b.cache[1]->type;
+        };
+        for (j = i; j < layers.size() && same(layers[i], layers[j]); ++j) {
+            for (const ggml_tensor * t : layers[j].cache) {
+                codes  += ggml_nbytes(t);
+                bits   += (double) bits_per_value(t)*t->ne[0];
+                values += t->ne[0];
+            }
+        }
+        LLAMA_LOG_INFO("%s: layers %u to %u: K %s (%.2f bpv), V %s (%.2f bpv)\n", __func__, layers[i].il, layers[j - 1].il,
+                ggml_type_name(layers[i].cache[0]->type), bits_per_value(layers[i].cache[0]),
+                ggml_type_name(layers[i].cache[1]->type), bits_per_value(layers[i].cache[1]));
+    }
+    double sizes[2];
+    for (int i = 0; i < 2; ++i) {
+        sizes[i] = buffers[i].second ? ggml_backend_buffer_get_size(buffers[i].second.get())/MIB : 0.0;
+    }
+    LLAMA_LOG_INFO("%s: %.3f bpv, codes %.2f MiB, exact rows %.2f MiB (%u sinks, window %u, %zu slots), bases %.2f MiB\n", __func__,
+            bits/values, codes/MIB, sizes[1], params.n_sink, params.n_window, owners.size(), sizes[0]);
+}
+
+void llama_kvtc::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
+    for (const auto & [ctx, buf] : buffers) {
+        if (buf) {
+            ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
+            sizes[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+        }
+    }
+}
+
+llama_kvtc::layer & llama_kvtc::get_layer(int il) {
+    for (layer & l : layers) {
+        if ((int) l.il == il) {
+            return l;
+        }
+    }
+    fail("layer " + std::to_string(il) + " has no cache of its own");
+}
+
+const llama_kvtc::layer & llama_kvtc::get_layer(int il) const {
+    return const_cast<llama_kvtc *>(this)->get_layer(il);
+}
+
+// is the cell a sink or in the window of one of its sequences?
+bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell) const {
+    const llama_kv_cells & c = cells[stream];
+    if (c.is_empty(cell)) {
+        return false;
+    }
+    const llama_pos pos = c.pos_get(cell);
+    if (pos < params.n_sink) {
+        return true;
+    }
+    if (c.seq_count(cell) == 1) {
+        return c.seq_pos_max(c.seq_get(cell)) - pos < params.n_window;
+    }
+    for (llama_seq_id seq = 0; seq < (llama_seq_id) n_seq_max; ++seq) {
+        if (c.seq_has(cell, seq) && c.seq_pos_max(seq) - pos < params.n_window) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv) {
+    // the last ubatch has been computed: its tokens are no longer at hand but for those in the exact store
+    for (size_t i = 0; i < cells_cur.size(); ++i) {
+        int32_t & slot = slot_of[cells_cur[i].stream][cells_cur[i].cell];
+        if (slot != -(int32_t) i - 2) {
+            continue; // forgotten since
+        }
+        slot = (int32_t) slots_cur[i];
+        if (slot >= 0) {
+            owner & o = owners[slot];
+            if (o.cell >= 0 && slot_of[o.stream][o.cell] == slot && (o.stream != cells_cur[i].stream || o.cell != cells_cur[i].cell)) {
+                slot_of[o.stream][o.cell] = -1;
+            }
+            o = cells_cur[i];
+        }
+    }
+
+    n_tokens_cur = ubatch.n_tokens;
+    n_kv_cur     = n_kv;
+    n_stream_cur = (uint32_t) strm.size();
+    first_stream = (uint32_t) *std::min_element(strm.begin(), strm.end());
+    cells_cur.clear();
+    slots_cur.assign(n_tokens_cur, -1);
+    for (size_t s = 0; s < strm.size(); ++s) {
+        for (uint32_t cell : idxs[s]) {
+            slot_of[strm[s]][cell] = -(int32_t) cells_cur.size() - 2;
+            cells_cur.push_back({ (int32_t) strm[s], (int32_t) cell });
+        }
+    }
+
+    // slots whose rows nobody will need after this ubatch go to the tokens that must be kept: sinks, then the newest
+    for (llama_seq_id stream : strm) {
+        std::vector<int64_t> wanted;
+        for (size_t i = 0; i < cells_cur.size(); ++i) {
+            if (cells_cur[i].stream == stream && must_keep(stream, cells_cur[i].cell)) {
+                wanted.push_back((int64_t) i);
+            }
+        }
+        const auto pos = [&](int64_t i) { return cells[stream].pos_get(cells_cur[i].cell); };
+        std::stable_sort(wanted.begin(), wanted.end(), [&](int64_t a, int64_t b) {
+            const bool sink_a = pos(a) < params.n_sink;
+            const bool sink_b = pos(b) < params.n_sink;
+            return sink_a != sink_b ? sink_a : pos(a) > pos(b);
+        });
+        size_t next = 0;
+        for (uint32_t i = 0; i < n_slots && next < wanted.size(); ++i) {
+            const int32_t slot = (int32_t) (stream*n_slots + i);
+            const owner & o    = owners[slot];
+            const bool held = o.cell >= 0 && slot_of[o.stream][o.cell] == slot && must_keep(o.stream, o.cell);
+            if (!held) {
+                slots_cur[wanted[next++]] = slot;
+            }
+        }
+    }
+}
+
+void llama_kvtc::forget(uint32_t stream, const std::vector<uint32_t> & idxs) {
+    for (uint32_t cell : idxs) {
+        slot_of[stream][cell] = -1;
+    }
+}
+
+void llama_kvtc::forget(uint32_t stream) {
+    std::fill(slot_of[stream].begin(), slot_of[stream].end(), -1);
+}
+
+int64_t llama_kvtc::info_size() const {
+    return 2*(int64_t) n_kv_cur*n_stream_cur + n_tokens_cur;
+}
+
+void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(info->buffer));
+    GGML_ASSERT(ggml_nelements(info) == info_size());
+    int32_t * out = (int32_t *) info->data;
+    for (uint32_t s = first_stream; s < first_stream + n_stream_cur; ++s) {
+        for (uint32_t i = 0; i < n_kv_cur; ++i) {
+            const bool empty = cells[s].is_empty(i);
+            *out++ = empty ? -1 : cells[s].pos_get(i);
+            *out++ = empty ? -1 : slot_of[s][i];
+        }
+    }
+    memcpy(out, ubatch.pos, n_tokens_cur*sizeof(int32_t));
+}
+
+void llama_kvtc::set_slots(ggml_tensor * slots) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(slots->buffer));
+    memcpy(slots->data, slots_cur.data(), slots_cur.size()*sizeof(int64_t));
+}

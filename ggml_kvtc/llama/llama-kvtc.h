@@ -1,0 +1,159 @@
+// kvtc in llama.cpp: what the hooks in llama-kv-cache.cpp, llama-graph.cpp and llama-context.cpp call.
+#pragma once
+
+#include "llama.h"
+#include "kvtc.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_kvtc_params {
+    const char * files;    // calibration files, separated by commas; NULL or "": the model's metadata, then the sidecar
+    int32_t      n_sink;   // first positions of a sequence that stay exact
+    int32_t      n_window; // newest positions of a sequence that stay exact
+};
+
+LLAMA_API struct llama_kvtc_params llama_kvtc_default_params(void);
+
+// Parameters of all contexts created from now on. Kept apart from llama_context_params: bindings mirror that struct.
+LLAMA_API void llama_kvtc_set_params(struct llama_kvtc_params params);
+
+// While on, graphs of contexts with a plain cache hold nodes kvtc_{q,k,v,q_rope,k_rope}-<layer> for calibration.
+LLAMA_API void llama_kvtc_set_capture(bool on);
+
+#ifdef __cplusplus
+}
+
+#include "ggml-cpp.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+class  llama_kv_cells;
+struct llama_hparams;
+struct llama_model;
+struct llama_ubatch;
+struct llm_graph_context;
+
+// which model came from which file; called by the model loader
+void llama_kvtc_bind_model  (const llama_model * model, const std::string & path);
+void llama_kvtc_unbind_model(const llama_model * model);
+
+// the model's calibration: --kvtc-file, its metadata, or the sidecar. Throws one line if there is none that fits.
+std::shared_ptr<ggml_kvtc_calibration> llama_kvtc_find_calibration(const llama_model & model, std::string & source);
+
+// Flash attention is how kvtc attends: on with a log line when left to llama.cpp, an error when switched off.
+bool llama_kvtc_check_flash_attn(llama_context_params & params);
+
+// "kvtc-k<a>v<b>" to two types; false if it is no such name
+LLAMA_API bool llama_kvtc_parse_cache_type(const std::string & name, ggml_type & type_k, ggml_type & type_v);
+
+struct llama_kvtc_layer {
+    uint32_t      il;
+    ggml_tensor * k;
+    ggml_tensor * v;
+};
+
+// The part of a KV cache that is kvtc's: plans, the exact rows of sinks and window, and who holds which exact row.
+class llama_kvtc {
+public:
+    struct config {
+        const llama_model   & model;
+        const llama_hparams & hparams;
+        bool                  offload;
+        bool                  shared;   // the cache borrows cells of another one
+        uint32_t              n_seq_max;
+        uint32_t              n_stream;
+        uint32_t              n_swa;
+        const char          * name_tag;
+    };
+
+    // nullptr unless a layer has a kvtc type; throws one line when the model or its calibration cannot serve it
+    static std::shared_ptr<llama_kvtc> create(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells);
+
+    bool is_kvtc(ggml_kvtc_side side) const { return coded[side]; }
+
+    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
+
+    // the ubatch has been placed: streams strm, cells idxs (one list per stream), n_kv cells to attend
+    void apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv);
+
+    // the cells hold other tokens now, whose exact rows are not known
+    void forget(uint32_t stream, const std::vector<uint32_t> & idxs);
+    void forget(uint32_t stream);
+
+    // nodes that transform x [head_dim, n_head, n_tokens] and write it to the rows idxs of the cache
+    ggml_tensor * store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) const;
+
+    // K before RoPE, or k_cur itself when the cache keeps keys as they are
+    ggml_tensor * keys(const llm_graph_context & g, ggml_tensor * k_cur, int il);
+
+    ggml_tensor * attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+                         ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);
+
+    int64_t info_size() const; // of the ubatch in place
+    void set_info (ggml_tensor * info, const llama_ubatch & ubatch) const;
+    void set_slots(ggml_tensor * slots) const;
+
+private:
+    struct layer {
+        uint32_t      il;
+        ggml_tensor * cache [2] = {};
+        ggml_tensor * encode[2] = {}; // F32 [d, d, n_head]
+        ggml_tensor * bias  [2] = {}; // F32 [d, 1, n_head]
+        ggml_tensor * rows  [2] = {}; // F16 [d, n_slots, n_head] views of exact
+        ggml_tensor * exact     = nullptr;
+        ggml_tensor * pack      = nullptr;
+        std::vector<int32_t> rope; // op_params the pack's rotation was made from
+    };
+
+    struct owner {
+        int32_t stream = -1;
+        int32_t cell   = -1;
+    };
+
+    llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & cells);
+
+    void check_model  (const config & cfg, const std::vector<llama_kvtc_layer> & layers) const;
+    void check_layer  (const config & cfg, const llama_kvtc_layer & l) const;
+    void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
+    void print_info   () const;
+    void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
+    bool must_keep    (uint32_t stream, uint32_t cell) const;
+    layer & get_layer (int il);
+    const layer & get_layer(int il) const;
+
+    const llama_model                 & model;
+    const llama_hparams               & hparams;
+    const std::vector<llama_kv_cells> & cells;
+    const uint32_t n_seq_max;
+    bool coded[2] = {};
+
+    llama_kvtc_params params;
+    std::string source;
+    std::shared_ptr<ggml_kvtc_calibration> calibration;
+
+    std::vector<layer> layers;
+    // bases, exact rows: apart from the cache's own buffers, which are zeroed on clear
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
+
+    uint32_t n_slots = 0; // per stream
+    std::vector<owner> owners;                    // [n_stream*n_slots]
+    std::vector<std::vector<int32_t>> slot_of;    // [n_stream][cell] as in the info tensor of ggml_kvtc_attn
+
+    // the ubatch in place
+    uint32_t first_stream = 0;
+    uint32_t n_stream_cur = 1;
+    uint32_t n_kv_cur     = 0;
+    int64_t  n_tokens_cur = 0;
+    std::vector<owner>   cells_cur; // cell of each token
+    std::vector<int64_t> slots_cur; // its slot, or -1
+};
+
+// hooks of llm_graph_context::build_attn
+ggml_tensor * llm_kvtc_keys(const llm_graph_context & g, llama_kvtc * kvtc, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, float kq_scale, int il);
+
+#endif

@@ -1,0 +1,71 @@
+"""Finding the patched libraries and llama-cpp-python's ctypes declarations, without importing all of llama_cpp.
+
+The declarations (`llama_cpp/llama_cpp.py`) are pure Python inside the upstream tree; the package's own `__init__` would
+ask for jinja2 and diskcache, so a bare package object takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+from kvtc_gguf.layout import FormatError
+
+ROOT = Path(__file__).resolve().parents[3]
+UPSTREAM = "llama_cpp_python-*"
+
+
+def find() -> tuple[Path, Path]:
+    """(folder of llama_cpp.py, folder of the shared libraries).
+
+    From `KVTC_UPSTREAM_DIR` and `KVTC_LIB_DIR` if set, else this repository's build tree, else an installed
+    llama_cpp package. Raises FormatError when neither is there.
+    """
+    installed = importlib.util.find_spec("llama_cpp")
+    package = Path(installed.origin).parent if installed and installed.origin else None
+    bindings = [Path(p) / "llama_cpp" for p in (os.environ.get("KVTC_UPSTREAM_DIR"),) if p]
+    bindings += [tree / "llama_cpp" for tree in sorted((ROOT / "build" / "upstream").glob(UPSTREAM))]
+    libraries = [Path(p) for p in (os.environ.get("KVTC_LIB_DIR"),) if p] or [ROOT / "build" / "bin"]
+    if package:
+        bindings.append(package)
+        libraries.append(package / "lib")
+    module = next((p for p in bindings if (p / "llama_cpp.py").is_file()), None)
+    library = next((p for p in libraries if any(p.glob("*llama.*"))), None)
+    if module is None or library is None:
+        raise FormatError(
+            "the patched llama.cpp is not built: run `make build` (or set KVTC_LIB_DIR, KVTC_UPSTREAM_DIR)"
+        )
+    return module, library
+
+
+def load() -> tuple[types.ModuleType, ctypes.CDLL]:
+    """(llama-cpp-python's low-level module, ggml-base library). Raises FormatError where they do not load."""
+    module, library = find()
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(library)
+    try:
+        if "llama_cpp" not in sys.modules:
+            bare = types.ModuleType("llama_cpp")
+            bare.__path__ = [str(module)]  # type: ignore[attr-defined]
+            sys.modules["llama_cpp"] = bare
+        api = importlib.import_module("llama_cpp.llama_cpp")
+        extensions = importlib.import_module("llama_cpp._ctypes_extensions")
+        base = extensions.load_shared_library("ggml-base", library)
+    except (OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise FormatError(f"{library}: the patched llama.cpp does not load: {error}") from error
+    return api, declare(base)
+
+
+def declare(base: ctypes.CDLL) -> ctypes.CDLL:
+    """Sets the signatures of the few ggml functions that reading a graph node takes."""
+    tensor = ctypes.c_void_p
+    base.ggml_get_name.argtypes, base.ggml_get_name.restype = [tensor], ctypes.c_char_p
+    base.ggml_nelements.argtypes, base.ggml_nelements.restype = [tensor], ctypes.c_int64
+    base.ggml_nrows.argtypes, base.ggml_nrows.restype = [tensor], ctypes.c_int64
+    base.ggml_backend_tensor_get.argtypes = [tensor, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    base.ggml_backend_tensor_get.restype = None
+    return base

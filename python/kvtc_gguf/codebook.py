@@ -1,0 +1,83 @@
+"""Lloyd-Max codebooks for many components at once, from streamed histograms instead of samples.
+
+The histogram of a component has uniform bins over `[-REACH, REACH]` standard deviations and keeps, per bin, the count
+and the sum of the samples, so a level made of whole bins is the exact mean of its samples. Between bin edges the
+samples of a bin are taken as spread evenly: that is fine enough for 8-bit codebooks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BINS = 512
+REACH = 8.0
+START = {1: 0.8, 2: 1.5, 3: 2.15, 4: 2.73, 5: 3.25, 6: 3.7, 8: 4.4}
+"""Outermost starting level, in standard deviations. Started from quantiles instead, the outer levels never reach the
+tails (measured KLD at 2 bits: 0.0070 against 0.0054)."""
+ITERATIONS = 12
+
+
+class Cumulative:
+    """Running count and sum of the samples of C components, evaluated at any point.
+
+    count, total [C, BINS] (of unit-norm samples y), square [C] sum of y^2, scale [C] (> 0): bin width in units of y is
+    `2 REACH / BINS * scale`.
+    """
+
+    def __init__(self, count: np.ndarray, total: np.ndarray, square: np.ndarray, scale: np.ndarray) -> None:
+        self.scale = scale.astype(np.float64)
+        self.samples = np.maximum(count.sum(axis=1, dtype=np.float64), 1.0)
+        self.mean = total.sum(axis=1, dtype=np.float64) / self.samples
+        self.square = square / self.samples
+        self.deviation = np.sqrt(np.maximum(self.square - self.mean**2, 0.0))
+        zero = np.zeros((len(count), 1))
+        self.count = np.hstack([zero, np.cumsum(count, axis=1, dtype=np.float64)])
+        self.total = np.hstack([zero, np.cumsum(total, axis=1, dtype=np.float64)])
+
+    def below(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(count, sum) of the samples below x [C, L], each [C, L]."""
+        step = 2 * REACH / BINS * self.scale[:, None]
+        position = np.clip(x / step + BINS / 2, 0.0, BINS)
+        index = np.minimum(position.astype(np.int64), BINS - 1)
+        part = position - index
+        count, total = (np.take_along_axis(a, index, axis=1) for a in (self.count, self.total))
+        bin_count = np.take_along_axis(self.count, index + 1, axis=1) - count
+        bin_total = np.take_along_axis(self.total, index + 1, axis=1) - total
+        # Even spread over the bin, shifted so that the whole bin sums to what was seen.
+        spread = bin_count * part * (part - 1) / 2 * step
+        return count + part * bin_count, total + part * bin_total + spread
+
+
+def lloyd_max(data: Cumulative, bits: int, iterations: int = ITERATIONS) -> np.ndarray:
+    """Levels [C, 2**bits], rising, that minimise the mean squared error; started wide, as the measured recipe does."""
+    levels = data.mean[:, None] + data.deviation[:, None] * np.linspace(-START[bits], START[bits], 2**bits)
+    for _ in range(iterations):
+        count, total = cells(data, levels)
+        levels = np.sort(np.where(count > 0.5, total / np.maximum(count, 0.5), levels), axis=1)
+    return levels
+
+
+def cells(data: Cumulative, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(count, sum) of the samples that code to each level, each [C, L]; decision points are the midpoints."""
+    count, total = data.below((levels[:, 1:] + levels[:, :-1]) / 2)
+    return (
+        np.diff(count, axis=1, prepend=0.0, append=data.count[:, -1:]),
+        np.diff(total, axis=1, prepend=0.0, append=data.total[:, -1:]),
+    )
+
+
+def distortion(data: Cumulative, levels: np.ndarray | None) -> np.ndarray:
+    """Mean squared error [C] of coding the samples with `levels` [C, L]; None: width 0, always decoded to 0."""
+    if levels is None:
+        return data.square
+    count, total = cells(data, levels)
+    return np.maximum(data.square + ((count * levels - 2 * total) * levels).sum(axis=1) / data.samples, 0.0)
+
+
+def to_f16(levels: np.ndarray) -> np.ndarray:
+    """Levels as f16, strictly rising along the last axis: equal neighbours are moved apart by one f16 step."""
+    out = np.clip(levels, -6e4, 6e4).astype(np.float16)
+    for i in range(1, out.shape[-1]):
+        floor = np.nextafter(out[..., i - 1], np.float16(np.inf))
+        out[..., i] = np.maximum(out[..., i], floor)
+    return out

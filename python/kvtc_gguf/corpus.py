@@ -1,0 +1,88 @@
+"""The text a model is calibrated on: half sampled by the model itself, half the standard library's prose; or a file.
+
+Nothing is downloaded. The model's own samples cover what it says, the prose covers what it is given to read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.layout import FormatError
+
+MODULES = """
+argparse ast asyncio base64 bisect calendar cmath collections concurrent.futures configparser contextlib copy csv
+dataclasses datetime decimal difflib doctest email enum fractions functools gettext glob hashlib heapq html http
+inspect io ipaddress itertools json locale logging math multiprocessing numbers operator optparse pathlib pickle
+platform pprint queue random re sched secrets shutil socket sqlite3 ssl statistics string subprocess tarfile
+tempfile textwrap threading time tokenize traceback typing unicodedata unittest urllib.parse uuid weakref zipfile
+"""
+EXCERPT = 1500  # characters taken from one place, so that a few thousand tokens meet many subjects
+SEED = 1
+
+
+def prose() -> str:
+    """Excerpts of the language reference and of the docstrings of the standard library, in a fixed random order."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    texts = [topics[key] for key in sorted(topics)]
+    for name in MODULES.split():
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # some builds of Python leave modules out
+            continue
+        members = [m for _, m in sorted(vars(module).items()) if inspect.isclass(m) or inspect.isfunction(m)]
+        texts.append("\n\n".join(filter(None, map(inspect.getdoc, [module, *members]))))
+    pieces = [text[i : i + EXCERPT] for text in texts for i in range(0, len(text), EXCERPT)]
+    np.random.default_rng(SEED).shuffle(pieces)
+    return "\n\n".join(pieces)
+
+
+def default_chunks(capture: LlamaCapture, n_chunks: int, step: Callable[[], None] | None = None) -> np.ndarray:
+    """The default corpus, i32 [n_chunks, ctx_size]: sampled text and prose in turn. step: called per sampled token."""
+    size = capture.ctx_size
+    read = capture.tokenize(prose())
+    own = np.zeros((0, size), np.int32)
+    count = n_chunks // 2
+    if count:
+        # Two sequences a chunk: shorter texts stray less, and a wider batch costs little more.
+        own = capture.sample(2 * count, size // 2, SEED, step).reshape(count, -1)
+        own = np.pad(own, ((0, 0), (0, size - own.shape[1])), mode="wrap")
+    need = n_chunks - count
+    if len(read) < need * size:
+        read = np.resize(read, need * size)
+    given = split(read, size, need, capture)
+    out = np.empty((n_chunks, size), np.int32)
+    out[1::2], out[0::2] = own, given
+    return out
+
+
+def file_chunks(capture: LlamaCapture, path: Path, n_chunks: int) -> np.ndarray:
+    """The first n_chunks chunks of a text file, i32 [n, ctx_size]; fewer where the text ends.
+
+    Raises FormatError when the file cannot be read or holds less than two chunks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    tokens = capture.tokenize(text)
+    if len(tokens) < 2 * capture.ctx_size:
+        raise FormatError(
+            f"{path}: text too short: {len(tokens)} tokens, {2 * capture.ctx_size} are needed (or a smaller -c)"
+        )
+    return split(tokens, capture.ctx_size, min(n_chunks, len(tokens) // capture.ctx_size), capture)
+
+
+def split(tokens: np.ndarray, size: int, count: int, capture: LlamaCapture) -> np.ndarray:
+    """count chunks of `size` tokens; each starts with BOS where the model wants one, as llama-perplexity does."""
+    chunks = tokens[: count * size].reshape(count, size).copy()
+    if capture.add_bos:
+        chunks[:, 0] = capture.bos
+    return chunks

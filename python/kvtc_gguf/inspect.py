@@ -1,0 +1,120 @@
+"""Print what a calibration holds: `python -m kvtc_gguf.inspect file.gguf` (a sidecar, or a model that embeds one)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvtc_gguf.console import one_line_errors
+from kvtc_gguf.format import SIDES, Calibration, SideCalibration, read
+from kvtc_gguf.layout import VERSION, payload_bytes, row_bytes
+
+app = typer.Typer(add_completion=False)
+
+
+def describe(calibration: Calibration) -> dict[str, Any]:
+    """Everything `inspect` knows, as JSON types."""
+    layers = [
+        {"layer": layer, "side": name, **_describe_side(sides[name], calibration.bits)}
+        for layer, sides in sorted(calibration.layers.items())
+        for name in SIDES
+    ]
+    return {
+        "version": VERSION,
+        "fingerprint": calibration.fingerprint,
+        "architecture": calibration.architecture,
+        "block_count": calibration.block_count,
+        "bits": list(calibration.bits),
+        "corpus": calibration.corpus,
+        "tokens": calibration.tokens,
+        "tool": calibration.tool,
+        "date": calibration.date,
+        "stats": {name: list(array.shape) for name, array in sorted(calibration.stats.items())},
+        "layers": layers,
+    }
+
+
+def _describe_side(side: SideCalibration, bits: list[int]) -> dict[str, Any]:
+    values = side.n_head * side.head_dim
+    budgets = [
+        {
+            "bits": b,
+            "row_bytes": row_bytes(side.n_head, side.head_dim, b),
+            "used_bytes": payload_bytes(side.widths[:, i]),
+            "bpv": 8 * row_bytes(side.n_head, side.head_dim, b) / values,
+            "code_bpv": float(side.widths[:, i].mean()),
+            "widths": side.widths[:, i].tolist(),
+        }
+        for i, b in enumerate(bits)
+    ]
+    return {
+        "n_head": side.n_head,
+        "head_dim": side.head_dim,
+        "transforms": list(side.transforms),
+        "gain_base": [float(g) for g in side.gain_base],
+        "gain_rule": ["norm keeping" if rule else "unbiased" for rule in side.gain_rule],
+        "mean_removed": bool(np.any(side.mean)),
+        "budgets": budgets,
+    }
+
+
+def widths_summary(widths: list[list[int]]) -> str:
+    """Widest and narrowest group, and the mean bits of a code, of the heads' widths at one budget."""
+    flat = [width for head in widths for width in head]
+    return f"{max(flat)}…{min(flat)}\n{sum(flat) / len(flat):.2f}"
+
+
+def _table(layers: list[dict[str, Any]], bits: list[int]) -> Table:
+    caption = (
+        "kvtc columns: widest…narrowest group of 8 components; mean bits of a code (gains and padding take the rest)"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    for name in ("layer", "heads", "transforms", "gain base"):
+        table.add_column(name)
+    for b in bits:
+        table.add_column(f"kvtc{b}")
+    for row in layers:
+        low, high = min(row["gain_base"]), max(row["gain_base"])
+        table.add_row(
+            f"{row['layer']} {row['side']}",
+            f"{row['n_head']}×{row['head_dim']}",
+            ", ".join(f"{name}×{n}" if n > 1 else name for name, n in Counter(row["transforms"]).items()),
+            f"{low:.4g}" if low == high else f"{low:.4g}\n{high:.4g}",
+            *(widths_summary(budget["widths"]) for budget in row["budgets"]),
+        )
+    return table
+
+
+@app.command()
+def main(
+    file: Annotated[Path, typer.Argument(help="A calibration, or a model's GGUF that embeds one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print what a calibration holds."""
+    with one_line_errors():
+        report = describe(read(file))
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    console = Console()
+    served = len({row["layer"] for row in report["layers"]})
+    console.print(f"[bold]{file.name}[/]: kvtc calibration, format version {report['version']}", highlight=False)
+    for key in ("architecture", "fingerprint", "corpus", "tokens", "tool", "date"):
+        console.print(f"  {key:<13}{report[key] or '-'}", highlight=False, markup=False)
+    console.print(f"  {'layers':<13}{served} of {report['block_count']} have a cache", highlight=False)
+    types = " ".join(f"kvtc{b}" for b in report["bits"])
+    console.print(f"  {'cache types':<13}{types} (kvtcN: N bpv, gains and padding included)", highlight=False)
+    console.print(f"  {'statistics':<13}{len(report['stats'])} tensors", highlight=False)
+    console.print(_table(report["layers"], report["bits"]))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,73 @@
+"""The score of the competition, measured on held-out tokens.
+
+Keys: mean square of the logit error q . (k_hat - k), from the query weights. Values: mean square error of the attention
+*output* through W_o, for real attention, counting only tokens that a cache would hold as codes (outside sinks and
+window). Mean square error of the vectors themselves misleads for values: random error averages out over the attended
+tokens, bias does not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtc_gguf.capture import LayerSample
+from kvtc_gguf.layout import GAIN_STEPS
+
+SINKS, WINDOW = 4, 128  # the cache's defaults
+ROW_STEP = 4  # every 4th query row is enough to tell the members apart
+UNBIASED, KEEP_NORM = 0, 1
+
+
+def far_attention(sample: LayerSample, softcap: float = 0.0) -> np.ndarray:
+    """Attention probabilities f32 [n_head, R, T] of R query rows, zero on the exact tokens (sinks and window)."""
+    tokens, n_head, _ = sample.q_rope.shape
+    heads = sample.k_rope.shape[1]
+    rows = np.arange(SINKS + WINDOW, tokens, ROW_STEP)
+    distance = rows[:, None] - np.arange(tokens)
+    seen = (distance >= 0) & ((distance < sample.window) | (sample.window == 0))
+    far = (distance >= WINDOW) & (np.arange(tokens) >= SINKS)
+    out = np.empty((n_head, len(rows), tokens), np.float32)
+    for i in range(n_head):
+        logits = sample.q_rope[rows, i] @ sample.k_rope[:, i // (n_head // heads)].T
+        if softcap > 0:
+            logits = softcap * np.tanh(logits / softcap)
+        logits = np.where(seen, logits, -np.inf)
+        weight = np.exp(logits - logits.max(axis=1, keepdims=True))
+        out[i] = weight / weight.sum(axis=1, keepdims=True) * far
+    return out
+
+
+def output_energy(attention: np.ndarray, x: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Sum over query rows of |W_o (attention @ x)|^2, summed over the query heads of one kv head: f64 [M].
+
+    attention [G, R, T]; x [T, M, d] (M alternatives); gram [G, d, d] = W_o^T W_o of each query head.
+    """
+    tokens, members, d = x.shape
+    total = np.zeros(members)
+    for probability, metric in zip(attention, gram, strict=True):
+        out = (probability @ x.reshape(tokens, members * d)).reshape(-1, members, d)
+        total += np.einsum("rmd,rmd->m", out @ metric, out, dtype=np.float64)
+    return total
+
+
+def reconstruct(
+    z: np.ndarray, norm: np.ndarray, books: list[np.ndarray | None], rule: int, gain_base: float
+) -> np.ndarray:
+    """z_hat f32 [T, d] after coding z [T, d] with its whitened norm [T, 1]; books: levels per component, None: width 0.
+
+    Same steps as the format's encoder (ggml_kvtc/README.md), in plain f32.
+    """
+    y = np.ascontiguousarray((z / norm).T)
+    coded = np.zeros_like(y)
+    for c, book in enumerate(books):
+        if book is not None:
+            coded[c] = book[np.searchsorted((book[1:] + book[:-1]) / 2, y[c])]
+    coded = coded.T
+    power = np.einsum("td,td->t", z, z)
+    if rule == KEEP_NORM:
+        gain = np.sqrt(power / np.maximum(np.einsum("td,td->t", coded, coded), 1e-20))
+    else:
+        dot = np.einsum("td,td->t", z, coded)
+        gain = np.where(dot > 0, power / np.maximum(dot, 1e-20), 0.0)
+    code = np.clip(np.rint(GAIN_STEPS * np.log2(np.maximum(gain, 1e-30) / gain_base)), 1, 255)
+    return coded * np.where(gain > 0, gain_base * 2.0 ** (code / GAIN_STEPS), 0.0)[:, None].astype(np.float32)

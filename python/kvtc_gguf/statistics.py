@@ -1,0 +1,124 @@
+"""Streaming statistics of one (layer, K or V): memory does not depend on the number of tokens.
+
+Pass 1 gathers moments (enough to build every transform), pass 2 histograms of what a transform makes of the vectors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtc_gguf.codebook import BINS, REACH, Cumulative
+from kvtc_gguf.transforms import HeadStatistics, Transform
+
+NORM_BINS = 512  # of log2(norm) over [-8, 8): resolves the median to 1%
+
+
+class Moments:
+    """Count, mean and covariance of vectors [T, H, d], in f64, and for keys the mean square of the queries [H, d]."""
+
+    def __init__(self, heads: int, d: int) -> None:
+        self.count = 0
+        self.total = np.zeros((heads, d))
+        self.outer = np.zeros((heads, d, d))
+        self.query = np.zeros((heads, d))
+        self.queries = 0
+
+    def add(self, x: np.ndarray) -> None:
+        """Adds vectors f32 [T, H, d]."""
+        x = np.ascontiguousarray(x.transpose(1, 0, 2), np.float64)
+        self.count += x.shape[1]
+        self.total += x.sum(axis=1)
+        self.outer += x.transpose(0, 2, 1) @ x
+
+    def add_queries(self, q: np.ndarray) -> None:
+        """Adds pre-RoPE queries f32 [T, n_head, d]; query head i belongs to kv head i // (n_head / H)."""
+        tokens, n_head, d = q.shape
+        heads = len(self.query)
+        square = np.einsum("thd,thd->hd", q, q, dtype=np.float64)
+        self.query += square.reshape(heads, n_head // heads, d).sum(axis=1)
+        self.queries += tokens * (n_head // heads)
+
+    def head(self, h: int, weight: np.ndarray | None = None) -> HeadStatistics:
+        """Statistics of kv head h; weight [d] defaults to ones."""
+        mean = self.total[h] / max(self.count, 1)
+        covariance = self.outer[h] / max(self.count, 1) - np.outer(mean, mean)
+        return HeadStatistics(mean, (covariance + covariance.T) / 2, np.ones_like(mean) if weight is None else weight)
+
+
+def query_weight(mean_square: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Square root of the query weight of each channel, [d], from the mean square of pre-RoPE queries [d].
+
+    Averaged over each RoPE pair, pairs i64 [n, 2]: the relative rotation mixes the two channels. Channels that RoPE
+    leaves alone keep their own weight. Floored: some models have channels that no query uses.
+    """
+    weight = mean_square.astype(np.float64).copy()
+    weight[pairs] = weight[pairs].mean(axis=1, keepdims=True)
+    floor = max(1e-3 * weight.mean(), 1e-20)
+    return np.sqrt(np.maximum(weight, floor))
+
+
+class HeadTransforms:
+    """One transform for all H kv heads of a layer, stacked: mean, scale f32 [H, d], encode, decode f32 [H, d, d]."""
+
+    def __init__(self, transforms: list[Transform]) -> None:
+        self.names = [t.name for t in transforms]
+        self.mean = np.stack([t.mean for t in transforms]).astype(np.float32)
+        self.scale = np.stack([t.scale for t in transforms]).astype(np.float32)
+        self.encode = np.stack([t.encode for t in transforms]).astype(np.float32)
+        self.decode = np.stack([t.decode for t in transforms]).astype(np.float32)
+
+    def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """z f32 [H, T, d] and whitened norm f32 [H, T, 1] of vectors f32 [T, H, d]."""
+        z = (x.transpose(1, 0, 2) - self.mean[:, None]) @ self.encode.transpose(0, 2, 1)
+        norm = np.sqrt(np.mean((z / self.scale[:, None]) ** 2, axis=2, keepdims=True))
+        return z, np.maximum(norm, 1e-9)
+
+
+class Histogram:
+    """What pass 2 keeps of one transform: histograms of the unit-norm components, E[norm^2] and the median norm."""
+
+    def __init__(self, transforms: HeadTransforms) -> None:
+        self.transforms = transforms
+        heads, d = transforms.mean.shape
+        self.count = np.zeros((heads, d, BINS), np.float32)
+        self.total = np.zeros((heads, d, BINS), np.float32)
+        self.square = np.zeros((heads, d))
+        self.norm_square = np.zeros(heads)
+        self.norms = np.zeros((heads, NORM_BINS))
+        self.tokens = 0
+
+    def add(self, z: np.ndarray, norm: np.ndarray) -> None:
+        """Adds the result of `HeadTransforms.forward`."""
+        heads, tokens, d = z.shape
+        y = z / norm
+        step = 2 * REACH / BINS * self.transforms.scale[:, None]
+        index = np.clip(np.floor(y / step) + BINS // 2, 0, BINS - 1).astype(np.int64)
+        index += (np.arange(heads)[:, None, None] * d + np.arange(d)) * BINS
+        flat, size = index.ravel(), heads * d * BINS
+        self.count += np.bincount(flat, minlength=size).reshape(self.count.shape)
+        self.total += np.bincount(flat, weights=y.ravel(), minlength=size).reshape(self.total.shape)
+        self.square += np.einsum("htd,htd->hd", y, y, dtype=np.float64)
+        self.norm_square += np.einsum("hto,hto->h", norm, norm, dtype=np.float64)
+        place = np.clip((np.log2(norm[:, :, 0]) + 8) * (NORM_BINS / 16), 0, NORM_BINS - 1).astype(np.int64)
+        for h in range(heads):
+            self.norms[h] += np.bincount(place[h], minlength=NORM_BINS)
+        self.tokens += tokens
+
+    def mean_norm_square(self) -> np.ndarray:
+        """E[norm^2], f64 [H]."""
+        return self.norm_square / max(self.tokens, 1)
+
+    def median_norm(self) -> np.ndarray:
+        """Median norm, f64 [H], to 1%."""
+        running = np.cumsum(self.norms, axis=1)
+        place = (running < running[:, -1:] / 2).sum(axis=1)
+        return 2.0 ** ((place + 0.5) * (16 / NORM_BINS) - 8)
+
+    def cumulative(self, head: int, order: np.ndarray) -> Cumulative:
+        """The histograms of one head with its components in the given order [d], ready for `codebook.lloyd_max`."""
+        return Cumulative(
+            self.count[head, order],
+            self.total[head, order],
+            self.square[head, order],
+            self.transforms.scale[head, order],
+        )

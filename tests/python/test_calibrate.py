@@ -1,0 +1,120 @@
+"""A calibrate command that leaves half a file, hides its reason, or misreads the model's activations fails here.
+
+The tests that run a model need the patched libraries in build/bin (`make build`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from kvtc_gguf import calibrate
+from kvtc_gguf.capture import LayerSample
+from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.fingerprint import fingerprint
+from kvtc_gguf.format import read
+from kvtc_gguf.model_info import ModelInfo
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    synthetic.tiny_model(path, request.param)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(calibrate.app, [str(a) for a in arguments])
+
+
+def assert_one_line_error(result: Result, words: str, folder: Path, files: set[str]) -> None:
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], result.stderr
+    assert {p.name for p in folder.iterdir()} == files
+
+
+def test_bad_input_is_one_line_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    files = {"model.gguf", "text.txt", "old.gguf"}
+    (tmp_path / "text.txt").write_text("not a model")
+    (tmp_path / "old.gguf").write_text("keep me")
+    for words, *arguments in (
+        ("name one model",),
+        ("name one model", model, "-m", model),
+        ("no such model file", tmp_path / "absent.gguf"),
+        ("not a complete GGUF", tmp_path / "text.txt", "-o", tmp_path / "out.gguf"),
+        ("exists already", model, "-o", tmp_path / "old.gguf"),
+        ("the model itself", model, "--embed", model, "--force"),
+        ("cannot be written", model, "-o", tmp_path / "no" / "out.gguf"),
+        ("no such text file", model, "-f", tmp_path / "absent.txt"),
+    ):
+        assert_one_line_error(run(*arguments), words, tmp_path, files)
+    assert (tmp_path / "old.gguf").read_text() == "keep me"
+
+
+def test_missing_library_names_make_build(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtc_gguf.capture.library.ROOT", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("KVTC_LIB_DIR", raising=False)
+    monkeypatch.delenv("KVTC_UPSTREAM_DIR", raising=False)
+    assert_one_line_error(run(model), "make build", tmp_path, {"model.gguf"})
+
+
+def test_text_too_short_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("short")
+    result = run(model, "-f", tmp_path / "text.txt", "-c", 256)
+    assert_one_line_error(result, "text too short", tmp_path, {"model.gguf", "text.txt"})
+
+
+def test_broken_weights_are_one_line(tmp_path: Path) -> None:
+    synthetic.tiny_model(tmp_path / "model.gguf")
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[-400000:-300000] = b"\xff" * 100000  # f32 NaN
+    (tmp_path / "model.gguf").write_bytes(data)
+    result = run(tmp_path / "model.gguf", "-c", 256, "--chunks", 2)
+    assert_one_line_error(result, "NaN", tmp_path, {"model.gguf"})
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_calibration_of_a_tiny_model_is_valid_and_complete(model: Path, tmp_path: Path, own_text: bool) -> None:
+    arguments = [model, "-c", 256, "--chunks", 4, "-t", 2, "--embed", tmp_path / "embedded.gguf"]
+    if own_text:
+        arguments += ["-o", tmp_path / "out.gguf"]
+    else:
+        (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+        arguments += ["-f", tmp_path / "text.txt", "-o", tmp_path / "out.gguf"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "query_pca" in result.stdout
+    calibration = read(tmp_path / "out.gguf")
+    assert calibration.fingerprint == fingerprint(model)
+    assert calibration.tokens == 4 * 256
+    assert sorted(calibration.layers) == [0, 1]
+    assert calibration.layers[0]["k"].mean.shape == (2, 32)
+    assert read(tmp_path / "embedded.gguf").layers[1]["v"].transforms == calibration.layers[1]["v"].transforms
+
+
+def test_captured_keys_are_the_rotated_ones_before_rope(model: Path) -> None:
+    samples: dict[int, LayerSample] = {}
+    with LlamaCapture(model, 256, 2) as capture:
+        tokens = capture.tokenize("All work and no play makes Jack a dull boy. " * 6)[:256]
+        capture.run(tokens, lambda sample: samples.update({sample.layer: sample}))
+        pairs = ModelInfo(model).pairs(32, capture.interleaved)
+    assert sorted(samples) == [0, 1]
+    for sample in samples.values():
+        assert sample.q.shape == (256, 4, 32) and sample.k.shape == sample.v.shape == (256, 2, 32)
+        for plain, rotated, scale in ((sample.k, sample.k_rope, 1), (sample.q, sample.q_rope, 32**-0.5)):
+            length = np.linalg.norm(plain[:, :, pairs], axis=3) * scale
+            np.testing.assert_allclose(np.linalg.norm(rotated[:, :, pairs], axis=3), length, rtol=1e-3, atol=1e-4)
+        assert np.abs(sample.k[1:] - sample.k_rope[1:]).max() > 0.1
+        np.testing.assert_allclose(sample.k[0], sample.k_rope[0], rtol=1e-5)
+
+
+def test_sampled_text_is_the_same_every_time(model: Path) -> None:
+    with LlamaCapture(model, 256, 2) as capture:
+        first, second = capture.sample(3, 64, seed=1), capture.sample(3, 64, seed=1)
+    np.testing.assert_array_equal(first, second)
+    assert len({row.tobytes() for row in first}) == 3
