@@ -1,9 +1,11 @@
 // Reads a calibration and trusts nothing in it: every size, width and number is checked before use.
 #include "kvtc-calibration.h"
+#include "kvtc-invert.h"
 
 #include "gguf.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,6 +16,7 @@ namespace {
 
 struct gguf_deleter { void operator()(gguf_context * ctx) const { gguf_free(ctx); } };
 struct ggml_deleter { void operator()(ggml_context * ctx) const { ggml_free(ctx); } };
+struct file_closer  { void operator()(FILE * f) const { fclose(f); } };
 
 [[noreturn]] void fail(const std::string & what) {
     throw std::runtime_error(what);
@@ -28,6 +31,15 @@ int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type) {
         fail(std::string("key ") + key + " has the wrong type");
     }
     return id;
+}
+
+// does the file have n > 0 bytes?
+bool reaches(FILE * f, uint64_t n) {
+#ifdef _WIN32
+    return _fseeki64(f, (int64_t) n - 1, SEEK_SET) == 0 && fgetc(f) != EOF;
+#else
+    return fseeko(f, (off_t) n - 1, SEEK_SET) == 0 && fgetc(f) != EOF;
+#endif
 }
 
 // the six blobs of one side, wherever they came from
@@ -50,54 +62,6 @@ void check_shape(const raw_side & raw, const std::string & where) {
     }
     if (raw.n_codebook < 0 || raw.n_codebook > (int64_t) 1 << 28) {
         fail(where + ": codebook size out of range");
-    }
-}
-
-// decode^-1 by Gauss-Jordan elimination with partial pivoting, in f64
-void invert(const float * matrix, float * inverse, int d, const std::string & where) {
-    std::vector<double> a((size_t) d*2*d, 0.0);
-    for (int i = 0; i < d; ++i) {
-        for (int j = 0; j < d; ++j) {
-            a[(size_t) i*2*d + j] = matrix[(size_t) i*d + j];
-        }
-        a[(size_t) i*2*d + d + i] = 1.0;
-    }
-    for (int c = 0; c < d; ++c) {
-        int pivot = c;
-        for (int i = c + 1; i < d; ++i) {
-            if (std::fabs(a[(size_t) i*2*d + c]) > std::fabs(a[(size_t) pivot*2*d + c])) {
-                pivot = i;
-            }
-        }
-        double * row = &a[(size_t) c*2*d];
-        if (pivot != c) {
-            std::swap_ranges(row, row + 2*d, &a[(size_t) pivot*2*d]);
-        }
-        if (!(std::fabs(row[c]) > 1e-12)) {
-            fail(where + ".decode is singular");
-        }
-        const double f = 1.0/row[c];
-        for (int j = c; j < 2*d; ++j) {
-            row[j] *= f;
-        }
-        for (int i = 0; i < d; ++i) {
-            double * other = &a[(size_t) i*2*d];
-            const double m = other[c];
-            if (i == c || m == 0.0) {
-                continue;
-            }
-            for (int j = c; j < 2*d; ++j) {
-                other[j] -= m*row[j];
-            }
-        }
-    }
-    for (int i = 0; i < d; ++i) {
-        for (int j = 0; j < d; ++j) {
-            inverse[(size_t) i*d + j] = (float) a[(size_t) i*2*d + d + j];
-            if (!std::isfinite(inverse[(size_t) i*d + j])) {
-                fail(where + ".decode is singular");
-            }
-        }
     }
 }
 
@@ -211,7 +175,9 @@ ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int
     side.encode.resize(side.decode.size());
     for (int h = 0; h < side.H; ++h) {
         const size_t offset = (size_t) h*side.d*side.d;
-        invert(&side.decode[offset], &side.encode[offset], side.d, where);
+        if (!kvtc_invert(&side.decode[offset], &side.encode[offset], side.d)) {
+            fail(where + ".decode of head " + std::to_string(h) + " has no usable inverse");
+        }
     }
     return side;
 }
@@ -302,6 +268,73 @@ void embedded_layer(const gguf_context * gguf, int64_t id, int il, ggml_kvtc_cal
     }
 }
 
+// N of "kvtc.blk.N" + tail; -1 for any other name
+int64_t layer_of(const std::string & name, const char * tail) {
+    int64_t il  = -1;
+    int     end = 0;
+    if (sscanf(name.c_str(), "kvtc.blk.%9" SCNd64 "%n", &il, &end) != 1 || il < 0) {
+        return -1;
+    }
+    const std::string prefix = "kvtc.blk." + std::to_string(il); // no sign, no leading zeros
+    return name.compare(0, end, prefix) == 0 && name.compare(end, strlen(tail), tail) == 0 &&
+           (*tail != 0 || name.size() == (size_t) end) ? il : -1;
+}
+
+void check_layer(int64_t il, uint32_t n_layer) {
+    if (il >= n_layer) {
+        fail("it holds layer " + std::to_string(il) + " of a model of " + std::to_string(n_layer));
+    }
+}
+
+// layers without a cache are absent
+void read_embedded(const gguf_context * gguf, uint32_t n_layer, ggml_kvtc_calibration & cal) {
+    for (int64_t id = 0; id < gguf_get_n_kv(gguf); ++id) {
+        const int64_t il = layer_of(gguf_get_key(gguf, id), "");
+        if (il < 0) {
+            continue;
+        }
+        check_layer(il, n_layer);
+        if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf, id) != GGUF_TYPE_UINT64) {
+            fail(std::string(gguf_get_key(gguf, id)) + " has the wrong type");
+        }
+        embedded_layer(gguf, id, (int) il, cal);
+    }
+}
+
+void read_sidecar(const char * fname, const gguf_context * gguf, uint32_t n_layer, ggml_kvtc_calibration & cal) {
+    // ggml aborts on sizes that it cannot allocate: none may go beyond the file; the last tensor ends the data
+    std::unique_ptr<FILE, file_closer> file(ggml_fopen(fname, "rb"));
+    const int64_t n_tensors = gguf_get_n_tensors(gguf);
+    if (n_tensors == 0) {
+        fail("it holds no layer");
+    }
+    const uint64_t offset = gguf_get_tensor_offset(gguf, n_tensors - 1);
+    const uint64_t size   = gguf_get_tensor_size  (gguf, n_tensors - 1);
+    if (!file || std::max(offset, size) > (uint64_t) 1 << 60 || !reaches(file.get(), gguf_get_data_offset(gguf) + offset + size)) {
+        fail("it is truncated");
+    }
+    ggml_context * data = nullptr;
+    std::unique_ptr<gguf_context, gguf_deleter> again(gguf_init_from_file(fname, { /*.no_alloc =*/ false, /*.ctx =*/ &data }));
+    std::unique_ptr<ggml_context, ggml_deleter> ctx(data);
+    if (!again || !ctx) {
+        fail("its data cannot be read (truncated?)");
+    }
+    const char * const tails[2] = { ".k.", ".v." };
+    for (int64_t id = 0; id < n_tensors; ++id) {
+        for (const char * tail : tails) {
+            const int64_t il = layer_of(gguf_get_tensor_name(gguf, id), tail);
+            if (il < 0 || cal.layers[0].count((int) il) > 0) {
+                continue;
+            }
+            check_layer(il, n_layer);
+            for (int s = 0; s < 2; ++s) {
+                const std::string where = "kvtc.blk." + std::to_string(il) + (s == 0 ? ".k" : ".v");
+                cal.layers[s][(int) il] = take_side(sidecar_side(ctx.get(), where, (int64_t) cal.bits.size()), cal.bits, where);
+            }
+        }
+    }
+}
+
 std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     std::unique_ptr<gguf_context, gguf_deleter> gguf(gguf_init_from_file(fname, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
     if (!gguf) {
@@ -316,6 +349,9 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
 
     auto cal = std::make_unique<ggml_kvtc_calibration>();
     cal->fingerprint = gguf_get_val_str(gguf.get(), find_key(gguf.get(), "kvtc.model.fingerprint", GGUF_TYPE_STRING));
+    if (cal->fingerprint.size() != 16 || cal->fingerprint.find_first_not_of("0123456789abcdef") != std::string::npos) {
+        fail("kvtc.model.fingerprint is not 16 hex digits");
+    }
 
     const uint32_t n_layer = gguf_get_val_u32(gguf.get(), find_key(gguf.get(), "kvtc.block_count", GGUF_TYPE_UINT32));
     if (n_layer < 1 || n_layer > 65536) {
@@ -323,12 +359,12 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     }
 
     const int64_t id_bits = find_key(gguf.get(), "kvtc.bits", GGUF_TYPE_ARRAY);
-    if (gguf_get_arr_type(gguf.get(), id_bits) != GGUF_TYPE_INT32 || gguf_get_arr_n(gguf.get(), id_bits) < 1 || gguf_get_arr_n(gguf.get(), id_bits) > 16) {
+    if (gguf_get_arr_type(gguf.get(), id_bits) != GGUF_TYPE_INT32 || gguf_get_arr_n(gguf.get(), id_bits) < 1 || gguf_get_arr_n(gguf.get(), id_bits) > GGML_KVTC_MAX_BITS) {
         fail("kvtc.bits has the wrong type or size");
     }
     for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id_bits); ++i) {
         const int32_t b = ((const int32_t *) gguf_get_arr_data(gguf.get(), id_bits))[i];
-        if (b < 1 || b > 8 || (i > 0 && b <= cal->bits.back())) {
+        if (b < 1 || b > GGML_KVTC_MAX_BITS || (i > 0 && b <= cal->bits.back())) {
             fail("kvtc.bits is out of range");
         }
         cal->bits.push_back(b);
@@ -338,34 +374,12 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     const int64_t id_type = gguf_find_key(gguf.get(), "general.type");
     const bool sidecar = id_type >= 0 && gguf_get_kv_type(gguf.get(), id_type) == GGUF_TYPE_STRING &&
                          strcmp(gguf_get_val_str(gguf.get(), id_type), "kvtc") == 0;
-    if (!sidecar) {
-        for (uint32_t il = 0; il < n_layer; ++il) {
-            const int64_t id = gguf_find_key(gguf.get(), ("kvtc.blk." + std::to_string(il)).c_str());
-            if (id < 0) {
-                continue; // a layer without a cache
-            }
-            if (gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_UINT64) {
-                fail("kvtc.blk." + std::to_string(il) + " has the wrong type");
-            }
-            embedded_layer(gguf.get(), id, (int) il, *cal);
-        }
+    if (sidecar) {
+        read_sidecar(fname, gguf.get(), n_layer, *cal);
     } else {
-        ggml_context * data = nullptr;
-        std::unique_ptr<gguf_context, gguf_deleter> again(gguf_init_from_file(fname, { /*.no_alloc =*/ false, /*.ctx =*/ &data }));
-        std::unique_ptr<ggml_context, ggml_deleter> ctx(data);
-        if (!again || !ctx) {
-            fail("its data cannot be read (truncated?)");
-        }
-        for (uint32_t il = 0; il < n_layer; ++il) {
-            for (int s = 0; s < 2; ++s) {
-                const std::string where = "kvtc.blk." + std::to_string(il) + (s == 0 ? ".k" : ".v");
-                if (ggml_get_tensor(ctx.get(), (where + ".mean").c_str())) {
-                    cal->layers[s][(int) il] = take_side(sidecar_side(ctx.get(), where, (int64_t) cal->bits.size()), cal->bits, where);
-                }
-            }
-        }
+        read_embedded(gguf.get(), n_layer, *cal);
     }
-    if (cal->layers[0].empty() && cal->layers[1].empty()) {
+    if (cal->layers[0].empty()) {
         fail("it holds no layer");
     }
     return cal;

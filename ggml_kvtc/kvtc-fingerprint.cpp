@@ -6,10 +6,12 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -26,6 +28,22 @@ const char * const NAMES[] = {
     "attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_v.weight", "attn_v.bias",
     "attn_qkv.weight", "attn_qkv.bias", "attn_q_norm.weight", "attn_k_norm.weight",
 };
+
+using tensor_rank = std::pair<int, size_t>; // layer, index in NAMES: the order of the text
+
+// layer -1: not part of the fingerprint
+tensor_rank rank_of(const std::string & name) {
+    int layer = -1;
+    int end   = 0;
+    if (sscanf(name.c_str(), "blk.%9d.%n", &layer, &end) == 1 && end > 0 && layer >= 0) {
+        for (size_t i = 0; i < std::size(NAMES); ++i) {
+            if (name == "blk." + std::to_string(layer) + "." + NAMES[i]) {
+                return { layer, i };
+            }
+        }
+    }
+    return { -1, 0 };
+}
 
 uint32_t crc32_update(uint32_t crc, const uint8_t * data, size_t n) {
     static const std::array<uint32_t, 256> table = [] {
@@ -68,7 +86,7 @@ uint32_t tensor_crc(FILE * f, uint64_t offset, size_t size) {
 }
 
 // the lines of one file's tensors; a split model has several files
-void collect(const std::string & fname, std::map<std::string, std::string> & lines, std::string & tail, int & n_split, int & n_layer) {
+void collect(const std::string & fname, std::map<tensor_rank, std::string> & lines, std::string & tail, int & n_split) {
     ggml_context * meta = nullptr;
     std::unique_ptr<gguf_context, gguf_deleter> gguf(gguf_init_from_file(fname.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
     std::unique_ptr<ggml_context, ggml_deleter> ctx(meta);
@@ -85,10 +103,6 @@ void collect(const std::string & fname, std::map<std::string, std::string> & lin
     if (id_arch >= 0 && gguf_get_kv_type(gguf.get(), id_arch) == GGUF_TYPE_STRING) {
         const std::string arch = gguf_get_val_str(gguf.get(), id_arch);
         char text[64];
-        const int64_t id_blocks = gguf_find_key(gguf.get(), (arch + ".block_count").c_str());
-        if (id_blocks >= 0 && gguf_get_kv_type(gguf.get(), id_blocks) == GGUF_TYPE_UINT32) {
-            n_layer = (int) gguf_get_val_u32(gguf.get(), id_blocks);
-        }
         const int64_t id_base = gguf_find_key(gguf.get(), (arch + ".rope.freq_base").c_str());
         if (id_base >= 0 && gguf_get_kv_type(gguf.get(), id_base) == GGUF_TYPE_FLOAT32) {
             snprintf(text, sizeof(text), "rope.freq_base %.9g\n", gguf_get_val_f32(gguf.get(), id_base));
@@ -103,13 +117,8 @@ void collect(const std::string & fname, std::map<std::string, std::string> & lin
 
     for (int64_t id = 0; id < gguf_get_n_tensors(gguf.get()); ++id) {
         const std::string name = gguf_get_tensor_name(gguf.get(), id);
-        bool wanted = false;
-        for (const char * suffix : NAMES) {
-            const std::string end = std::string(".") + suffix;
-            wanted = wanted || (name.rfind("blk.", 0) == 0 && name.size() > end.size() &&
-                                name.compare(name.size() - end.size(), end.size(), end) == 0);
-        }
-        if (!wanted) {
+        const tensor_rank rank = rank_of(name);
+        if (rank.first < 0) {
             continue;
         }
         const ggml_tensor * t = ggml_get_tensor(ctx.get(), name.c_str());
@@ -120,16 +129,15 @@ void collect(const std::string & fname, std::map<std::string, std::string> & lin
         char crc[16];
         snprintf(crc, sizeof(crc), "%08x", tensor_crc(file.get(), gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id),
                                                       gguf_get_tensor_size(gguf.get(), id)));
-        lines[name] = name + " " + std::to_string((int) t->type) + " " + dims + " " + crc + "\n";
+        lines[rank] = name + " " + std::to_string((int) t->type) + " " + dims + " " + crc + "\n";
     }
 }
 
 std::string fingerprint(const std::string & fname) {
-    std::map<std::string, std::string> lines;
+    std::map<tensor_rank, std::string> lines;
     std::string tail;
     int n_split = 0;
-    int n_layer = 0;
-    collect(fname, lines, tail, n_split, n_layer);
+    collect(fname, lines, tail, n_split);
     for (int i = 2; i <= n_split; ++i) {
         char suffix[40];
         snprintf(suffix, sizeof(suffix), "-%05d-of-%05d.gguf", 1, n_split);
@@ -140,7 +148,11 @@ std::string fingerprint(const std::string & fname) {
         std::string rest_tail;
         int ignore = 0;
         snprintf(suffix, sizeof(suffix), "-%05d-of-%05d.gguf", i, n_split);
-        collect(fname.substr(0, at) + suffix, lines, rest_tail, ignore, ignore);
+        collect(fname.substr(0, at) + suffix, lines, rest_tail, ignore);
+    }
+
+    if (lines.empty()) {
+        throw std::runtime_error("holds no attention tensors, so it is no model that kvtc can serve");
     }
 
     uint64_t hash = 0xcbf29ce484222325ull;
@@ -149,13 +161,8 @@ std::string fingerprint(const std::string & fname) {
             hash = (hash ^ c)*0x100000001b3ull;
         }
     };
-    for (int il = 0; il < n_layer; ++il) {
-        for (const char * suffix : NAMES) {
-            const auto it = lines.find("blk." + std::to_string(il) + "." + suffix);
-            if (it != lines.end()) {
-                feed(it->second);
-            }
-        }
+    for (const auto & line : lines) {
+        feed(line.second);
     }
     feed(tail);
 

@@ -230,7 +230,7 @@ bool ggml_kvtc_rope_from_params(const int32_t * op_params, const float * freq_fa
         const double extrapolated = std::pow((double) f[0], -2.0*p/n_rot)/(freq_factors ? freq_factors[p] : 1.0f);
         double mix = 0.0;
         if (f[2] != 0.0f) {
-            const double ramp = (p - corr[0])/std::max(0.001f, corr[1] - corr[0]);
+            const double ramp = ((double) p - corr[0])/std::max(0.001, (double) corr[1] - corr[0]);
             mix = (1.0 - std::min(1.0, std::max(0.0, ramp)))*f[2];
         }
         rope->inv_freq[p] = extrapolated*(f[1]*(1.0 - mix) + mix);

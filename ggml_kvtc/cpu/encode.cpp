@@ -72,7 +72,7 @@ void encode_head(const void * pack, const ggml_kvtc_pack_head & head, int d, con
         }
     }
     const double norm = sqrt(whitened.total()/d);
-    const bool   zero = !(norm >= 1e-9);
+    const bool   zero = !(norm >= 1e-9 && std::isfinite(norm));
     const float  inv  = zero ? 0.0f : (float) (1.0/norm);
 
     lane_sum dot;

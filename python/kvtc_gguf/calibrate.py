@@ -30,6 +30,7 @@ from kvtc_gguf.model_info import ModelInfo
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 HELD_OUT = 4  # every fourth chunk only judges the competition
 TABLE_BITS = (2, 4)
+REPORT_WIDTH = 150
 
 app = typer.Typer(add_completion=False)
 
@@ -51,10 +52,12 @@ def fit_model(
         fitter = Fitter(
             lambda d: info.pairs(d, capture.interleaved), lambda layer: info.gram(layer, *shape[layer]), info.softcap
         )
+        # A model that cannot be served says so now, not after minutes of sampling.
+        capture.run(np.full(8, max(capture.bos, 0), np.int32), lambda sample: check(model, sample))
         chunks = corpus.file_chunks(capture, text, n_chunks) if text else None
         with progress:
             if chunks is None:
-                task = progress.add_task("sampling text", total=ctx_size // 2 - 1)
+                task = progress.add_task("sampling text", total=ctx_size // corpus.TEXTS - 1)
                 chunks = corpus.default_chunks(capture, n_chunks, lambda: progress.advance(task))
             task = progress.add_task("two passes over the model", total=2 * len(chunks))
             for chunk in chunks:
@@ -195,14 +198,15 @@ def main(
             raise FormatError(f"{file}: no such text file")
         sidecar, embedded = outputs(path, output, embedded, force)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
         n_chunks = chunks or max(2, tokens // ctx_size)
         calibration, fitter = fit_model(path, file, n_chunks, ctx_size, threads, progress)
         if sidecar:
             format.write(calibration, sidecar)
         if embedded:
             embed(path, calibration, embedded, force=force)
-    Console().print(table(calibration, fitter))
+    # A file or pipe has no width of its own; a terminal's is respected.
+    Console(width=None if sys.stdout.isatty() else REPORT_WIDTH).print(table(calibration, fitter))
     written = " and ".join(f"{p} ({p.stat().st_size / 2**20:.1f} MiB)" for p in (sidecar, embedded) if p)
     console.print(
         f"wrote {written} in {time.monotonic() - started:.0f} s{peak_memory()}", highlight=False, soft_wrap=True

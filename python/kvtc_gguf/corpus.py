@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ platform pprint queue random re sched secrets shutil socket sqlite3 ssl statisti
 tempfile textwrap threading time tokenize traceback typing unicodedata unittest urllib.parse uuid weakref zipfile
 """
 EXCERPT = 1500  # characters taken from one place, so that a few thousand tokens meet many subjects
+TEXTS = 4  # sampled texts in one chunk: shorter ones stray less, and a wider batch means fewer steps
 SEED = 1
 
 
@@ -36,7 +38,9 @@ def prose() -> str:
         except ImportError:  # some builds of Python leave modules out
             continue
         members = [m for _, m in sorted(vars(module).items()) if inspect.isclass(m) or inspect.isfunction(m)]
-        texts.append("\n\n".join(filter(None, map(inspect.getdoc, [module, *members]))))
+        with warnings.catch_warnings():  # deprecated members have docstrings too
+            warnings.simplefilter("ignore")
+            texts.append("\n\n".join(filter(None, map(inspect.getdoc, [module, *members]))))
     pieces = [text[i : i + EXCERPT] for text in texts for i in range(0, len(text), EXCERPT)]
     np.random.default_rng(SEED).shuffle(pieces)
     return "\n\n".join(pieces)
@@ -49,8 +53,7 @@ def default_chunks(capture: LlamaCapture, n_chunks: int, step: Callable[[], None
     own = np.zeros((0, size), np.int32)
     count = n_chunks // 2
     if count:
-        # Two sequences a chunk: shorter texts stray less, and a wider batch costs little more.
-        own = capture.sample(2 * count, size // 2, SEED, step).reshape(count, -1)
+        own = capture.sample(TEXTS * count, size // TEXTS, SEED, step).reshape(count, -1)
         own = np.pad(own, ((0, 0), (0, size - own.shape[1])), mode="wrap")
     need = n_chunks - count
     if len(read) < need * size:

@@ -7,6 +7,7 @@ ask for jinja2 and diskcache, so a bare package object takes its place.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from kvtc_gguf.layout import FormatError
 
 ROOT = Path(__file__).resolve().parents[3]
 UPSTREAM = "llama_cpp_python-*"
+PACKAGE = "llama_cpp"
 
 
 def find() -> tuple[Path, Path]:
@@ -26,7 +28,7 @@ def find() -> tuple[Path, Path]:
     From `KVTC_UPSTREAM_DIR` and `KVTC_LIB_DIR` if set, else this repository's build tree, else an installed
     llama_cpp package. Raises FormatError when neither is there.
     """
-    installed = importlib.util.find_spec("llama_cpp")
+    installed = importlib.util.find_spec(PACKAGE)
     package = Path(installed.origin).parent if installed and installed.origin else None
     bindings = [Path(p) / "llama_cpp" for p in (os.environ.get("KVTC_UPSTREAM_DIR"),) if p]
     bindings += [tree / "llama_cpp" for tree in sorted((ROOT / "build" / "upstream").glob(UPSTREAM))]
@@ -43,20 +45,29 @@ def find() -> tuple[Path, Path]:
     return module, library
 
 
+@functools.cache
 def load() -> tuple[types.ModuleType, ctypes.CDLL]:
     """(llama-cpp-python's low-level module, ggml-base library). Raises FormatError where they do not load."""
     module, library = find()
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library)
+    # Read when libgomp loads. Where cores are shared, threads that spin at every barrier made a step seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Imported under its own name, as it imports its neighbours by it, but kept private: another llama_cpp in this
+    # process stays what it is.
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == PACKAGE}
     try:
-        if "llama_cpp" not in sys.modules:
-            bare = types.ModuleType("llama_cpp")
-            bare.__path__ = [str(module)]  # type: ignore[attr-defined]
-            sys.modules["llama_cpp"] = bare
-        api = importlib.import_module("llama_cpp.llama_cpp")
-        extensions = importlib.import_module("llama_cpp._ctypes_extensions")
+        bare = types.ModuleType(PACKAGE)
+        bare.__path__ = [str(module)]  # type: ignore[attr-defined]
+        sys.modules[PACKAGE] = bare
+        api = importlib.import_module(f"{PACKAGE}.llama_cpp")
+        extensions = importlib.import_module(f"{PACKAGE}._ctypes_extensions")
         base = extensions.load_shared_library("ggml-base", library)
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
         raise FormatError(f"{library}: the patched llama.cpp does not load: {error}") from error
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+            del sys.modules[name]
+        sys.modules.update(others)
     return api, declare(base)
 
 

@@ -1,0 +1,239 @@
+"""One call of the attention operation: made from a description, run in C and in the f64 reference."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ffi
+import gguf
+import numpy as np
+import synthetic
+from kvtc_gguf.format import Calibration
+from kvtc_gguf.layout import row_bytes
+from kvtc_gguf.reference_attention import CodedCells, PlainCells, alibi_slopes, attention
+from kvtc_gguf.reference_rope import Rope
+
+PLAIN = {"f32": ffi.F32, "f16": ffi.F16, "q8_0": ffi.Q8_0}
+HIDDEN = np.float16(-np.inf)
+
+
+@dataclass(frozen=True)
+class Case:
+    """S streams of n_kv cells; the last T used cells of each are this batch's tokens, which are the queries."""
+
+    k: int | str = 2  # budget of a kvtc type, or a name of PLAIN
+    v: int | str = 3
+    dk: int = 64
+    dv: int | None = None  # None: dk
+    heads: int = 2  # kv heads
+    group: int = 2  # query heads of one kv head
+    tokens: int = 5
+    n_kv: int = 100
+    empty: int = 9  # of the n_kv cells, at the end
+    streams: int = 1
+    rope: Rope | None = field(default_factory=lambda: Rope(64, neox=True), hash=False)
+    start: int = 0  # position of the first token
+    order: str = "contiguous"  # cells: contiguous, shuffled, sparse (positions 97 apart), interleaved (two sequences)
+    sinks: int = 4
+    window: int = 32
+    exact: str = "store"  # what is exact: none, store (every token), some (of them), batch (only this batch's own)
+    mask: str = "causal"  # causal, holes (a third hidden as well), dead (and odd queries see nothing), none
+    softcap: float = 0.0
+    sink_logits: bool = False
+    max_bias: float = 0.0
+    permuted: bool = False  # q and z in memory as a model's graph has them, heads inside tokens
+    seed: int = 0
+
+    @property
+    def sides(self) -> tuple[tuple[int | str, int], ...]:
+        return (self.k, self.dk), (self.v, self.dv or self.dk)
+
+
+@functools.lru_cache(maxsize=8)
+def calibrated(heads: int, dk: int, dv: int) -> tuple[Calibration, ffi.Native]:
+    room = [b for b in range(1, 7) if row_bytes(heads, min(dk, dv), b) >= 4 * (heads - 1) + 1]
+    calibration = synthetic.calibration(1, heads, dk, dv, bits=tuple(room))
+    with tempfile.TemporaryDirectory() as folder:
+        return calibration, ffi.native(calibration, Path(folder))
+
+
+class Inputs:
+    """The numbers of a case, as numpy arrays with streams first."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.rng = np.random.default_rng(case.seed)
+        self.calibration, self.native = calibrated(case.heads, case.dk, case.dv or case.dk)
+        bits = [kind if isinstance(kind, int) else 0 for kind, _ in case.sides]
+        self.pack = self.native.pack(0, *bits)
+        if case.rope is not None and bits[0]:
+            ffi.set_rope(self.pack, case.rope, case.dk)
+        shape = (case.streams, case.heads * case.group, case.tokens, case.dk)
+        self.q = self.rng.standard_normal(shape).astype(np.float32)
+        self._cells()
+        self._mask()
+        self.z, self.rows, self.plain = [], [], []
+        for side, (kind, d) in enumerate(case.sides):
+            self._side(side, kind, d)
+        self._exact()
+        self.sink_logits = None
+        if case.sink_logits:
+            self.sink_logits = self.rng.normal(1, 2, case.heads * case.group).astype(np.float32)
+
+    def _cells(self) -> None:
+        """Positions and sequences of the cells, -1 where empty, and which cells hold the batch."""
+        case, used = self.case, self.case.n_kv - self.case.empty
+        self.pos = np.full((case.streams, case.n_kv), -1, np.int32)
+        self.seq = np.zeros_like(self.pos)
+        self.batch = np.zeros((case.streams, case.tokens), np.int64)  # cell of each token
+        for stream in range(case.streams):
+            where = np.arange(used)
+            if case.order != "contiguous":
+                where = self.rng.permutation(case.n_kv)[:used]
+            token = np.arange(used)
+            if case.order == "interleaved":
+                self.seq[stream, where] = token % 2
+                token = token // 2 + 500 * (token % 2)
+            self.pos[stream, where] = case.start + token * (97 if case.order == "sparse" else 1)
+            self.batch[stream] = where[used - case.tokens :]
+        self.query_pos = np.take_along_axis(self.pos, self.batch, axis=1)
+
+    def _mask(self) -> None:
+        case = self.case
+        own = np.take_along_axis(self.seq, self.batch, axis=1)
+        sees = (self.pos[:, None] >= 0) & (self.pos[:, None] <= self.query_pos[:, :, None])
+        sees &= self.seq[:, None] == own[:, :, None]
+        if case.mask in ("holes", "dead"):
+            sees &= self.rng.random(sees.shape) > 1 / 3
+        if case.mask == "dead":
+            sees[:, 1::2] = False
+        distance = np.clip(self.pos[:, None] - self.query_pos[:, :, None], -60_000, 0) if case.max_bias else 0
+        self.mask = np.where(sees, distance, HIDDEN).astype(np.float16)
+        if case.mask == "none":
+            self.mask[:] = 0
+
+    def _side(self, side: int, kind: int | str, d: int) -> None:
+        """z [S, n_kv, H, d] and cache rows of a kvtc side; f32 values and rows of an ordinary one."""
+        case, n = self.case, self.case.streams * self.case.n_kv
+        if isinstance(kind, int):
+            z = synthetic.draw(self.rng, self.calibration.layers[0]["kv"[side]], n)
+            rows = ffi.encode_rows(self.pack, side, z, row_bytes(case.heads, d, kind))
+            rows[self.pos.reshape(-1) < 0] = self.rng.integers(0, 256, rows.shape[1], np.uint8)
+            self.z.append(z.reshape(case.streams, case.n_kv, case.heads, d))
+            self.plain.append(None)
+        else:
+            values = self.rng.standard_normal((n, case.heads * d)).astype(np.float32)
+            quantization = gguf.GGMLQuantizationType(PLAIN[kind])
+            rows = gguf.quants.quantize(values, quantization).view(np.uint8).reshape(n, -1)
+            values = rows.view(np.float16).astype(np.float32) if kind == "f16" else values
+            values = gguf.quants.dequantize(rows, quantization) if kind == "q8_0" else values
+            self.z.append(None)
+            self.plain.append(values.reshape(case.streams, case.n_kv, case.heads, d))
+        self.rows.append(rows.reshape(case.streams, case.n_kv, -1))
+
+    def _exact(self) -> None:
+        """Slots as the info tensor has them; rows of the store that no cell owns are NaN."""
+        case = self.case
+        self.slot = np.full((case.streams, case.n_kv), -1, np.int32)
+        self.n_slots = case.streams * case.n_kv + 5
+        if case.exact in ("store", "some"):
+            free = self.rng.permutation(self.n_slots)[: self.slot.size].reshape(self.slot.shape)
+            keep = self.rng.random(free.shape) < (1.0 if case.exact == "store" else 0.6)
+            self.slot = np.where(keep & (self.pos >= 0), free, -1).astype(np.int32)
+        if case.exact != "none":
+            own = np.arange(case.streams * case.tokens).reshape(case.streams, -1)
+            np.put_along_axis(self.slot, self.batch, (-2 - own).astype(np.int32), axis=1)
+        parts = []
+        for z in self.z:
+            if z is not None:
+                store = np.full((self.n_slots, *z.shape[2:]), np.nan, np.float16)
+                store[self.slot[self.slot >= 0]] = z[self.slot >= 0].astype(np.float16)
+                parts.append(store.transpose(1, 0, 2).reshape(-1))
+        self.store = np.concatenate(parts)
+
+    def batch_z(self, side: int) -> np.ndarray | None:
+        """z of this batch's tokens f32 [S * T, H, d]."""
+        z = self.z[side]
+        if z is None or self.case.exact == "none":
+            return None
+        return np.take_along_axis(z, self.batch[:, :, None, None], axis=1).reshape(-1, *z.shape[2:])
+
+
+def run(x: Inputs, n_threads: int = 1) -> np.ndarray:
+    """The operation's result f32 [S, T, n_head, dv]."""
+    case = x.case
+    with ffi.graph(128) as g:
+        cells = []
+        for (kind, d), rows in zip(case.sides, x.rows, strict=True):
+            kind = ffi.kvtc_type(kind) if isinstance(kind, int) else PLAIN[kind]
+            # the cache is longer than the view of it
+            spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
+            cache = np.concatenate([rows, spare], axis=1)
+            tensor = g.rows(kind, case.heads * d, cache.reshape(-1, rows.shape[2]))
+            strides = (rows.shape[2], ffi.base.ggml_row_size(kind, d), cache[0].size)
+            cells.append(ffi.base.ggml_view_4d(g.ctx, tensor, d, case.n_kv, case.heads, case.streams, *strides, 0))
+        q, mask = g.tensor(x.q), ffi.ffi.NULL
+        if case.permuted:
+            q = ffi.base.ggml_permute(g.ctx, g.tensor(x.q.transpose(0, 2, 1, 3)), 0, 2, 1, 3)
+        if case.mask != "none":
+            padded = np.zeros((case.streams, 1, case.tokens + 3, case.n_kv), np.float16)
+            padded[:, 0, : case.tokens] = x.mask
+            mask = g.tensor(padded)
+        batch = [x.batch_z(side) for side in (ffi.K, ffi.V)]
+        if case.permuted:
+            z = [b if b is None else ffi.base.ggml_permute(g.ctx, g.tensor(b), 0, 2, 1, 3) for b in batch]
+        else:
+            z = [b if b is None else g.tensor(b.transpose(1, 0, 2)) for b in batch]
+        z = [ffi.ffi.NULL if b is None else b for b in z]
+        info = np.concatenate([np.stack([x.pos, x.slot], axis=2).reshape(-1), x.query_pos.reshape(-1)])
+        params = ffi.ffi.new(
+            "struct ggml_kvtc_attn_params *",
+            {
+                "scale": case.dk**-0.5,
+                "max_bias": case.max_bias,
+                "logit_softcap": case.softcap,
+                "n_sink": case.sinks,
+                "n_window": case.window,
+                "n_slots": x.n_slots,
+            },
+        )
+        store = g.tensor(None if case.exact == "none" else x.store)
+        tensors = (q, *cells, mask, g.tensor(x.sink_logits), g.pack(x.pack), g.tensor(info), store, *z)
+        result = ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0])
+        n_head = case.heads * case.group
+        return g.compute(result, n_threads).view(np.float32).reshape(case.streams, case.tokens, n_head, -1)
+
+
+def expected(x: Inputs) -> np.ndarray:
+    """The same in f64 [S, T, n_head, dv], by the reference."""
+    case, outputs = x.case, []
+    n_head = case.heads * case.group
+    for stream in range(case.streams):
+        sides = []
+        for side, (kind, _) in enumerate(case.sides):
+            if isinstance(kind, str):
+                sides.append(PlainCells(x.plain[side][stream]))
+                continue
+            exact = None if case.exact == "none" else x.z[side][stream].astype(np.float16)
+            own, index = x.calibration.layers[0]["kv"[side]], x.calibration.bits.index(kind)
+            sides.append(CodedCells.of_rows(own, index, x.rows[side][stream], exact, x.slot[stream] != -1))
+        outputs.append(
+            attention(
+                x.q[stream].transpose(1, 0, 2),
+                *sides,
+                query_positions=x.query_pos[stream],
+                cell_positions=x.pos[stream],
+                mask=x.mask[stream],
+                scale=float(np.float32(case.dk**-0.5)),
+                rope=case.rope,
+                sinks=case.sinks,
+                window=case.window,
+                softcap=case.softcap,
+                sink_logits=x.sink_logits,
+                slopes=alibi_slopes(n_head, case.max_bias) if case.max_bias else None,
+            )
+        )
+    return np.stack(outputs)
