@@ -4,7 +4,9 @@
 
 #include "arg.h"
 #include "common.h"
+#include "log.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -19,13 +21,14 @@ void set_files(const std::string & value) {
     llama_kvtc_set_params(params);
 }
 
-void set_count(int32_t llama_kvtc_params::* field, int value, const char * flag) {
-    if (value < 0) {
-        throw std::invalid_argument(std::string(flag) + " must not be negative");
+void set_count(int32_t llama_kvtc_params::* field, const std::string & value, const char * flag) {
+    const bool digits = !value.empty() && std::all_of(value.begin(), value.end(), [](char c) { return c >= '0' && c <= '9'; });
+    if (!digits || value.size() > 9) {
+        throw std::invalid_argument(std::string(flag) + " takes a number of tokens from 0 to 999999999, not '" + value + "'");
     }
     llama_kvtc_params params = llama_kvtc_default_params();
     params.files  = files.c_str();
-    params.*field = value;
+    params.*field = std::stoi(value);
     llama_kvtc_set_params(params);
 }
 
@@ -39,9 +42,18 @@ void parse_both(const std::string & name, ggml_type & type_k, ggml_type & type_v
     }
 }
 
+// A program that stops early loses the lines its logger's thread has not printed yet: the reason why it stopped.
+void flush_log_at_exit() {
+#ifndef _WIN32 // there the thread is gone by then, and joining it hangs
+    static const int registered = std::atexit([]() { common_log_flush(common_log_main()); });
+    (void) registered;
+#endif
+}
+
 } // namespace
 
 std::vector<common_arg> common_kvtc_args() {
+    flush_log_at_exit();
     return {
         common_arg(
             {"-ct", "--cache-type"}, "TYPE",
@@ -61,14 +73,14 @@ std::vector<common_arg> common_kvtc_args() {
         common_arg(
             {"--kvtc-sink"}, "N",
             "first positions of a sequence that kvtc keeps exact (default: 4)",
-            [](common_params &, int value) {
+            [](common_params &, const std::string & value) {
                 set_count(&llama_kvtc_params::n_sink, value, "--kvtc-sink");
             }
         ).set_env("LLAMA_ARG_KVTC_SINK"),
         common_arg(
             {"--kvtc-window"}, "N",
             "newest positions of a sequence that kvtc keeps exact (default: 128)",
-            [](common_params &, int value) {
+            [](common_params &, const std::string & value) {
                 set_count(&llama_kvtc_params::n_window, value, "--kvtc-window");
             }
         ).set_env("LLAMA_ARG_KVTC_WINDOW"),
@@ -96,7 +108,7 @@ bool common_kvtc_bench_arg(const std::string & arg, const char * value, std::vec
         } else if (file) {
             set_files(value);
         } else {
-            set_count(sink ? &llama_kvtc_params::n_sink : &llama_kvtc_params::n_window, std::stoi(value), arg.c_str());
+            set_count(sink ? &llama_kvtc_params::n_sink : &llama_kvtc_params::n_window, value, arg.c_str());
         }
     } catch (const std::exception & e) {
         fprintf(stderr, "error: %s\n", e.what());

@@ -111,11 +111,15 @@ void llama_kvtc_set_capture(bool on) {
 ggml_tensor * llm_kvtc_keys(const llm_graph_context & g, llama_kvtc * kvtc, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, float kq_scale, int il) {
     if (capture && k_cur && v_cur) {
         const bool swa = g.hparams.is_swa(il);
-        if (g.hparams.has_rope(il) && !(is_single_rope(q_cur) && is_single_rope(k_cur))) {
+        ggml_tensor * q_rope = q_cur; // some models scale queries after RoPE: that only changes what all weights share
+        while (q_rope->op == GGML_OP_SCALE) {
+            q_rope = q_rope->src[0];
+        }
+        if (g.hparams.has_rope(il) && !(is_single_rope(q_rope) && is_single_rope(k_cur))) {
             throw std::runtime_error("kvtc: cannot capture keys before RoPE from this architecture yet");
         }
-        add_capture(g, is_single_rope(q_cur) ? q_cur->src[0] : q_cur, "kvtc_q", il);
-        add_capture(g, is_single_rope(k_cur) ? k_cur->src[0] : k_cur, "kvtc_k", il);
+        add_capture(g, is_single_rope(q_rope) ? q_rope->src[0] : q_cur, "kvtc_q", il);
+        add_capture(g, is_single_rope(k_cur)  ? k_cur->src[0]  : k_cur, "kvtc_k", il);
         add_capture(g, v_cur, "kvtc_v", il);
         add_capture(g, q_cur, swa ? "kvtc_q_rope_swa" : "kvtc_q_rope", il, kq_scale);
         add_capture(g, k_cur, swa ? "kvtc_k_rope_swa" : "kvtc_k_rope", il);

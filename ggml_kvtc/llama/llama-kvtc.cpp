@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -32,6 +33,15 @@ bool reads_cache_itself(llm_arch arch) {
             return true;
         default:
             return false;
+    }
+}
+
+// States and copies between streams hold codes only, which is said once and not at every prompt of a server.
+void warn_forgotten() {
+    static std::atomic_flag said = ATOMIC_FLAG_INIT;
+    if (!said.test_and_set()) {
+        LLAMA_LOG_WARN("kvtc: restored or copied tokens are read from their codes, sinks and window too: expect lower quality "
+                "(llama-server: --cache-ram 0 computes such prompts again)\n");
     }
 }
 
@@ -66,8 +76,9 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & c
     for (size_t s = 0; s < cells.size(); ++s) {
         slot_of[s].assign(cells[s].size(), -1);
     }
-    // one stream for all sequences holds the exact rows of them all
-    n_slots = (cfg.n_stream == 1 ? n_seq_max : 1)*(uint32_t) (params.n_sink + params.n_window);
+    // one stream for all sequences holds the exact rows of them all, at most one for each cell
+    const uint64_t n_exact = ((uint64_t) params.n_sink + params.n_window)*(cfg.n_stream == 1 ? n_seq_max : 1);
+    n_slots = (uint32_t) std::min<uint64_t>(n_exact, cells[0].size());
     owners.resize(cells.size()*n_slots);
 }
 
@@ -330,12 +341,14 @@ void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector
 }
 
 void llama_kvtc::forget(uint32_t stream, const std::vector<uint32_t> & idxs) {
+    warn_forgotten();
     for (uint32_t cell : idxs) {
         slot_of[stream][cell] = -1;
     }
 }
 
 void llama_kvtc::forget(uint32_t stream) {
+    warn_forgotten();
     std::fill(slot_of[stream].begin(), slot_of[stream].end(), -1);
 }
 

@@ -106,7 +106,7 @@ def candidate(histogram: Histogram, head: int, weight: np.ndarray) -> Candidate:
     """Codebooks and measured errors of one head under one transform, from its histograms; weight [d] in x space."""
     decode = histogram.transforms.decode[head].astype(np.float64)
     cost = ((weight[:, None] * decode) ** 2).sum(axis=0)
-    variance = histogram.square[head] / max(histogram.tokens, 1)
+    variance = histogram.square[head] / max(histogram.weight[head], 1e-30)
     order = np.argsort(-cost * variance, kind="stable")
     data: Cumulative = histogram.cumulative(head, order)
     levels = {w: to_f16(lloyd_max(data, w)) for w in WIDTHS if w}
@@ -119,13 +119,18 @@ def candidate(histogram: Histogram, head: int, weight: np.ndarray) -> Candidate:
 class Fitter:
     """Fits every layer of a model.
 
-    pairs: head_dim -> RoPE pairs (see `capture.rope_pairs`); gram: layer -> W_o^T W_o by query head [n_head, d, d].
+    pairs: head_dim -> RoPE pairs (see `capture.rope_pairs`); gram: layer -> W_o^T W_o by query head [n_head, d, d];
+    weigh: what keys and queries count.
     """
 
     def __init__(
-        self, pairs: Callable[[int], np.ndarray], gram: Callable[[int], np.ndarray], softcap: float = 0.0
+        self,
+        pairs: Callable[[int], np.ndarray],
+        gram: Callable[[int], np.ndarray],
+        softcap: float = 0.0,
+        weigh: Callable[[LayerSample, np.ndarray, np.ndarray], score.Importance] = score.importance,
     ) -> None:
-        self.pairs, self.gram, self.softcap = pairs, gram, softcap
+        self.pairs, self.gram, self.softcap, self.weigh = pairs, gram, softcap, weigh
         self.layers: dict[int, dict[str, Side]] = {}
 
     def observe_moments(self, sample: LayerSample) -> None:
@@ -135,9 +140,14 @@ class Fitter:
                 name: Side(name, Moments(*x.shape[1:])) for name, x in (("k", sample.k), ("v", sample.v))
             }
         sides = self.layers[sample.layer]
-        sides["k"].moments.add(sample.k[score.SINKS :])
-        sides["v"].moments.add(sample.v[score.SINKS :])
-        sides["k"].moments.add_queries(sample.q)
+        weight = self.importance(sample, score.far_attention(sample, self.softcap))
+        sides["k"].moments.add(sample.k[score.SINKS :], weight.tokens[score.SINKS :])
+        sides["v"].moments.add(sample.v[score.SINKS :], np.ones_like(weight.tokens[score.SINKS :]))
+        sides["k"].moments.add_queries(weight.queries)
+
+    def importance(self, sample: LayerSample, attention: np.ndarray) -> score.Importance:
+        """Weights of the chunk's keys and queries."""
+        return self.weigh(sample, attention, self.gram(sample.layer))
 
     def end_moments(self) -> None:
         """Builds every member's transforms."""
@@ -146,8 +156,7 @@ class Fitter:
                 moments, pairs = side.moments, self.pairs(side.head_dim)
                 side.weights = np.ones((side.heads, side.head_dim))
                 if side.name == "k":
-                    mean_square = moments.query / max(moments.queries, 1)
-                    side.weights = np.stack([query_weight(m, pairs) for m in mean_square])
+                    side.weights = np.stack([query_weight(m, pairs) for m in moments.query])
                 statistics = [moments.head(h, side.weights[h]) for h in range(side.heads)]
                 for name in dict.fromkeys(m.transform for m in side.members):
                     side.histograms[name] = Histogram(HeadTransforms([build(name, s) for s in statistics]))
@@ -166,13 +175,20 @@ class Fitter:
 
     def observe_histograms(self, sample: LayerSample, scoring: bool = False) -> None:
         """Pass 2; with `scoring` the sample is held out: it is scored before it enters the histograms."""
+        attention = score.far_attention(sample, self.softcap)
+        weights = {"k": self.importance(sample, attention).tokens}
+        weights["v"] = np.ones_like(weights["k"])
         for name, x in (("k", sample.k), ("v", sample.v)):
             side = self.layers[sample.layer][name]
             coordinates = {t: h.transforms.forward(x) for t, h in side.histograms.items()}
-            if scoring:
-                (self._score_keys if name == "k" else self._score_values)(side, sample, coordinates)
+            if scoring and name == "k":
+                self._score_keys(side, sample, coordinates, weights["k"])
+            elif scoring:
+                self._score_values(side, sample, coordinates, attention)
             for transform, (z, norm) in coordinates.items():
-                side.histograms[transform].add(z[:, score.SINKS :], norm[:, score.SINKS :])
+                side.histograms[transform].add(
+                    z[:, score.SINKS :], norm[:, score.SINKS :], weights[name][score.SINKS :]
+                )
 
     def _fit_candidates(self, side: Side) -> None:
         side.candidates = {
@@ -193,16 +209,16 @@ class Fitter:
                 errors.append((back - z) @ histogram.transforms.decode[h].T)
         return np.stack(errors, axis=1)
 
-    def _score_keys(self, side: Side, sample: LayerSample, coordinates: dict) -> None:
+    def _score_keys(self, side: Side, sample: LayerSample, coordinates: dict, weight: np.ndarray) -> None:
         for h in range(side.heads):
+            cost = weight[score.SINKS :, h, None]
             error = self._errors(side, h, coordinates)[score.SINKS :] * side.weights[h].astype(np.float32)
-            total = np.einsum("tmd,tmd->m", error, error, dtype=np.float64)
+            total = np.einsum("to,tmd,tmd->m", cost, error, error, dtype=np.float64)
             side.scores[h] += total.reshape(side.scores.shape[1:])
             centred = (sample.k[score.SINKS :, h] - side.moments.head(h).mean) * side.weights[h]
-            side.energy[h] += (centred**2).sum()
+            side.energy[h] += (cost * centred**2).sum()
 
-    def _score_values(self, side: Side, sample: LayerSample, coordinates: dict) -> None:
-        attention = score.far_attention(sample, self.softcap)
+    def _score_values(self, side: Side, sample: LayerSample, coordinates: dict, attention: np.ndarray) -> None:
         gram = self.gram(sample.layer)
         group = len(attention) // side.heads
         for h in range(side.heads):

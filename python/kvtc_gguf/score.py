@@ -8,6 +8,8 @@ tokens, bias does not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from kvtc_gguf.capture import LayerSample
@@ -15,14 +17,20 @@ from kvtc_gguf.layout import GAIN_STEPS
 
 SINKS, WINDOW = 4, 128  # the cache's defaults
 ROW_STEP = 4  # every 4th query row is enough to tell the members apart
+FLOOR = 0.1  # share of the plain average in the weights of `importance`
 UNBIASED, KEEP_NORM = 0, 1
+
+
+def query_rows(tokens: int) -> np.ndarray:
+    """The query rows that stand for all of a chunk, i64 [R]: all that have coded keys in reach, thinned out."""
+    return np.arange(SINKS + WINDOW, tokens, ROW_STEP)
 
 
 def far_attention(sample: LayerSample, softcap: float = 0.0) -> np.ndarray:
     """Attention probabilities f32 [n_head, R, T] of R query rows, zero on the exact tokens (sinks and window)."""
     tokens, n_head, _ = sample.q_rope.shape
     heads = sample.k_rope.shape[1]
-    rows = np.arange(SINKS + WINDOW, tokens, ROW_STEP)
+    rows = query_rows(tokens)
     distance = rows[:, None] - np.arange(tokens)
     seen = (distance >= 0) & ((distance < sample.window) | (sample.window == 0))
     far = (distance >= WINDOW) & (np.arange(tokens) >= SINKS)
@@ -35,6 +43,55 @@ def far_attention(sample: LayerSample, softcap: float = 0.0) -> np.ndarray:
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
         out[i] = weight / weight.sum(axis=1, keepdims=True) * far
     return out
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What an error in one key does to the output of attention; tokens f32 [T, H] and queries f64 [H, d], see below."""
+
+    tokens: np.ndarray
+    queries: np.ndarray
+
+
+def importance(sample: LayerSample, attention: np.ndarray, gram: np.ndarray) -> Importance:
+    """Weights of keys and queries from the derivative of attention.
+
+    An error e_ij in the logit of query i and key j moves the output by p_ij e_ij (v_j - o_i): it costs
+    w_ij = p_ij |W_o (v_j - o_i)|^2. (Independent errors would make it p_ij^2; p_ij measured better, as the errors of
+    similar keys add up.) Only keys that are coded when query i looks at them count (`far_attention`). tokens: sum over
+    queries of w_ij, of mean 1 for each head. queries: mean square of the pre-RoPE queries, weighted by the sum over
+    keys. Both keep FLOOR of the unweighted average: text unlike the corpus attends to other tokens.
+    Measured on SmolLM2 (f32 weights), 2-bit keys, 10k tokens, KLD: unweighted 0.0068, p^2 0.0065, p 0.0039; letting
+    the heads of a layer share bits by their total cost as well: 0.0046.
+    """
+    n_head, _, tokens = attention.shape
+    heads, d = sample.k.shape[1:]
+    rows = query_rows(tokens)
+    weight = np.zeros((tokens, heads), np.float32)
+    square = np.zeros((heads, d))
+    total = np.zeros(heads)
+    for i in range(n_head):
+        h = i // (n_head // heads)
+        v, metric = sample.v[:, h], gram[i].astype(np.float32)
+        o = attention[i] @ v
+        moved = v @ metric
+        distance = (moved * v).sum(axis=1) + ((o @ metric) * o).sum(axis=1)[:, None] - 2 * (o @ moved.T)
+        cost = attention[i] * np.maximum(distance, 0.0)
+        weight[:, h] += cost.sum(axis=0)
+        by_query = cost.sum(axis=1, dtype=np.float64)
+        square[h] += by_query @ sample.q[rows, i].astype(np.float64) ** 2
+        total[h] += by_query.sum()
+    plain = uniform(sample, attention, gram).queries
+    weight /= np.maximum(weight.mean(axis=0), 1e-30)
+    queries = (1 - FLOOR) * square / np.maximum(total, 1e-30)[:, None] + FLOOR * plain
+    return Importance(((1 - FLOOR) * weight + FLOOR).astype(np.float32), queries)
+
+
+def uniform(sample: LayerSample, attention: np.ndarray, gram: np.ndarray) -> Importance:
+    """Every key and every query alike: the plain second moments that the recipe was first measured with."""
+    tokens, heads, d = sample.k.shape
+    queries = np.square(sample.q, dtype=np.float64).mean(axis=0).reshape(heads, -1, d).mean(axis=1)
+    return Importance(np.ones((tokens, heads), np.float32), queries)
 
 
 def output_energy(attention: np.ndarray, x: np.ndarray, gram: np.ndarray) -> np.ndarray:

@@ -14,34 +14,31 @@ NORM_BINS = 512  # of log2(norm) over [-8, 8): resolves the median to 1%
 
 
 class Moments:
-    """Count, mean and covariance of vectors [T, H, d], in f64, and for keys the mean square of the queries [H, d]."""
+    """Weighted count, mean and covariance of vectors [T, H, d], in f64, and for keys the query weights [H, d]."""
 
     def __init__(self, heads: int, d: int) -> None:
-        self.count = 0
+        self.count = np.zeros(heads)
         self.total = np.zeros((heads, d))
         self.outer = np.zeros((heads, d, d))
         self.query = np.zeros((heads, d))
-        self.queries = 0
 
-    def add(self, x: np.ndarray) -> None:
-        """Adds vectors f32 [T, H, d]."""
+    def add(self, x: np.ndarray, weight: np.ndarray) -> None:
+        """Adds vectors f32 [T, H, d], each with its weight f32 [T, H]."""
         x = np.ascontiguousarray(x.transpose(1, 0, 2), np.float64)
-        self.count += x.shape[1]
-        self.total += x.sum(axis=1)
-        self.outer += x.transpose(0, 2, 1) @ x
+        weighted = x * weight.T[:, :, None]
+        self.count += weight.sum(axis=0, dtype=np.float64)
+        self.total += weighted.sum(axis=1)
+        self.outer += x.transpose(0, 2, 1) @ weighted
 
-    def add_queries(self, q: np.ndarray) -> None:
-        """Adds pre-RoPE queries f32 [T, n_head, d]; query head i belongs to kv head i // (n_head / H)."""
-        tokens, n_head, d = q.shape
-        heads = len(self.query)
-        square = np.einsum("thd,thd->hd", q, q, dtype=np.float64)
-        self.query += square.reshape(heads, n_head // heads, d).sum(axis=1)
-        self.queries += tokens * (n_head // heads)
+    def add_queries(self, mean_square: np.ndarray) -> None:
+        """Adds the mean square f64 [H, d] of a chunk's pre-RoPE queries (`score.importance`)."""
+        self.query += mean_square
 
     def head(self, h: int, weight: np.ndarray | None = None) -> HeadStatistics:
         """Statistics of kv head h; weight [d] defaults to ones."""
-        mean = self.total[h] / max(self.count, 1)
-        covariance = self.outer[h] / max(self.count, 1) - np.outer(mean, mean)
+        count = max(self.count[h], 1e-30)
+        mean = self.total[h] / count
+        covariance = self.outer[h] / count - np.outer(mean, mean)
         return HeadStatistics(mean, (covariance + covariance.T) / 2, np.ones_like(mean) if weight is None else weight)
 
 
@@ -85,28 +82,30 @@ class Histogram:
         self.square = np.zeros((heads, d))
         self.norm_square = np.zeros(heads)
         self.norms = np.zeros((heads, NORM_BINS))
-        self.tokens = 0
+        self.weight = np.zeros(heads)
 
-    def add(self, z: np.ndarray, norm: np.ndarray) -> None:
-        """Adds the result of `HeadTransforms.forward`."""
-        heads, tokens, d = z.shape
+    def add(self, z: np.ndarray, norm: np.ndarray, weight: np.ndarray) -> None:
+        """Adds the result of `HeadTransforms.forward`, each vector with its weight f32 [T, H]."""
+        heads, _, d = z.shape
         y = z / norm
+        each = np.ascontiguousarray(weight.T, np.float64)[:, :, None]
+        spread = np.broadcast_to(each, y.shape).ravel()
         step = 2 * REACH / BINS * self.transforms.scale[:, None]
         index = np.clip(np.floor(y / step) + BINS // 2, 0, BINS - 1).astype(np.int64)
         index += (np.arange(heads)[:, None, None] * d + np.arange(d)) * BINS
         flat, size = index.ravel(), heads * d * BINS
-        self.count += np.bincount(flat, minlength=size).reshape(self.count.shape)
-        self.total += np.bincount(flat, weights=y.ravel(), minlength=size).reshape(self.total.shape)
-        self.square += np.einsum("htd,htd->hd", y, y, dtype=np.float64)
-        self.norm_square += np.einsum("hto,hto->h", norm, norm, dtype=np.float64)
+        self.count += np.bincount(flat, weights=spread, minlength=size).reshape(self.count.shape)
+        self.total += np.bincount(flat, weights=y.ravel() * spread, minlength=size).reshape(self.total.shape)
+        self.square += np.einsum("hto,htd,htd->hd", each, y, y, dtype=np.float64)
+        self.norm_square += np.einsum("hto,hto,hto->h", each, norm, norm, dtype=np.float64)
         place = np.clip((np.log2(norm[:, :, 0]) + 8) * (NORM_BINS / 16), 0, NORM_BINS - 1).astype(np.int64)
         for h in range(heads):
             self.norms[h] += np.bincount(place[h], minlength=NORM_BINS)
-        self.tokens += tokens
+        self.weight += weight.sum(axis=0, dtype=np.float64)
 
     def mean_norm_square(self) -> np.ndarray:
         """E[norm^2], f64 [H]."""
-        return self.norm_square / max(self.tokens, 1)
+        return self.norm_square / np.maximum(self.weight, 1e-30)
 
     def median_norm(self) -> np.ndarray:
         """Median norm, f64 [H], to 1%."""

@@ -21,25 +21,32 @@ def x() -> np.ndarray:
 
 def transforms(x: np.ndarray) -> HeadTransforms:
     moments = Moments(H, D)
-    moments.add(x)
+    moments.add(x, np.ones(x.shape[:2]))
     return HeadTransforms([build("pca", moments.head(h)) for h in range(H)])
 
 
 def test_streamed_moments_equal_numpy(x: np.ndarray) -> None:
     moments = Moments(H, D)
     for part in np.array_split(x, 7):
-        moments.add(part)
+        moments.add(part, np.ones(part.shape[:2]))
     for h in range(H):
         head = moments.head(h)
         np.testing.assert_allclose(head.mean, x[:, h].mean(axis=0), rtol=1e-5)
         np.testing.assert_allclose(head.covariance, np.cov(x[:, h].T, bias=True), rtol=1e-4, atol=1e-3)
 
 
-def test_query_moments_belong_to_the_kv_head_of_their_group() -> None:
-    q = np.ones((10, 6, D), np.float32) * np.arange(1, 7)[None, :, None]
-    moments = Moments(H, D)
-    moments.add_queries(q)
-    np.testing.assert_allclose(moments.query[:, 0] / moments.queries, [(1 + 4 + 9) / 3, (16 + 25 + 36) / 3])
+def test_weights_count_like_repeated_vectors(x: np.ndarray) -> None:
+    weight = np.random.default_rng(1).integers(0, 4, x.shape[:2])
+    weighted = Moments(H, D)
+    weighted.add(x, weight)
+    stacked = transforms(x)
+    histogram = Histogram(stacked)
+    histogram.add(*stacked.forward(x), weight)
+    for h in range(H):
+        repeated = np.repeat(x[:, h], weight[:, h], axis=0)
+        np.testing.assert_allclose(weighted.head(h).mean, repeated.mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(weighted.head(h).covariance, np.cov(repeated.T, bias=True), rtol=1e-4, atol=1e-3)
+        assert histogram.count[h, 0].sum() == pytest.approx(len(repeated))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -61,7 +68,7 @@ def test_histogram_keeps_exact_sums_and_norms(x: np.ndarray) -> None:
     stacked = transforms(x)
     histogram = Histogram(stacked)
     for part in np.array_split(x, 5):
-        histogram.add(*stacked.forward(part))
+        histogram.add(*stacked.forward(part), np.ones(part.shape[:2]))
     z, norm = stacked.forward(x)
     y = z / norm
     assert histogram.count.sum() == H * D * T and histogram.count.shape[2] == BINS

@@ -50,7 +50,7 @@ def load() -> tuple[types.ModuleType, ctypes.CDLL]:
     """(llama-cpp-python's low-level module, ggml-base library). Raises FormatError where they do not load."""
     module, library = find()
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library)
-    # Read when libgomp loads. Where cores are shared, threads that spin at every barrier made a step seven times slower.
+    # Read when libgomp loads. Where cores are shared, threads spinning at barriers made a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported under its own name, as it imports its neighbours by it, but kept private: another llama_cpp in this
     # process stays what it is.
