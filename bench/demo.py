@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -104,7 +104,7 @@ def select(types: str | None, models: str | None) -> list[Subject]:
             continue
         caches = tuple(cache for cache in subject.caches if not types or cache.name in types.split(","))
         if caches:
-            chosen.append(Subject(subject.file_name, caches, subject.optional))
+            chosen.append(replace(subject, caches=caches))
     return chosen
 
 

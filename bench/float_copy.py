@@ -8,30 +8,25 @@ cache type loses can be told from what rounding does. ``python -m bench.float_co
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import gguf
 import numpy as np
 import typer
+from gguf import quants
+from kvtc_gguf.gguf_io import Reader, Writer, replacing
 
 
 def float_copy(source: Path, target: Path) -> None:
     """Write `source` with every tensor as f32 to `target`, whole or not at all; metadata stays."""
-    reader = gguf.GGUFReader(source)
-    partial = target.with_name(target.name + ".partial")
-    writer = gguf.GGUFWriter(partial, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], element)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, target)
+    reader = Reader(source)
+    with replacing(target) as temporary:
+        writer = Writer(temporary)
+        for key, field in reader.fields.items():
+            if not key.startswith("GGUF.") and key != "general.file_type":
+                writer.add_key_value(key, reader.raw(key), field.types[0])
+        writer.finish(
+            [(t.name, quants.dequantize(t.data, t.tensor_type).astype(np.float32), None) for t in reader.tensors]
+        )
 
 
 if __name__ == "__main__":

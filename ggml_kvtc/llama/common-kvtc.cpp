@@ -12,12 +12,9 @@
 
 namespace {
 
-std::string files; // llama_kvtc_params does not own its strings
-
 void set_files(const std::string & value) {
-    files = value;
     llama_kvtc_params params = llama_kvtc_default_params();
-    params.files = files.c_str();
+    params.files = value.c_str();
     llama_kvtc_set_params(params);
 }
 
@@ -27,7 +24,6 @@ void set_count(int32_t llama_kvtc_params::* field, const std::string & value, co
         throw std::invalid_argument(std::string(flag) + " takes a number of tokens from 0 to 999999999, not '" + value + "'");
     }
     llama_kvtc_params params = llama_kvtc_default_params();
-    params.files  = files.c_str();
     params.*field = std::stoi(value);
     llama_kvtc_set_params(params);
 }

@@ -16,7 +16,7 @@ struct llama_kvtc_params {
 
 LLAMA_API struct llama_kvtc_params llama_kvtc_default_params(void);
 
-// Parameters of all contexts created from now on. Kept apart from llama_context_params: bindings mirror that struct.
+// Parameters of all contexts created from now on; the file names are copied. Kept apart from llama_context_params: bindings mirror that struct.
 LLAMA_API void llama_kvtc_set_params(struct llama_kvtc_params params);
 
 // While on, graphs of contexts with a plain cache hold nodes kvtc_{q,k,v,q_rope,k_rope}-<layer> for calibration.

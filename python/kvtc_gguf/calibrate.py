@@ -104,7 +104,7 @@ def statistics(fitter: Fitter) -> dict[str, np.ndarray]:
             heads = [side.moments.head(h) for h in range(side.heads)]
             stats[f"blk.{layer}.{name}.mean"] = np.stack([h.mean for h in heads]).astype(np.float32)
             stats[f"blk.{layer}.{name}.covariance"] = np.stack([h.covariance for h in heads]).astype(np.float32)
-        stats[f"blk.{layer}.k.query"] = sides["k"].moments.query.astype(np.float32)
+        stats[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query().astype(np.float32)
     return stats
 
 

@@ -156,7 +156,7 @@ class Fitter:
                 moments, pairs = side.moments, self.pairs(side.head_dim)
                 side.weights = np.ones((side.heads, side.head_dim))
                 if side.name == "k":
-                    side.weights = np.stack([query_weight(m, pairs) for m in moments.query])
+                    side.weights = np.stack([query_weight(m, pairs) for m in moments.mean_query()])
                 statistics = [moments.head(h, side.weights[h]) for h in range(side.heads)]
                 for name in dict.fromkeys(m.transform for m in side.members):
                     side.histograms[name] = Histogram(HeadTransforms([build(name, s) for s in statistics]))

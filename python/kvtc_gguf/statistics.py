@@ -21,6 +21,7 @@ class Moments:
         self.total = np.zeros((heads, d))
         self.outer = np.zeros((heads, d, d))
         self.query = np.zeros((heads, d))
+        self.chunks = 0
 
     def add(self, x: np.ndarray, weight: np.ndarray) -> None:
         """Adds vectors f32 [T, H, d], each with its weight f32 [T, H]."""
@@ -33,6 +34,11 @@ class Moments:
     def add_queries(self, mean_square: np.ndarray) -> None:
         """Adds the mean square f64 [H, d] of a chunk's pre-RoPE queries (`score.importance`)."""
         self.query += mean_square
+        self.chunks += 1
+
+    def mean_query(self) -> np.ndarray:
+        """Mean square f64 [H, d] of the queries over all chunks."""
+        return self.query / max(self.chunks, 1)
 
     def head(self, h: int, weight: np.ndarray | None = None) -> HeadStatistics:
         """Statistics of kv head h; weight [d] defaults to ones."""

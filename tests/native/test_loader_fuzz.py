@@ -9,11 +9,11 @@ import ffi
 import numpy as np
 import pytest
 import synthetic
+from damage import write_embedded
 from kvtc_gguf import format as kvtc_format
 from kvtc_gguf.format import FormatError
 from kvtc_gguf.gguf_io import Reader
 from kvtc_gguf.layout import row_bytes
-from test_format import write_embedded
 
 
 def in_child(check, *args):

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import synthetic
+from damage import split_model
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.gguf_io import Reader, Writer
@@ -56,14 +57,7 @@ def test_fingerprint_of_odd_models_is_that_of_python(tmp_path):
 
 def test_fingerprint_of_a_split_model_is_that_of_the_whole(tmp_path):
     synthetic.tiny_model(tmp_path / "m.gguf")
-    reader = Reader(tmp_path / "m.gguf")
-    for i in range(3):
-        writer = Writer(tmp_path / f"m-{i + 1:05d}-of-00003.gguf")
-        writer.add("split.count", np.uint16(3))
-        for key, field in reader.fields.items():
-            if i == 0 and not key.startswith("GGUF."):
-                writer.add_key_value(key, reader.raw(key), field.types[0])
-        writer.finish([(t.name, t.data, t.tensor_type) for t in reader.tensors[i::3]])
+    split_model(tmp_path / "m.gguf", 3)
     assert ffi.fingerprint(tmp_path / "m-00001-of-00003.gguf") == fingerprint(tmp_path / "m.gguf")
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(ffi.NativeError, match="model .*: not a readable GGUF"):

@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import synthetic
+from damage import DAMAGES, rewrite, with_value, write_embedded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvtc_gguf.format import PARTS, FormatError, metadata_arrays, read, write
-from kvtc_gguf.gguf_io import Reader, Writer
 from kvtc_gguf.layout import head_offsets, payload_bytes
 
 FILES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,29 +37,6 @@ def assert_same(a, b, stats=True):
         assert a.stats.keys() == b.stats.keys()
         for name, array in a.stats.items():
             np.testing.assert_array_equal(array, b.stats[name])
-
-
-def write_embedded(calibration, path, **changed):
-    """A GGUF without tensors that embeds the calibration, with some of its metadata changed (None: left out)."""
-    writer = Writer(path)
-    for key, value in {**metadata_arrays(calibration), **changed}.items():
-        if value is not None:
-            writer.add(key, value)
-    writer.finish([])
-
-
-def rewrite(path, out, change=None, drop=(), meta=None, tensors=None):
-    """Copy a sidecar with `change` applied to its tensors by name, some dropped, some metadata replaced."""
-    reader = Reader(path)
-    writer = Writer(out)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in drop and key not in (meta or {}):
-            writer.add_key_value(key, reader.raw(key), field.types[0])
-    for key, value in (meta or {}).items():
-        writer.add(key, value)
-    change = change or {}
-    kept = [(t.name, np.array(t.data)) for t in reader.tensors if t.name not in drop]
-    writer.finish([(name, change[name](array) if name in change else array, None) for name, array in kept])
 
 
 def refused(path, *words):
@@ -183,58 +160,32 @@ def test_missing_and_misshapen_tensors_are_refused(sidecar, tmp_path, part):
     refused(tmp_path / "d.gguf", "layer 1 v", "float64")
 
 
-def with_value(index, value):
-    def change(array):
-        array = array.copy()
-        array[index] = value
-        return array
-
-    return change
-
-
-def with_widths(edit):
-    def change(array):
-        array = array.copy()
-        edit(array)
-        return array
-
-    return change
-
-
-def full_row(array):
-    array[:, 0] = 8
-
-
-def rising(array):
-    array[0, 2] = np.sort(array[0, 2])
-    array[0, 2, -1] = 8
-
-
 @pytest.mark.parametrize(
-    ("part", "change", "words"),
+    ("damage", "words"),
     [
-        ("mean", with_value((0, 3), np.nan), ["mean", "not finite"]),
-        ("scale", with_value((0, 3), np.inf), ["scale", "not finite"]),
-        ("scale", with_value((0, 3), 0), ["scale"]),
-        ("scale", with_value((0, 3), -1), ["scale"]),
-        ("gain", with_value((0, 0), 0), ["gain base"]),
-        ("gain", with_value((0, 0), 3e38), ["gain base"]),
-        ("gain", with_value((0, 0), np.nan), ["gain"]),
-        ("gain", with_value((0, 1), 2), ["gain rule"]),
-        ("gain", with_value((0, 1), 0.5), ["gain rule"]),
-        ("decode", with_value((0, 0, 0), np.nan), ["decode", "not finite"]),
-        ("decode", with_value((0, 0), 0), ["decode", "inverse"]),
-        ("widths", with_value((0, 0, 0), 7), ["widths", "7"]),
-        ("widths", with_value((0, 0, 0), -1), ["widths", "-1"]),
-        ("widths", with_widths(rising), ["rise"]),
-        ("widths", with_widths(full_row), ["kvtc1 row"]),
-        ("codebook", with_value(0, np.nan), ["codebook", "not finite"]),
-        ("codebook", with_value(0, 60000), ["levels fall"]),
-        ("codebook", lambda a: np.append(a, np.float16(0)), ["levels where the widths ask for"]),
-        ("codebook", lambda a: a[:-1].copy(), ["levels where the widths ask for"]),
+        ("mean is NaN", ["mean", "not finite"]),
+        ("scale is infinite", ["scale", "not finite"]),
+        ("scale is zero", ["scale"]),
+        ("scale is negative", ["scale"]),
+        ("gain base is zero", ["gain base"]),
+        ("gain base is huge", ["gain base"]),
+        ("gain base is NaN", ["gain"]),
+        ("gain rule is 2", ["gain rule"]),
+        ("gain rule is a half", ["gain rule"]),
+        ("decode is NaN", ["decode", "not finite"]),
+        ("decode has a row of zeros", ["decode", "inverse"]),
+        ("width is 7", ["widths", "7"]),
+        ("width is negative", ["widths", "-1"]),
+        ("widths rise", ["rise"]),
+        ("widths overflow the row", ["kvtc1 row"]),
+        ("codebook is NaN", ["codebook", "not finite"]),
+        ("codebook falls", ["levels fall"]),
+        ("codebook is too long", ["levels where the widths ask for"]),
+        ("codebook is too short", ["levels where the widths ask for"]),
     ],
 )
-def test_values_out_of_range_are_refused(sidecar, tmp_path, part, change, words):
+def test_values_out_of_range_are_refused(sidecar, tmp_path, damage, words):
+    part, change = DAMAGES[damage]
     rewrite(sidecar, tmp_path / "b.gguf", {f"kvtc.blk.0.k.{part}": change})
     refused(tmp_path / "b.gguf", "layer 0 k", *words)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import synthetic
 import tools
+from damage import full_row, rewrite, with_value, with_widths
 from kvtc_gguf.format import write
-from test_format import full_row, rewrite, with_value, with_widths
 
 TOOLS = ("llama-completion", "llama-perplexity", "llama-bench", "llama-server")
 TYPE = ("-ct", "kvtc-k2v4")
