@@ -423,6 +423,30 @@ bool ggml_kvtc_calibration_present(const char * fname) {
     return gguf && gguf_find_key(gguf.get(), "kvtc.version") >= 0;
 }
 
+uint64_t ggml_kvtc_calibration_hash(const ggml_kvtc_calibration * cal) {
+    uint64_t hash = 0xcbf29ce484222325ull; // FNV-1a 64
+    const auto add = [&](const auto & values) {
+        const uint8_t * bytes = (const uint8_t *) values.data();
+        for (size_t i = 0; i < values.size()*sizeof(values[0]); ++i) {
+            hash = (hash ^ bytes[i])*0x100000001b3ull;
+        }
+    };
+    add(cal->fingerprint);
+    add(cal->bits);
+    for (const auto & layers : cal->layers) {
+        for (const auto & [il, side] : layers) { // encode is derived, and by a computation that may round otherwise elsewhere
+            add(std::vector<int32_t> { il, side.H, side.d });
+            add(side.mean);
+            add(side.scale);
+            add(side.gain);
+            add(side.decode);
+            add(side.widths);
+            add(side.levels);
+        }
+    }
+    return hash;
+}
+
 const char * ggml_kvtc_calibration_fingerprint(const ggml_kvtc_calibration * cal) {
     return cal->fingerprint.c_str();
 }

@@ -56,6 +56,8 @@ GGML_API void                           ggml_kvtc_calibration_free(struct ggml_k
 // true if the GGUF carries calibration keys at all (without reading the payload)
 GGML_API bool         ggml_kvtc_calibration_present    (const char * fname);
 GGML_API const char * ggml_kvtc_calibration_fingerprint(const struct ggml_kvtc_calibration * cal);
+// names the calibration itself, whatever file it came from: saved states hold codes that mean nothing under another one
+GGML_API uint64_t     ggml_kvtc_calibration_hash       (const struct ggml_kvtc_calibration * cal);
 GGML_API bool         ggml_kvtc_calibration_has_bits   (const struct ggml_kvtc_calibration * cal, int bits);
 // comma-separated list of the budgets the file can serve
 GGML_API const char * ggml_kvtc_calibration_bits       (const struct ggml_kvtc_calibration * cal);

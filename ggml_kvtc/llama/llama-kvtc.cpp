@@ -6,7 +6,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -33,15 +32,6 @@ bool reads_cache_itself(llm_arch arch) {
             return true;
         default:
             return false;
-    }
-}
-
-// States and copies between streams hold codes only, which is said once and not at every prompt of a server.
-void warn_forgotten() {
-    static std::atomic_flag said = ATOMIC_FLAG_INIT;
-    if (!said.test_and_set()) {
-        LLAMA_LOG_WARN("kvtc: restored or copied tokens are read from their codes, sinks and window too: expect lower quality "
-                "(llama-server: --cache-ram 0 computes such prompts again)\n");
     }
 }
 
@@ -77,7 +67,8 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & c
         slot_of[s].assign(cells[s].size(), -1);
     }
     // one stream for all sequences holds the exact rows of them all, at most one for each cell
-    const uint64_t n_exact = ((uint64_t) params.n_sink + params.n_window)*(cfg.n_stream == 1 ? n_seq_max : 1);
+    n_keep = params.n_window > 0 ? (int32_t) std::min<int64_t>((int64_t) params.n_window + LLAMA_KVTC_ROLLBACK, INT32_MAX) : 0;
+    const uint64_t n_exact = ((uint64_t) params.n_sink + n_keep)*(cfg.n_stream == 1 ? n_seq_max : 1);
     n_slots = (uint32_t) std::min<uint64_t>(n_exact, cells[0].size());
     owners.resize(cells.size()*n_slots);
 }
@@ -237,8 +228,8 @@ void llama_kvtc::print_info() const {
     for (int i = 0; i < 2; ++i) {
         sizes[i] = buffers[i].second ? ggml_backend_buffer_get_size(buffers[i].second.get())/MIB : 0.0;
     }
-    LLAMA_LOG_INFO("%s: %.3f bpv, codes %.2f MiB, exact rows %.2f MiB (%u sinks, window %u, %zu slots), bases %.2f MiB\n", __func__,
-            bits/values, codes/MIB, sizes[1], params.n_sink, params.n_window, owners.size(), sizes[0]);
+    LLAMA_LOG_INFO("%s: %.3f bpv, codes %.2f MiB, exact rows %.2f MiB (%d sinks, window %d, rollback %d, %zu slots), bases %.2f MiB\n", __func__,
+            bits/values, codes/MIB, sizes[1], params.n_sink, params.n_window, n_keep - params.n_window, owners.size(), sizes[0]);
 }
 
 void llama_kvtc::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
@@ -263,8 +254,8 @@ const llama_kvtc::layer & llama_kvtc::get_layer(int il) const {
     return const_cast<llama_kvtc *>(this)->get_layer(il);
 }
 
-// is the cell a sink or in the window of one of its sequences?
-bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell) const {
+// is the cell a sink of, or among the newest of, one of its sequences (or the one asked for)?
+bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell, llama_seq_id seq_id) const {
     const llama_kv_cells & c = cells[stream];
     if (c.is_empty(cell)) {
         return false;
@@ -273,39 +264,67 @@ bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell) const {
     if (pos < params.n_sink) {
         return true;
     }
-    if (c.seq_count(cell) == 1) {
-        return c.seq_pos_max(c.seq_get(cell)) - pos < params.n_window;
+    if (seq_id < 0 && c.seq_count(cell) == 1) {
+        seq_id = c.seq_get(cell);
+    }
+    if (seq_id >= 0) {
+        return c.seq_has(cell, seq_id) && c.seq_pos_max(seq_id) - pos < n_keep;
     }
     for (llama_seq_id seq = 0; seq < (llama_seq_id) n_seq_max; ++seq) {
-        if (c.seq_has(cell, seq) && c.seq_pos_max(seq) - pos < params.n_window) {
+        if (c.seq_has(cell, seq) && c.seq_pos_max(seq) - pos < n_keep) {
             return true;
         }
     }
     return false;
 }
 
-void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv) {
-    // the last ubatch has been computed: its tokens are no longer at hand but for those in the exact store
-    for (size_t i = 0; i < cells_cur.size(); ++i) {
-        int32_t & slot = slot_of[cells_cur[i].stream][cells_cur[i].cell];
-        if (slot != -(int32_t) i - 2) {
-            continue; // forgotten since
-        }
-        slot = (int32_t) slots_cur[i];
-        if (slot >= 0) {
-            owner & o = owners[slot];
-            if (o.cell >= 0 && slot_of[o.stream][o.cell] == slot && (o.stream != cells_cur[i].stream || o.cell != cells_cur[i].cell)) {
-                slot_of[o.stream][o.cell] = -1;
-            }
-            o = cells_cur[i];
+// does a cell that must be kept own the slot?
+bool llama_kvtc::is_held(int32_t slot) const {
+    const owner & o = owners[slot];
+    return o.cell >= 0 && slot_of[o.stream][o.cell] == slot && must_keep(o.stream, o.cell);
+}
+
+std::vector<int32_t> llama_kvtc::find_free_slots(uint32_t stream, size_t n) const {
+    std::vector<int32_t> result;
+    for (uint32_t i = 0; i < n_slots && result.size() < n; ++i) {
+        const int32_t slot = (int32_t) (stream*n_slots + i);
+        if (!is_held(slot)) {
+            result.push_back(slot);
         }
     }
+    return result;
+}
+
+void llama_kvtc::set_owner(int32_t slot, uint32_t stream, uint32_t cell) {
+    owner & o = owners[slot];
+    if (o.cell >= 0 && slot_of[o.stream][o.cell] == slot) {
+        slot_of[o.stream][o.cell] = -1;
+    }
+    o = { (int32_t) stream, (int32_t) cell };
+    slot_of[stream][cell] = slot;
+}
+
+// The last ubatch has been computed: its tokens are no longer at hand but for those in the exact store.
+void llama_kvtc::commit() {
+    for (size_t i = 0; i < cells_cur.size(); ++i) {
+        int32_t & slot = slot_of[cells_cur[i].stream][cells_cur[i].cell];
+        if (slot == -(int32_t) i - 2) { // else it was overwritten since
+            slot = -1;
+            if (slots_cur[i] >= 0) {
+                set_owner((int32_t) slots_cur[i], cells_cur[i].stream, cells_cur[i].cell);
+            }
+        }
+    }
+    cells_cur.clear();
+}
+
+void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv) {
+    commit();
 
     n_tokens_cur = ubatch.n_tokens;
     n_kv_cur     = n_kv;
     n_stream_cur = (uint32_t) strm.size();
     first_stream = (uint32_t) *std::min_element(strm.begin(), strm.end());
-    cells_cur.clear();
     slots_cur.assign(n_tokens_cur, -1);
     for (size_t s = 0; s < strm.size(); ++s) {
         for (uint32_t cell : idxs[s]) {
@@ -328,28 +347,39 @@ void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector
             const bool sink_b = pos(b) < params.n_sink;
             return sink_a != sink_b ? sink_a : pos(a) > pos(b);
         });
-        size_t next = 0;
-        for (uint32_t i = 0; i < n_slots && next < wanted.size(); ++i) {
-            const int32_t slot = (int32_t) (stream*n_slots + i);
-            const owner & o    = owners[slot];
-            const bool held = o.cell >= 0 && slot_of[o.stream][o.cell] == slot && must_keep(o.stream, o.cell);
-            if (!held) {
-                slots_cur[wanted[next++]] = slot;
-            }
+        const std::vector<int32_t> free = find_free_slots(stream, wanted.size());
+        for (size_t i = 0; i < free.size(); ++i) {
+            slots_cur[wanted[i]] = free[i];
         }
     }
 }
 
-void llama_kvtc::forget(uint32_t stream, const std::vector<uint32_t> & idxs) {
-    warn_forgotten();
-    for (uint32_t cell : idxs) {
-        slot_of[stream][cell] = -1;
+void llama_kvtc::copy_cells(uint32_t src, uint32_t dst) {
+    commit();
+    std::fill(slot_of[dst].begin(), slot_of[dst].end(), -1);
+    for (uint32_t i = 0; i < n_slots; ++i) {
+        const int32_t slot = (int32_t) (src*n_slots + i);
+        const owner o = owners[slot];
+        if (o.cell >= 0 && slot_of[o.stream][o.cell] == slot) {
+            set_owner((int32_t) (dst*n_slots + i), dst, o.cell);
+        }
     }
 }
 
-void llama_kvtc::forget(uint32_t stream) {
-    warn_forgotten();
-    std::fill(slot_of[stream].begin(), slot_of[stream].end(), -1);
+void llama_kvtc::copy_rows(uint32_t src, uint32_t dst) {
+    std::vector<uint8_t> row;
+    for (const layer & l : layers) {
+        for (int s = 0; s < 2; ++s) {
+            const ggml_tensor * t = l.rows[s];
+            for (int64_t h = 0; t && n_slots > 0 && h < t->ne[2]; ++h) {
+                const size_t head = t->view_offs + h*t->nb[2];
+                const size_t size = n_slots*t->nb[1];
+                row.resize(size);
+                ggml_backend_tensor_get(l.exact, row.data(), head + src*size, size);
+                ggml_backend_tensor_set(l.exact, row.data(), head + dst*size, size);
+            }
+        }
+    }
 }
 
 int64_t llama_kvtc::info_size() const {

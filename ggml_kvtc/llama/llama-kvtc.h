@@ -22,6 +22,15 @@ LLAMA_API void llama_kvtc_set_params(struct llama_kvtc_params params);
 // While on, graphs of contexts with a plain cache hold nodes kvtc_{q,k,v,q_rope,k_rope}-<layer> for calibration.
 LLAMA_API void llama_kvtc_set_capture(bool on);
 
+// True if the context keeps a window of exact rows, which a rollback beyond LLAMA_KVTC_ROLLBACK tokens cannot bring back.
+LLAMA_API bool llama_kvtc_has_window(struct llama_context * ctx);
+
+// True if tokens in the window before position pos (or sinks) are there, but their exact rows are not.
+LLAMA_API bool llama_kvtc_is_lost(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
+
+// Where to compute again from so that the window before position pos is exact: twice the window back.
+LLAMA_API llama_pos llama_kvtc_recompute_from(struct llama_context * ctx, llama_pos pos);
+
 #ifdef __cplusplus
 }
 
@@ -32,6 +41,8 @@ LLAMA_API void llama_kvtc_set_capture(bool on);
 #include <string>
 #include <vector>
 
+class  llama_io_read_i;
+class  llama_io_write_i;
 class  llama_kv_cells;
 struct llama_hparams;
 struct llama_model;
@@ -57,6 +68,9 @@ struct llama_kvtc_layer {
     ggml_tensor * v;
 };
 
+// Tokens that a sequence can be rolled back by (speculative decoding) before its window loses exact rows.
+constexpr int32_t LLAMA_KVTC_ROLLBACK = 64;
+
 // The part of a KV cache that is kvtc's: plans, the exact rows of sinks and window, and who holds which exact row.
 class llama_kvtc {
 public:
@@ -81,9 +95,23 @@ public:
     // the ubatch has been placed: streams strm, cells idxs (one list per stream), n_kv cells to attend
     void apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv);
 
-    // the cells hold other tokens now, whose exact rows are not known
-    void forget(uint32_t stream, const std::vector<uint32_t> & idxs);
-    void forget(uint32_t stream);
+    // all cells of stream src, with their exact rows, become those of dst: what knows which row is whose, then the rows
+    void copy_cells(uint32_t src, uint32_t dst);
+    void copy_rows (uint32_t src, uint32_t dst);
+
+    // The kvtc section of a saved state, for cells of a stream in the order they are saved in. Reading says what is
+    // wrong in one line and gives false; the cells then hold codes only.
+    void state_write(llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & idxs, llama_seq_id seq_id);
+    bool state_read (llama_io_read_i  & io, uint32_t stream, const std::vector<uint32_t> & idxs);
+
+    // The exact rows alone of a sequence whose codes stay in the cache: what a rollback beyond LLAMA_KVTC_ROLLBACK loses.
+    // Reading takes the sequence back to when they were written; later tokens keep codes only.
+    void state_write_partial(llama_io_write_i & io, llama_seq_id seq_id);
+    void state_read_partial (llama_io_read_i  & io, llama_seq_id seq_id);
+
+    // has the sequence lost exact rows of the window that ends before position pos?
+    bool is_lost(llama_seq_id seq_id, llama_pos pos);
+    int32_t n_window() const { return params.n_window; }
 
     // nodes that transform x [head_dim, n_head, n_tokens] and write it to the rows idxs of the cache
     ggml_tensor * store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) const;
@@ -122,7 +150,16 @@ private:
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
     void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
-    bool must_keep    (uint32_t stream, uint32_t cell) const;
+    bool must_keep    (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
+    bool is_held      (int32_t slot) const;
+    void set_owner    (int32_t slot, uint32_t stream, uint32_t cell);
+    void commit       ();
+    std::vector<int32_t> find_free_slots(uint32_t stream, size_t n) const; // fewer if there are no more
+    void write_head   (llama_io_write_i & io, const std::vector<int32_t> & keys, const std::vector<int32_t> & positions) const;
+    void write_rows   (llama_io_write_i & io, const std::vector<int32_t> & slots) const;
+    void read_rows    (llama_io_read_i  & io, const std::vector<int32_t> & slots) const;
+    std::vector<int32_t> read_head(llama_io_read_i & io, const std::vector<int32_t> & positions) const;
+    template <typename F> void for_each_row(const std::vector<int32_t> & slots, F && f) const;
     layer & get_layer (int il);
     const layer & get_layer(int il) const;
 
@@ -130,6 +167,7 @@ private:
     const llama_hparams               & hparams;
     const std::vector<llama_kv_cells> & cells;
     const uint32_t n_seq_max;
+    int32_t n_keep = 0; // newest positions of a sequence whose exact rows are kept: the window and what a rollback may bring back
     bool coded[2] = {};
 
     llama_kvtc_params params;
@@ -144,7 +182,7 @@ private:
     std::vector<owner> owners;                    // [n_stream*n_slots]
     std::vector<std::vector<int32_t>> slot_of;    // [n_stream][cell] as in the info tensor of ggml_kvtc_attn
 
-    // the ubatch in place
+    // the ubatch in place; empty once its tokens are at rest
     uint32_t first_stream = 0;
     uint32_t n_stream_cur = 1;
     uint32_t n_kv_cur     = 0;

@@ -66,7 +66,7 @@ def test_log_names_types_sizes_and_flash_attention(llama):
     log = complete(llama, "-ct", "kvtc-k2v4", n=1).log
     assert "layers 0 to 1: K kvtc2 (2.00 bpv), V kvtc4 (4.00 bpv)" in log
     assert re.search(r"flash_attn since kvtc", log)
-    assert "4 sinks, window 128, 132 slots" in log
+    assert "4 sinks, window 128, rollback 64, 196 slots" in log
     assert parse_bpv(log) == 3.0
     values = tools.N_LAYER * tools.N_HEAD_KV * tools.HEAD_DIM
     codes = values * (2 + 4) / 8 * 256 / 2**20
