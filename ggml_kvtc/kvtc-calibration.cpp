@@ -335,6 +335,23 @@ void read_sidecar(const char * fname, const gguf_context * gguf, uint32_t n_laye
     }
 }
 
+// what each layer keeps of a side when a budget is asked for: that budget, unless the file says otherwise
+void read_layer_bits(const gguf_context * gguf, const std::string & key, uint32_t n_layer, ggml_kvtc_side side, ggml_kvtc_calibration & cal) {
+    const size_t  n  = cal.bits.size()*n_layer;
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id >= 0 && (gguf_get_kv_type(gguf, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf, id) != GGUF_TYPE_INT32 || gguf_get_arr_n(gguf, id) != n)) {
+        fail(key + " has the wrong type or size");
+    }
+    for (size_t i = 0; i < n; ++i) {
+        const bool has  = cal.find((int) (i % n_layer), side) != nullptr;
+        const int  bits = id >= 0 ? ((const int32_t *) gguf_get_arr_data(gguf, id))[i] : has ? cal.bits[i/n_layer] : 0;
+        if (has ? cal.budget_index(bits) < 0 : bits != 0) {
+            fail(key + ": " + std::to_string(bits) + " bits for layer " + std::to_string(i % n_layer) + (has ? " are none of kvtc.bits" : ", which has no cache"));
+        }
+        cal.layer_bits[side].push_back(bits);
+    }
+}
+
 std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     std::unique_ptr<gguf_context, gguf_deleter> gguf(gguf_init_from_file(fname, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
     if (!gguf) {
@@ -382,6 +399,8 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     if (cal->layers[0].empty()) {
         fail("it holds no layer");
     }
+    read_layer_bits(gguf.get(), "kvtc.layer_bits.k", n_layer, GGML_KVTC_K, *cal);
+    read_layer_bits(gguf.get(), "kvtc.layer_bits.v", n_layer, GGML_KVTC_V, *cal);
     return cal;
 }
 
@@ -423,30 +442,6 @@ bool ggml_kvtc_calibration_present(const char * fname) {
     return gguf && gguf_find_key(gguf.get(), "kvtc.version") >= 0;
 }
 
-uint64_t ggml_kvtc_calibration_hash(const ggml_kvtc_calibration * cal) {
-    uint64_t hash = 0xcbf29ce484222325ull; // FNV-1a 64
-    const auto add = [&](const auto & values) {
-        const uint8_t * bytes = (const uint8_t *) values.data();
-        for (size_t i = 0; i < values.size()*sizeof(values[0]); ++i) {
-            hash = (hash ^ bytes[i])*0x100000001b3ull;
-        }
-    };
-    add(cal->fingerprint);
-    add(cal->bits);
-    for (const auto & layers : cal->layers) {
-        for (const auto & [il, side] : layers) { // encode is derived, and by a computation that may round otherwise elsewhere
-            add(std::vector<int32_t> { il, side.H, side.d });
-            add(side.mean);
-            add(side.scale);
-            add(side.gain);
-            add(side.decode);
-            add(side.widths);
-            add(side.levels);
-        }
-    }
-    return hash;
-}
-
 const char * ggml_kvtc_calibration_fingerprint(const ggml_kvtc_calibration * cal) {
     return cal->fingerprint.c_str();
 }
@@ -457,6 +452,11 @@ bool ggml_kvtc_calibration_has_bits(const ggml_kvtc_calibration * cal, int bits)
 
 const char * ggml_kvtc_calibration_bits(const ggml_kvtc_calibration * cal) {
     return cal->bits_text.c_str();
+}
+
+int ggml_kvtc_calibration_layer_bits(const ggml_kvtc_calibration * cal, int il, ggml_kvtc_side side, int bits) {
+    const int budget = cal->budget_index(bits);
+    return budget < 0 || !cal->find(il, side) ? 0 : cal->layer_bits[side][cal->layer_bits[side].size()/cal->bits.size()*budget + il];
 }
 
 bool ggml_kvtc_calibration_shape(const ggml_kvtc_calibration * cal, int il, ggml_kvtc_side side, int * n_head, int * head_dim) {

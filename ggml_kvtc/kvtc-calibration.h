@@ -34,6 +34,7 @@ struct ggml_kvtc_calibration {
     std::vector<int> bits;
 
     std::map<int, ggml_kvtc_side_calibration> layers[2]; // by side
+    std::vector<int32_t> layer_bits[2];                  // [B][block_count] bits kept where a budget is asked for, 0: no cache
 
     int budget_index(int b) const; // -1 if the file cannot serve it
     const ggml_kvtc_side_calibration * find(int il, ggml_kvtc_side side) const;

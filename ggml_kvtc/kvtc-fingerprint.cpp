@@ -1,5 +1,5 @@
-// The fingerprint that binds a calibration to a model: see README.md.
-#include "kvtc.h"
+// The fingerprint that binds a calibration to a model, and the hash that binds a saved state to a calibration: see README.md.
+#include "kvtc-calibration.h"
 
 #include "gguf.h"
 
@@ -181,4 +181,29 @@ bool ggml_kvtc_fingerprint(const char * fname, char out[17], char * err, size_t 
         snprintf(err, err_size, "model %s: %s", fname, e.what());
         return false;
     }
+}
+
+uint64_t ggml_kvtc_calibration_hash(const ggml_kvtc_calibration * cal) {
+    uint64_t hash = 0xcbf29ce484222325ull; // FNV-1a 64
+    const auto add = [&](const auto & values) {
+        const uint8_t * bytes = (const uint8_t *) values.data();
+        for (size_t i = 0; i < values.size()*sizeof(values[0]); ++i) {
+            hash = (hash ^ bytes[i])*0x100000001b3ull;
+        }
+    };
+    add(cal->fingerprint);
+    add(cal->bits);
+    for (int s = 0; s < 2; ++s) {
+        add(cal->layer_bits[s]);
+        for (const auto & [il, side] : cal->layers[s]) { // encode is derived, and by a computation that may round otherwise elsewhere
+            add(std::vector<int32_t> { il, side.H, side.d });
+            add(side.mean);
+            add(side.scale);
+            add(side.gain);
+            add(side.decode);
+            add(side.widths);
+            add(side.levels);
+        }
+    }
+    return hash;
 }

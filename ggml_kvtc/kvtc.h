@@ -61,6 +61,8 @@ GGML_API uint64_t     ggml_kvtc_calibration_hash       (const struct ggml_kvtc_c
 GGML_API bool         ggml_kvtc_calibration_has_bits   (const struct ggml_kvtc_calibration * cal, int bits);
 // comma-separated list of the budgets the file can serve
 GGML_API const char * ggml_kvtc_calibration_bits       (const struct ggml_kvtc_calibration * cal);
+// bits that a layer keeps of a side when the user asks for `bits`; 0 if the file cannot serve these, or has no such layer
+GGML_API int          ggml_kvtc_calibration_layer_bits (const struct ggml_kvtc_calibration * cal, int il, enum ggml_kvtc_side side, int bits);
 // shape of one side of a layer; false if the file has no such layer
 GGML_API bool         ggml_kvtc_calibration_shape      (const struct ggml_kvtc_calibration * cal, int il, enum ggml_kvtc_side side,
                                                         int * n_head, int * head_dim);

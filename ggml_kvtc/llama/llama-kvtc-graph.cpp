@@ -29,18 +29,31 @@ public:
             kvtc->set_slots(slots);
         }
         if (pos && pos->buffer) {
-            ggml_backend_tensor_set(pos, ubatch->pos, 0, ggml_nbytes(pos));
+            ggml_backend_tensor_set(pos, ubatch->pos, 0, ggml_nbytes(pos)); // of M-RoPE's four, the temporal ones come first
+        }
+        if (pos_rel && pos_rel->buffer) {
+            // text tokens have one position, which stands for three; their fourth is 0 (see llm_graph_input_pos)
+            const int64_t n = ubatch->n_tokens;
+            std::vector<llama_pos> rel(4*n, 0);
+            for (int64_t i = n; i < 4*n; ++i) {
+                const llama_pos own = ubatch->token ? (i < 3*n ? ubatch->pos[i % n] : 0) : ubatch->pos[i];
+                rel[i] = own - ubatch->pos[i % n];
+            }
+            ggml_backend_tensor_set(pos_rel, rel.data(), 0, ggml_nbytes(pos_rel));
         }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return !info || (ggml_nelements(info) == kvtc->info_size() && slots->ne[0] == params.ubatch.n_tokens);
+        return (!info    || (ggml_nelements(info) == kvtc->info_size() && slots->ne[0] == params.ubatch.n_tokens)) &&
+               (!pos     || pos->ne[0]     ==   params.ubatch.n_tokens) &&
+               (!pos_rel || pos_rel->ne[0] == 4*params.ubatch.n_tokens);
     }
 
     const llama_kvtc * kvtc;
-    ggml_tensor * info  = nullptr; // I32, see ggml_kvtc_attn
-    ggml_tensor * slots = nullptr; // I64 [n_tokens]
-    ggml_tensor * pos   = nullptr; // I32 [n_tokens]
+    ggml_tensor * info    = nullptr; // I32, see ggml_kvtc_attn
+    ggml_tensor * slots   = nullptr; // I64 [n_tokens]
+    ggml_tensor * pos     = nullptr; // I32 [n_tokens]
+    ggml_tensor * pos_rel = nullptr; // I32 [4*n_tokens], M-RoPE's four positions less the temporal one
 };
 
 llm_graph_input_kvtc * get_input(const llm_graph_context & g, const llama_kvtc * kvtc) {
@@ -60,6 +73,15 @@ ggml_tensor * get_pos(const llm_graph_context & g, const llama_kvtc * kvtc) {
         ggml_set_input(input->pos);
     }
     return input->pos;
+}
+
+ggml_tensor * get_pos_rel(const llm_graph_context & g, const llama_kvtc * kvtc) {
+    llm_graph_input_kvtc * input = get_input(g, kvtc);
+    if (!input->pos_rel) {
+        input->pos_rel = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, 4*g.n_tokens);
+        ggml_set_input(input->pos_rel);
+    }
+    return input->pos_rel;
 }
 
 // the cache tensor a node writes to
@@ -85,12 +107,64 @@ bool is_single_rope(const ggml_tensor * t) {
     return t->op == GGML_OP_ROPE && (t->op_params[2] == GGML_ROPE_TYPE_NORMAL || t->op_params[2] == GGML_ROPE_TYPE_NEOX);
 }
 
-// the rotation a layer's keys get, undone: keys that pass through other operations after RoPE (a norm, say)
-ggml_tensor * unrotate(const llm_graph_context & g, const llama_model & model, ggml_tensor * x, ggml_tensor * pos, int il) {
-    ggml_tensor * back = ggml_rope_ext_back(g.ctx0, x, pos, model.get_rope_factors(g.cparams, il), g.hparams.n_rot(il), g.hparams.rope_type,
-            g.cparams.n_ctx_orig_yarn, model.get_rope_freq_base(g.cparams, il), model.get_rope_freq_scale(g.cparams, il),
-            g.cparams.yarn_ext_factor, g.cparams.yarn_attn_factor, g.cparams.yarn_beta_fast, g.cparams.yarn_beta_slow);
-    return back;
+bool is_multi_rope(const ggml_tensor * t) {
+    return t->op == GGML_OP_ROPE && (t->op_params[2] == GGML_ROPE_TYPE_MROPE || t->op_params[2] == GGML_ROPE_TYPE_IMROPE);
+}
+
+// A rotation as ggml stores it in its nodes. M-RoPE pairs channels and takes frequencies as NeoX does, in both of its modes;
+// only the positions differ from section to section. Reading a key rotates all pairs by its temporal position.
+struct rotation {
+    ggml_tensor * factors;
+    int32_t params[GGML_MAX_OP_PARAMS/sizeof(int32_t)];
+    int32_t mode; // params has the mode of what reading repeats
+
+    explicit rotation(const ggml_tensor * rope) : factors(rope->src[2]), mode(rope->op_params[2]) {
+        memcpy(params, rope->op_params, sizeof(params));
+        if (mode == GGML_ROPE_TYPE_MROPE || mode == GGML_ROPE_TYPE_IMROPE) {
+            params[2] = GGML_ROPE_TYPE_NEOX;
+        }
+    }
+
+    // attn_factor with which a node of these parameters scales magnitudes by YaRN's own scale to the given power
+    float attn_factor(int power) const {
+        ggml_kvtc_rope rope;
+        if (!ggml_kvtc_rope_from_params(params, nullptr, &rope)) {
+            throw std::runtime_error("kvtc: cannot undo the RoPE of this architecture");
+        }
+        return get_f(8)*std::pow(rope.mscale, power - 1);
+    }
+
+    float get_f(int i) const {
+        float f;
+        memcpy(&f, params + i, sizeof(f));
+        return f;
+    }
+};
+
+// x before a rotation: for keys that pass through other operations after it (a norm, say)
+ggml_tensor * unrotate(const llm_graph_context & g, const llama_kvtc * kvtc, ggml_tensor * x, const rotation & r) {
+    // ROPE_BACK multiplies by the magnitude scale instead of dividing by it
+    return ggml_rope_ext_back(g.ctx0, x, get_pos(g, kvtc), r.factors, r.params[1], r.params[2], r.params[4],
+            r.get_f(5), r.get_f(6), r.get_f(7), r.attn_factor(-1), r.get_f(9), r.get_f(10));
+}
+
+// What the node rotates, less the rotation by the (temporal) position that reading repeats: with M-RoPE, an image's tokens
+// stay rotated by where they lie in it, and the sections of the fourth position, which text does not count in, back by the first.
+ggml_tensor * before_rope(const llm_graph_context & g, const llama_kvtc * kvtc, ggml_tensor * rope) {
+    if (!is_multi_rope(rope)) {
+        return rope->src[0];
+    }
+    rotation r(rope);
+    return ggml_rope_multi(g.ctx0, rope->src[0], get_pos_rel(g, kvtc), r.factors, r.params[1], r.params + 11, r.mode, r.params[4],
+            r.get_f(5), r.get_f(6), r.get_f(7), r.attn_factor(0), r.get_f(9), r.get_f(10));
+}
+
+// the rotation behind what is done to each head after it; nullptr if there is none or something else is in between
+ggml_tensor * find_rope(ggml_tensor * t) {
+    while (t->op == GGML_OP_SCALE || t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_NORM || t->op == GGML_OP_MUL) {
+        t = t->src[0];
+    }
+    return is_single_rope(t) || is_multi_rope(t) ? t : nullptr;
 }
 
 void add_capture(const llm_graph_context & g, ggml_tensor * x, const char * name, int il, float scale = 1.0f) {
@@ -115,11 +189,15 @@ ggml_tensor * llm_kvtc_keys(const llm_graph_context & g, llama_kvtc * kvtc, ggml
         while (q_rope->op == GGML_OP_SCALE) {
             q_rope = q_rope->src[0];
         }
-        if (g.hparams.has_rope(il) && !(is_single_rope(q_rope) && is_single_rope(k_cur))) {
-            throw std::runtime_error("kvtc: cannot capture keys before RoPE from this architecture yet");
-        }
-        add_capture(g, is_single_rope(q_rope) ? q_rope->src[0] : q_cur, "kvtc_q", il);
-        add_capture(g, is_single_rope(k_cur)  ? k_cur->src[0]  : k_cur, "kvtc_k", il);
+        const auto plain = [&](ggml_tensor * x) {
+            ggml_tensor * rope = find_rope(x);
+            if (!rope) {
+                throw std::runtime_error("kvtc: cannot capture keys before RoPE from this architecture yet");
+            }
+            return rope == x ? before_rope(g, kvtc, x) : unrotate(g, kvtc, x, rotation(rope));
+        };
+        add_capture(g, g.hparams.has_rope(il) ? plain(q_rope) : q_cur, "kvtc_q", il);
+        add_capture(g, g.hparams.has_rope(il) ? plain(k_cur)  : k_cur, "kvtc_k", il);
         add_capture(g, v_cur, "kvtc_v", il);
         add_capture(g, q_cur, swa ? "kvtc_q_rope_swa" : "kvtc_q_rope", il, kq_scale);
         add_capture(g, k_cur, swa ? "kvtc_k_rope_swa" : "kvtc_k_rope", il);
@@ -132,19 +210,23 @@ ggml_tensor * llama_kvtc::keys(const llm_graph_context & g, ggml_tensor * k_cur,
     if (!l.encode[GGML_KVTC_K]) {
         return k_cur;
     }
-    if (is_single_rope(k_cur)) {
-        set_rope(l, (const int32_t *) k_cur->op_params, k_cur->src[2]);
-        return k_cur->src[0]; // the ROPE node stays out of the graph
+    if (is_single_rope(k_cur) || is_multi_rope(k_cur)) {
+        set_rope(l, rotation(k_cur).params, k_cur->src[2]);
+        return before_rope(g, this, k_cur); // the ROPE node stays out of the graph
     }
     if (!g.hparams.has_rope(il)) {
         return k_cur;
     }
-    ggml_tensor * x = unrotate(g, model, k_cur, get_pos(g, this), il);
-    set_rope(l, (const int32_t *) x->op_params, x->src[2]);
-    // ROPE_BACK multiplies by the magnitude scale once more instead of dividing by it
-    ggml_kvtc_rope rope;
-    ggml_kvtc_rope_from_params((const int32_t *) x->op_params, nullptr, &rope);
-    return rope.mscale == 1.0f ? x : ggml_scale(g.ctx0, x, 1.0f/(rope.mscale*rope.mscale));
+    ggml_tensor * rope = find_rope(k_cur);
+    if (!rope) { // the rotation that the layer is said to have; the node itself does not enter the graph
+        const int mode = g.hparams.n_pos_per_embd() > 1 ? GGML_ROPE_TYPE_NEOX : g.hparams.rope_type;
+        rope = ggml_rope_ext(g.ctx0, k_cur, get_pos(g, this), model.get_rope_factors(g.cparams, il), g.hparams.n_rot(il), mode,
+                g.cparams.n_ctx_orig_yarn, model.get_rope_freq_base(g.cparams, il), model.get_rope_freq_scale(g.cparams, il),
+                g.cparams.yarn_ext_factor, g.cparams.yarn_attn_factor, g.cparams.yarn_beta_fast, g.cparams.yarn_beta_slow);
+    }
+    const rotation r(rope);
+    set_rope(l, r.params, r.factors);
+    return unrotate(g, this, k_cur, r);
 }
 
 void llama_kvtc::set_rope(layer & l, const int32_t * op_params, const ggml_tensor * freq_factors) {

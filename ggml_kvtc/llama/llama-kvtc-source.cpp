@@ -4,6 +4,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <climits>
 #include <cstdio>
 #include <mutex>
 #include <stdexcept>
@@ -17,6 +18,10 @@ struct bound_model {
     std::string key; // the files it was looked for in
     std::string source;
     std::weak_ptr<ggml_kvtc_calibration> calibration;
+
+    // a cache in the making asks for the type of every layer before it takes the calibration
+    std::shared_ptr<ggml_kvtc_calibration> held;
+    int refused = INT_MAX; // what it asked for first, where there is no calibration: the rest need not look again
 };
 
 std::mutex mutex;
@@ -105,6 +110,17 @@ std::shared_ptr<ggml_kvtc_calibration> find(const std::string & path, std::strin
     throw std::runtime_error("kvtc: calibration " + other + " belongs to another model (this one is " + fingerprint + "): " + command);
 }
 
+// with the mutex held
+std::shared_ptr<ggml_kvtc_calibration> get_calibration(bound_model & bound) {
+    auto cal = bound.calibration.lock();
+    if (!cal || bound.key != files) {
+        cal = find(bound.path, bound.source);
+        bound.key         = files;
+        bound.calibration = cal;
+    }
+    return cal;
+}
+
 } // namespace
 
 llama_kvtc_params llama_kvtc_default_params() {
@@ -135,14 +151,31 @@ void llama_kvtc_unbind_model(const llama_model * model) {
 std::shared_ptr<ggml_kvtc_calibration> llama_kvtc_find_calibration(const llama_model & model, std::string & source) {
     std::lock_guard<std::mutex> lock(mutex);
     bound_model & bound = models[&model];
-    auto cal = bound.calibration.lock();
-    if (!cal || bound.key != files) {
-        cal = find(bound.path, bound.source);
-        bound.key         = files;
-        bound.calibration = cal;
-    }
+    const auto held = std::move(bound.held); // from here on the cache's
+    auto cal = get_calibration(bound);
     source = bound.source;
     return cal;
+}
+
+ggml_type llama_kvtc_layer_type(const llama_model & model, ggml_type type, int il, ggml_kvtc_side side) {
+    const int asked = 2*il + side;
+    if (!ggml_kvtc_is_type(type)) {
+        return type;
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    bound_model & bound = models[&model];
+    if (asked > bound.refused) {
+        return type;
+    }
+    try {
+        bound.held    = get_calibration(bound);
+        bound.refused = INT_MAX;
+    } catch (const std::exception &) { // said when the cache takes it, unless the model itself rules kvtc out
+        bound.refused = asked;
+        return type;
+    }
+    const int bits = ggml_kvtc_calibration_layer_bits(bound.held.get(), il, side, ggml_kvtc_type_bits(type));
+    return bits > 0 ? (ggml_type) (GGML_TYPE_KVTC1 + bits - 1) : type;
 }
 
 bool llama_kvtc_check_flash_attn(llama_context_params & params) {

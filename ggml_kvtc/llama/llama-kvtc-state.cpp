@@ -256,7 +256,7 @@ bool llama_kvtc::is_lost(llama_seq_id seq_id, llama_pos pos) {
     for (uint32_t cell = 0; cell < c.size(); ++cell) {
         if (!c.is_empty(cell) && c.seq_has(cell, seq_id) && slot_of[stream][cell] < 0) {
             const llama_pos p = c.pos_get(cell);
-            if (p < pos && (pos - p <= params.n_window || p < params.n_sink)) {
+            if (p < pos && pos - p <= params.n_window) {
                 return true;
             }
         }

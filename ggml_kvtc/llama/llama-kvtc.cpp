@@ -81,9 +81,6 @@ void llama_kvtc::check_model(const config & cfg, const std::vector<llama_kvtc_la
     if (cfg.shared || cfg.hparams.n_layer_kv_from_start >= 0) {
         fail("cache types kvtc* cannot serve models or contexts whose layers share a KV cache yet (" + arch + "): use f16 or q8_0");
     }
-    if (cfg.hparams.n_pos_per_embd() > 1) {
-        fail("cache types kvtc* cannot serve models with M-RoPE yet (" + arch + "): use f16 or q8_0");
-    }
     if (params.n_sink < 0 || params.n_window < 0) {
         fail("--kvtc-sink and --kvtc-window must not be negative");
     }

@@ -25,7 +25,7 @@ LLAMA_API void llama_kvtc_set_capture(bool on);
 // True if the context keeps a window of exact rows, which a rollback beyond LLAMA_KVTC_ROLLBACK tokens cannot bring back.
 LLAMA_API bool llama_kvtc_has_window(struct llama_context * ctx);
 
-// True if tokens in the window before position pos (or sinks) are there, but their exact rows are not.
+// True if tokens in the window before position pos are there, but their exact rows are not.
 LLAMA_API bool llama_kvtc_is_lost(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
 // Where to compute again from so that the window before position pos is exact: twice the window back.
@@ -55,6 +55,10 @@ void llama_kvtc_unbind_model(const llama_model * model);
 
 // the model's calibration: --kvtc-file, its metadata, or the sidecar. Throws one line if there is none that fits.
 std::shared_ptr<ggml_kvtc_calibration> llama_kvtc_find_calibration(const llama_model & model, std::string & source);
+
+// The type of a layer's cache where `type` was asked for: another kvtc type if the calibration says so. A type that nothing
+// can serve comes back as it is; llama_kvtc::create says why.
+ggml_type llama_kvtc_layer_type(const llama_model & model, ggml_type type, int il, ggml_kvtc_side side);
 
 // Flash attention is how kvtc attends: on with a log line when left to llama.cpp, an error when switched off.
 bool llama_kvtc_check_flash_attn(llama_context_params & params);

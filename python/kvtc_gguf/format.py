@@ -81,7 +81,15 @@ class Calibration:
     tokens: int = 0
     tool: str = ""
     date: str = ""
+    # side -> [B][block_count]: the bits that each layer keeps when a budget is asked for, 0 for layers without a cache;
+    # without an entry for the side, every layer keeps what was asked for
+    layer_bits: dict[str, list[list[int]]] = field(default_factory=dict)
     stats: dict[str, np.ndarray] = field(default_factory=dict)  # tensor name after "kvtc.stats." -> array, sidecar only
+
+    def kept_bits(self, layer: int, side: str, bits: int) -> int:
+        """The bits that a layer with a cache keeps of its K or V ("k", "v") when the user asks for `bits`."""
+        table = self.layer_bits.get(side)
+        return table[self.bits.index(bits)][layer] if table else bits
 
 
 def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
@@ -144,6 +152,8 @@ def _header(calibration: Calibration) -> dict[str, Any]:
         "kvtc.calibration.tool": calibration.tool,
         "kvtc.calibration.date": calibration.date,
     }
+    for name, table in sorted(calibration.layer_bits.items()):
+        header[f"kvtc.layer_bits.{name}"] = np.array(table, np.int32).reshape(-1)
     for layer, sides in sorted(calibration.layers.items()):
         for name in SIDES:
             header[f"kvtc.blk.{layer}.{name}.transforms"] = list(sides[name].transforms)
@@ -195,6 +205,7 @@ def _read(reader: Reader) -> Calibration:
             except FormatError as error:
                 raise FormatError(f"layer {layer} {name}: {error}") from error
         calibration.layers[layer] = sides
+    calibration.layer_bits = _layer_bits(reader, calibration)
     check_calibration(calibration)
     return calibration
 
@@ -204,6 +215,19 @@ def _required(reader: Reader, key: str, *kinds: GGUFValueType) -> Any:
     if value is None:
         raise FormatError(f"{key} is missing")
     return value
+
+
+def _layer_bits(reader: Reader, calibration: Calibration) -> dict[str, list[list[int]]]:
+    result, size = {}, len(calibration.bits) * calibration.block_count
+    for name in SIDES:
+        key = f"kvtc.layer_bits.{name}"
+        array = reader.value(key, GGUFValueType.ARRAY, GGUFValueType.INT32)
+        if array is None:
+            continue
+        if len(array) != size:
+            raise FormatError(f"{key} has {len(array)} entries where budgets and layers ask for {size}")
+        result[name] = array.reshape(len(calibration.bits), -1).tolist()
+    return result
 
 
 def _tensor(tensors: dict[str, ReaderTensor], name: str) -> np.ndarray:

@@ -23,7 +23,12 @@ app = typer.Typer(add_completion=False)
 def describe(calibration: Calibration) -> dict[str, Any]:
     """Everything `inspect` knows, as JSON types."""
     layers = [
-        {"layer": layer, "side": name, **_describe_side(sides[name], calibration.bits)}
+        {
+            "layer": layer,
+            "side": name,
+            **_describe_side(sides[name], calibration.bits),
+            "kept": [_kept(calibration, layer, name, b) for b in calibration.bits],
+        }
         for layer, sides in sorted(calibration.layers.items())
         for name in SIDES
     ]
@@ -38,8 +43,25 @@ def describe(calibration: Calibration) -> dict[str, Any]:
         "tool": calibration.tool,
         "date": calibration.date,
         "stats": {name: list(array.shape) for name, array in sorted(calibration.stats.items())},
+        "adaptive": sorted(calibration.layer_bits),  # sides whose layers keep other bits than were asked for
+        "bpv": {name: _mean_bpv(layers, name) for name in SIDES},
         "layers": layers,
     }
+
+
+def _kept(calibration: Calibration, layer: int, side: str, asked: int) -> dict[str, Any]:
+    """What the cache allocates for a side of a layer when `asked` bits are asked for."""
+    bits, shape = calibration.kept_bits(layer, side, asked), calibration.layers[layer][side]
+    row = row_bytes(shape.n_head, shape.head_dim, bits)
+    return {"asked": asked, "type": f"kvtc{bits}", "bpv": 8 * row / (shape.n_head * shape.head_dim)}
+
+
+def _mean_bpv(layers: list[dict[str, Any]], side: str) -> list[float]:
+    """Bits per value of one side over all layers, for each budget that can be asked for."""
+    rows = [row for row in layers if row["side"] == side]
+    values = [row["n_head"] * row["head_dim"] for row in rows]
+    bpv = np.array([[kept["bpv"] for kept in row["kept"]] for row in rows])
+    return [float(mean) for mean in np.average(bpv, axis=0, weights=values)]
 
 
 def _describe_side(side: SideCalibration, bits: list[int]) -> dict[str, Any]:
@@ -72,22 +94,26 @@ def widths_summary(widths: list[list[int]]) -> str:
     return f"{max(flat)}…{min(flat)}\n{sum(flat) / len(flat):.2f}"
 
 
-def _table(layers: list[dict[str, Any]], bits: list[int]) -> Table:
+def _table(layers: list[dict[str, Any]], bits: list[int], adaptive: list[str]) -> Table:
     caption = (
         "kvtc columns: widest…narrowest group of 8 components; mean bits of a code (gains and padding take the rest)"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("layer", "heads", "transforms", "gain base"):
         table.add_column(name)
+    if adaptive:
+        table.add_column("asked → kept", no_wrap=True)
     for b in bits:
         table.add_column(f"kvtc{b}")
     for row in layers:
         low, high = min(row["gain_base"]), max(row["gain_base"])
+        kept = [f"kvtc{k['asked']} → {k['type']}" for k in row["kept"] if k["type"] != f"kvtc{k['asked']}"]
         table.add_row(
             f"{row['layer']} {row['side']}",
             f"{row['n_head']}×{row['head_dim']}",
             ", ".join(f"{name}×{n}" if n > 1 else name for name, n in Counter(row["transforms"]).items()),
             f"{low:.4g}" if low == high else f"{low:.4g}\n{high:.4g}",
+            *(["\n".join(kept) or "as asked"] if adaptive else []),
             *(widths_summary(budget["widths"]) for budget in row["budgets"]),
         )
     return table
@@ -113,7 +139,10 @@ def main(
     types = " ".join(f"kvtc{b}" for b in report["bits"])
     console.print(f"  {'cache types':<13}{types} (kvtcN: N bpv, gains and padding included)", highlight=False)
     console.print(f"  {'statistics':<13}{len(report['stats'])} tensors", highlight=False)
-    console.print(_table(report["layers"], report["bits"]))
+    for name in report["adaptive"]:
+        kept = ", ".join(f"kvtc{b}: {bpv:.2f}" for b, bpv in zip(report["bits"], report["bpv"][name], strict=True))
+        console.print(f"  {name.upper() + ' by layer':<13}{kept} bpv, the mean of all layers", highlight=False)
+    console.print(_table(report["layers"], report["bits"], report["adaptive"]))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,19 @@ def check_side(side: SideCalibration, bits: list[int]) -> None:
         raise FormatError(f"transforms: {len(side.transforms)} names for {n_head} heads")
 
 
+def check_layer_bits(name: str, table: list[list[int]], calibration: Calibration) -> None:
+    """Raise FormatError unless `table` gives each layer with a cache one of the budgets, and other layers 0."""
+    if name not in ("k", "v"):
+        raise FormatError(f"layer_bits: {name!r} is no side")
+    if [len(row) for row in table] != [calibration.block_count] * len(calibration.bits):
+        raise FormatError(f"layer_bits.{name}: must have a row for each budget, with an entry for each layer")
+    for asked, row in zip(calibration.bits, table, strict=True):
+        for layer, bits in enumerate(row):
+            if bits not in (calibration.bits if layer in calibration.layers else [0]):
+                wanted = f"one of {calibration.bits}" if layer in calibration.layers else "0, it has no cache"
+                raise FormatError(f"layer_bits.{name}: {bits} for layer {layer} at {asked} bits: must be {wanted}")
+
+
 def check_calibration(calibration: Calibration) -> None:
     """Raise FormatError unless the calibration can be written and used."""
     if not re.fullmatch("[0-9a-f]{16}", calibration.fingerprint):
@@ -145,6 +158,8 @@ def check_calibration(calibration: Calibration) -> None:
                 check_side(side, calibration.bits)
             except FormatError as error:
                 raise FormatError(f"layer {layer} {name}: {error}") from error
+    for name, table in calibration.layer_bits.items():
+        check_layer_bits(name, table, calibration)
     for name, array in calibration.stats.items():
         if len(f"kvtc.stats.{name}") > MAX_TENSOR_NAME or not 1 <= array.ndim <= 4:
             raise FormatError(f"kvtc.stats.{name}: name too long for ggml, or not 1 to 4 dimensions")

@@ -115,6 +115,10 @@ class Native:
         found = base.ggml_kvtc_calibration_shape(self.handle, layer, side, n_head, head_dim)
         return (n_head[0], head_dim[0]) if found else None
 
+    def layer_bits(self, layer: int, side: int, bits: int) -> int:
+        """The bits that a layer keeps where `bits` are asked for, 0 where the file cannot serve that."""
+        return base.ggml_kvtc_calibration_layer_bits(self.handle, layer, side, bits)
+
     def encode_matrix(self, layer: int, side: int) -> tuple[np.ndarray, np.ndarray]:
         """f32 [H, d, d] and bias f32 [H, d]: z = encode @ x + bias."""
         n_head, d = self.shape(layer, side)

@@ -7,7 +7,7 @@ import ffi
 import numpy as np
 import pytest
 import synthetic
-from damage import DAMAGES, rewrite, write_embedded
+from damage import DAMAGES, LAYER_BITS_DAMAGES, adaptive, rewrite, write_embedded
 from kvtc_gguf import format as kvtc_format
 from kvtc_gguf.format import PARTS, FormatError, metadata_arrays
 from kvtc_gguf.layout import row_bytes
@@ -113,6 +113,43 @@ def test_missing_metadata_is_refused(sidecar, tmp_path, key):
     refused(tmp_path / "b.gguf", key, "missing")
     write_embedded(kvtc_format.read(sidecar), tmp_path / "c.gguf", **{key: None})
     refused(tmp_path / "c.gguf", key, "missing")
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uneven") / "a.kvtc.gguf"
+    calibration = synthetic.calibration(3, 2, 32, bits=(1, 2, 4))
+    del calibration.layers[1]
+    kvtc_format.write(adaptive(calibration), path)
+    return path
+
+
+def test_c_and_python_agree_on_what_each_layer_keeps(uneven, tmp_path):
+    calibration = kvtc_format.read(uneven)
+    write_embedded(calibration, tmp_path / "b.gguf")
+    rewrite(uneven, tmp_path / "c.gguf", drop=("kvtc.layer_bits.k",))
+    rewrite(uneven, tmp_path / "d.gguf", drop=("kvtc.layer_bits.k", "kvtc.layer_bits.v"))
+    files = uneven, tmp_path / "b.gguf", tmp_path / "c.gguf", tmp_path / "d.gguf"
+    for file in files:
+        calibration, c = kvtc_format.read(file), ffi.Native(file)
+        for side, name in enumerate("kv"):
+            for bits in calibration.bits:
+                kept = [c.layer_bits(n, side, bits) for n in range(3)]
+                assert kept == [calibration.kept_bits(0, name, bits), 0, calibration.kept_bits(2, name, bits)]
+            assert c.layer_bits(0, side, 3) == c.layer_bits(3, side, 2) == c.layer_bits(-1, side, 2) == 0
+    hashes = [ffi.base.ggml_kvtc_calibration_hash(ffi.Native(file).handle) for file in files]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("damage", LAYER_BITS_DAMAGES)
+def test_layer_bits_out_of_range_are_refused(uneven, tmp_path, damage, side):
+    key = f"kvtc.layer_bits.{side}"
+    bad = LAYER_BITS_DAMAGES[damage](np.array(kvtc_format.read(uneven).layer_bits[side], np.int32).reshape(-1))
+    rewrite(uneven, tmp_path / "b.gguf", meta={key: bad})
+    refused(tmp_path / "b.gguf", key)
+    write_embedded(kvtc_format.read(uneven), tmp_path / "c.gguf", **{key: bad})
+    refused(tmp_path / "c.gguf", key)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])

@@ -9,11 +9,11 @@ import ffi
 import numpy as np
 import pytest
 import synthetic
-from damage import write_embedded
+from damage import adaptive, write_embedded
 from kvtc_gguf import format as kvtc_format
 from kvtc_gguf.format import FormatError
 from kvtc_gguf.gguf_io import Reader
-from kvtc_gguf.layout import row_bytes
+from kvtc_gguf.layout import BUDGETS, row_bytes
 
 
 def in_child(check, *args):
@@ -44,6 +44,7 @@ def use(path):
         n_head, d = c.shape(0, side)
         for bits in c.bits:
             pack, size = c.pack(0, bits, bits), row_bytes(n_head, d, bits)
+            assert c.layer_bits(0, side, bits) in c.bits
             ffi.encode_rows(pack, side, rng.standard_normal((5, n_head, d)).astype(np.float32), size)
             ffi.decode_rows(pack, side, rng.integers(0, 256, (20, size), np.uint8), n_head, d)
         c.encode_matrix(0, side)
@@ -51,7 +52,7 @@ def use(path):
 
 
 def small_files(folder):
-    calibration = synthetic.calibration(1, 2, 16, bits=(2, 4))
+    calibration = adaptive(synthetic.calibration(1, 2, 16, bits=(2, 4)))
     kvtc_format.write(calibration, folder / "sidecar.gguf")
     write_embedded(calibration, folder / "embedded.gguf")
     return [(folder / name).read_bytes() for name in ("sidecar.gguf", "embedded.gguf")]
@@ -87,6 +88,26 @@ def test_a_truncated_file_is_refused(tmp_path):
 @pytest.mark.parametrize("which", [0, 1], ids=["sidecar", "embedded"])
 def test_a_damaged_file_never_crashes(tmp_path, which):
     in_child(damage, tmp_path / "bad.gguf", small_files(tmp_path)[which], range(300))
+
+
+def test_c_takes_layer_bits_exactly_when_python_does(tmp_path):
+    calibration = synthetic.calibration(3, 1, 16, bits=(2, 4))
+    del calibration.layers[1]
+    path, rng, taken = tmp_path / "a.gguf", np.random.default_rng(0), 0
+    for seed in range(200):
+        table = rng.choice([2, 4], (2, 3)).astype(np.int32) * [1, 0, 1]
+        if rng.random() < 0.7:
+            table[tuple(rng.integers(0, (2, 3)))] = rng.choice([0, *BUDGETS, -1, 2**31 - 1])
+        flat = table.astype(np.int32).reshape(-1)[: rng.choice([5, 6, 6, 6])]
+        write_embedded(calibration, path, **{f"kvtc.layer_bits.{rng.choice(['k', 'v'])}": flat})
+        try:
+            kvtc_format.read(path)
+            python = True
+        except FormatError:
+            python = False
+        assert use(path) is python, f"seed {seed}: {table.tolist()}"
+        taken += python
+    assert 20 < taken < 180
 
 
 def test_c_takes_a_damaged_payload_exactly_when_python_does(tmp_path):

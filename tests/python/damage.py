@@ -90,6 +90,40 @@ DAMAGES = {
 }
 
 
+def adaptive(calibration):
+    """The calibration with layers that keep other bits than asked for: no two of a side in the same way."""
+    bits = calibration.bits
+    calibration.layer_bits = {
+        side: [
+            [
+                bits[(i + layer * step) % len(bits)] * (layer in calibration.layers)
+                for layer in range(calibration.block_count)
+            ]
+            for i in range(len(bits))
+        ]
+        for side, step in (("k", 1), ("v", 2))
+    }
+    return calibration
+
+
+# what is wrong with a `kvtc.layer_bits` of i32 [n_bits * block_count] -> how to make it so; layer 1 has no cache
+LAYER_BITS_DAMAGES = {
+    "an entry is missing": lambda a: a[:-1].copy(),
+    "an entry is too many": lambda a: np.append(a, a[-1:]),
+    "it is empty": lambda a: a[:0].copy(),
+    "it is i64": lambda a: a.astype(np.int64),
+    "it is u32": lambda a: a.view(np.uint32).copy(),
+    "it is text": lambda a: "2,4",
+    "it is a number": lambda a: np.int32(2),
+    "a layer keeps bits that the file does not serve": with_value(0, 3),
+    "a layer keeps bits beyond any type": with_value(0, 7),
+    "a layer keeps negative bits": with_value(0, -1),
+    "a layer keeps the least number": with_value(0, -(2**31)),
+    "a layer with a cache keeps nothing": with_value(0, 0),
+    "a layer without a cache keeps something": with_value(1, 2),
+}
+
+
 def split_model(path, parts):
     """Cut a model into `<stem>-0000i-of-0000n.gguf` beside it, as llama-gguf-split names them."""
     reader = Reader(path)

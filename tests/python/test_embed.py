@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import synthetic
+from damage import adaptive
 from kvtc_gguf import embed as embed_module
 from kvtc_gguf import extract
 from kvtc_gguf.embed import embed
@@ -66,8 +67,8 @@ def test_unusual_alignment_and_empty_values_survive(tmp_path):
 
 
 def test_an_older_calibration_is_replaced(model, tmp_path):
-    embed(model, calibration_of(model), tmp_path / "a.gguf")
-    small = calibration_of(model, seed=5)
+    embed(model, adaptive(calibration_of(model)), tmp_path / "a.gguf")
+    small = calibration_of(model, seed=5)  # and one whose layers keep what was asked
     del small.layers[1]
     embed(tmp_path / "a.gguf", small, tmp_path / "b.gguf")
     assert_same(small, read(tmp_path / "b.gguf"))
@@ -115,7 +116,7 @@ def test_a_split_model_is_refused(model, tmp_path):
 
 def test_command_lines_embed_and_extract(model, tmp_path):
     run, sidecar, out = CliRunner().invoke, tmp_path / "c.kvtc.gguf", tmp_path / "out.gguf"
-    calibration = calibration_of(model)
+    calibration = adaptive(calibration_of(model))
     calibration.stats = {"x": np.ones(2, np.float32)}
     write(calibration, sidecar)
     result = run(embed_module.app, [str(model), str(sidecar), "-o", str(out)])

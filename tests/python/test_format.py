@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import synthetic
-from damage import DAMAGES, rewrite, with_value, write_embedded
+from damage import DAMAGES, LAYER_BITS_DAMAGES, adaptive, rewrite, with_value, write_embedded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvtc_gguf.format import PARTS, FormatError, metadata_arrays, read, write
@@ -149,6 +149,39 @@ def test_missing_metadata_is_refused(sidecar, tmp_path, key):
     refused(tmp_path / "b.gguf", key, "missing")
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uneven") / "a.kvtc.gguf"
+    calibration = synthetic.calibration(3, 2, 32, bits=(1, 2, 4))
+    del calibration.layers[1]
+    write(adaptive(calibration), path)
+    return path
+
+
+def test_layers_of_other_bits_come_back_as_written(uneven, tmp_path):
+    calibration = read(uneven)
+    assert calibration.layer_bits == {"k": [[1, 0, 4], [2, 0, 1], [4, 0, 2]], "v": [[1, 0, 2], [2, 0, 4], [4, 0, 1]]}
+    assert [[calibration.kept_bits(layer, side, 2) for layer in (0, 2)] for side in "kv"] == [[2, 1], [2, 4]]
+    write_embedded(calibration, tmp_path / "b.gguf")
+    assert_same(calibration, read(tmp_path / "b.gguf"))
+    assert gguf.GGUFReader(uneven).get_field("kvtc.layer_bits.k").contents() == [1, 0, 4, 2, 0, 1, 4, 0, 2]
+    rewrite(uneven, tmp_path / "c.gguf", drop=("kvtc.layer_bits.v",))
+    calibration = read(tmp_path / "c.gguf")
+    assert list(calibration.layer_bits) == ["k"]
+    assert [calibration.kept_bits(2, "v", b) for b in (1, 2, 4)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("damage", LAYER_BITS_DAMAGES)
+def test_layer_bits_out_of_range_are_refused(uneven, tmp_path, damage, side):
+    key, good = f"kvtc.layer_bits.{side}", np.array(read(uneven).layer_bits[side], np.int32).reshape(-1)
+    bad = LAYER_BITS_DAMAGES[damage](good)
+    rewrite(uneven, tmp_path / "b.gguf", meta={key: bad})
+    refused(tmp_path / "b.gguf", f"layer_bits.{side}")
+    write_embedded(read(uneven), tmp_path / "c.gguf", **{key: bad})
+    refused(tmp_path / "c.gguf", f"layer_bits.{side}")
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_missing_and_misshapen_tensors_are_refused(sidecar, tmp_path, part):
     name = f"kvtc.blk.1.v.{part}"
@@ -225,6 +258,10 @@ def test_an_invalid_calibration_is_not_written(tmp_path):
     with pytest.raises(FormatError, match="layer 0 v: mean"):
         metadata_arrays(calibration)
     calibration.layers[0]["v"].mean[0, 0] = 0
+    for calibration.layer_bits in ({"k": []}, {"v": [[2, 2]]}, {"k": [[3]]}, {"q": [[2]]}):
+        with pytest.raises(FormatError, match="layer_bits"):
+            write(calibration, path)
+    calibration.layer_bits = {}
     del calibration.layers[0]["k"].codebooks[next(iter(calibration.layers[0]["k"].codebooks))]
     with pytest.raises(FormatError, match="missing"):
         write(calibration, path)
@@ -232,7 +269,7 @@ def test_an_invalid_calibration_is_not_written(tmp_path):
 
 
 def small_files(folder):
-    calibration = synthetic.calibration(1, 1, 32, bits=(1, 2))
+    calibration = adaptive(synthetic.calibration(1, 1, 32, bits=(1, 2)))
     write(calibration, folder / "sidecar.gguf")
     write_embedded(calibration, folder / "embedded.gguf")
     return [(folder / name).read_bytes() for name in ("sidecar.gguf", "embedded.gguf")]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import synthetic
-from kvtc_gguf.format import write
+from kvtc_gguf.format import read, write
 from kvtc_gguf.inspect import app, widths_summary
 from typer.testing import CliRunner
 
@@ -51,6 +51,26 @@ def test_table_names_layers_transforms_and_model(file):
         "2×64",
         "2×32",
     ):
+        assert word in result.stdout, word
+
+
+def test_layers_that_keep_other_bits_than_asked_are_named(file):
+    plain = CliRunner().invoke(app, [str(file)])
+    assert "kept" not in plain.output and "as asked" not in plain.output
+    calibration = read(file)
+    calibration.layer_bits = {"k": [[4, 2], [4, 4]]}  # one layer of two has 4 bits where 2 are asked for
+    write(calibration, file)
+    report = json.loads(CliRunner().invoke(app, [str(file), "--json"]).stdout)
+    assert report["adaptive"] == ["k"] and report["bpv"] == {"k": [3.0, 4.0], "v": [2.0, 4.0]}
+    kept = [[(k["asked"], k["type"], k["bpv"]) for k in row["kept"]] for row in report["layers"]]
+    assert kept == [[(2, "kvtc4", 4.0), (4, "kvtc4", 4.0)], *[[(2, "kvtc2", 2.0), (4, "kvtc4", 4.0)]] * 3]
+    result = subprocess.run(
+        [sys.executable, "-m", "kvtc_gguf.inspect", str(file)],
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": "200", "PYTHONPATH": ":".join(sys.path)},
+    )
+    for word in ("K by layer", "kvtc2: 3.00, kvtc4: 4.00 bpv", "kvtc2 → kvtc4", "as asked"):
         assert word in result.stdout, word
 
 
