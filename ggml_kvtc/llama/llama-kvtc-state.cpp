@@ -155,6 +155,18 @@ void llama_kvtc::read_rows(llama_io_read_i & io, const std::vector<int32_t> & sl
     for_each_row(slots, [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
 }
 
+std::vector<int32_t> llama_kvtc::slots_for(uint32_t stream, size_t n) const {
+    std::vector<int32_t> slots;
+    for (const auto & found : find_slots(stream, n)) {
+        slots.push_back(found.second);
+    }
+    if (slots.size() < n) {
+        refuse("no room for the " + std::to_string(n) + " exact rows of the state");
+    }
+    std::sort(slots.begin(), slots.end()); // longer runs
+    return slots;
+}
+
 void llama_kvtc::state_write(llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & idxs, llama_seq_id seq_id) {
     commit();
     std::vector<int32_t> positions;
@@ -181,10 +193,7 @@ bool llama_kvtc::state_read(llama_io_read_i & io, uint32_t stream, const std::ve
     }
     try {
         const std::vector<int32_t> keys  = read_head(io, positions);
-        const std::vector<int32_t> slots = find_free_slots(stream, keys.size());
-        if (slots.size() < keys.size()) {
-            refuse("no room for the " + std::to_string(keys.size()) + " exact rows of the state");
-        }
+        const std::vector<int32_t> slots = slots_for(stream, keys.size());
         for (int32_t key : keys) {
             if (key < 0 || key >= (int32_t) idxs.size()) {
                 refuse("the state is damaged");
@@ -233,10 +242,7 @@ void llama_kvtc::state_read_partial(llama_io_read_i & io, llama_seq_id seq_id) {
             }
         }
     }
-    std::vector<int32_t> slots = find_free_slots(stream, keys.size());
-    if (slots.size() < keys.size()) {
-        refuse("no room for the " + std::to_string(keys.size()) + " exact rows of the state");
-    }
+    const std::vector<int32_t> slots = slots_for(stream, keys.size());
     read_rows(io, slots);
     for (size_t i = 0; i < keys.size(); ++i) {
         const auto it = by_pos.find(keys[i]);

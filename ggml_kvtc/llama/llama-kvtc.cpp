@@ -251,45 +251,56 @@ const llama_kvtc::layer & llama_kvtc::get_layer(int il) const {
     return const_cast<llama_kvtc *>(this)->get_layer(il);
 }
 
-// is the cell a sink of, or among the newest of, one of its sequences (or the one asked for)?
-bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell, llama_seq_id seq_id) const {
+// How far behind the end of its sequences a cell is, -1 for sinks: the nearest of them, or the one asked for.
+int32_t llama_kvtc::distance(uint32_t stream, uint32_t cell, llama_seq_id seq_id) const {
     const llama_kv_cells & c = cells[stream];
     if (c.is_empty(cell)) {
-        return false;
+        return INT32_MAX;
     }
     const llama_pos pos = c.pos_get(cell);
     if (pos < params.n_sink) {
-        return true;
+        return -1;
     }
     if (seq_id < 0 && c.seq_count(cell) == 1) {
         seq_id = c.seq_get(cell);
     }
     if (seq_id >= 0) {
-        return c.seq_has(cell, seq_id) && c.seq_pos_max(seq_id) - pos < n_keep;
+        return c.seq_has(cell, seq_id) ? c.seq_pos_max(seq_id) - pos : INT32_MAX;
     }
+    int32_t result = INT32_MAX;
     for (llama_seq_id seq = 0; seq < (llama_seq_id) n_seq_max; ++seq) {
-        if (c.seq_has(cell, seq) && c.seq_pos_max(seq) - pos < n_keep) {
-            return true;
-        }
-    }
-    return false;
-}
-
-// does a cell that must be kept own the slot?
-bool llama_kvtc::is_held(int32_t slot) const {
-    const owner & o = owners[slot];
-    return o.cell >= 0 && slot_of[o.stream][o.cell] == slot && must_keep(o.stream, o.cell);
-}
-
-std::vector<int32_t> llama_kvtc::find_free_slots(uint32_t stream, size_t n) const {
-    std::vector<int32_t> result;
-    for (uint32_t i = 0; i < n_slots && result.size() < n; ++i) {
-        const int32_t slot = (int32_t) (stream*n_slots + i);
-        if (!is_held(slot)) {
-            result.push_back(slot);
+        if (c.seq_has(cell, seq)) {
+            result = std::min(result, c.seq_pos_max(seq) - pos);
         }
     }
     return result;
+}
+
+bool llama_kvtc::must_keep(uint32_t stream, uint32_t cell, llama_seq_id seq_id) const {
+    return distance(stream, cell, seq_id) < n_keep;
+}
+
+// Up to n slots with how far behind their cells are, furthest first: free ones, then those of cells that should keep theirs,
+// of which there are too many where cells share positions (a division, an image). Never those of sinks.
+std::vector<std::pair<int32_t, int32_t>> llama_kvtc::find_slots(uint32_t stream, size_t n) const {
+    std::vector<std::pair<int32_t, int32_t>> free;
+    std::vector<std::pair<int32_t, int32_t>> held;
+    for (uint32_t i = 0; i < n_slots && free.size() < n; ++i) {
+        const int32_t slot = (int32_t) (stream*n_slots + i);
+        const owner & o    = owners[slot];
+        const bool owned   = o.cell >= 0 && slot_of[o.stream][o.cell] == slot;
+        const int32_t dist = owned ? distance(o.stream, o.cell) : INT32_MAX;
+        if (dist >= n_keep) {
+            free.push_back({ INT32_MAX, slot });
+        } else if (dist >= 0) {
+            held.push_back({ dist, slot });
+        }
+    }
+    std::sort(held.rbegin(), held.rend());
+    for (size_t i = 0; i < held.size() && free.size() < n; ++i) {
+        free.push_back(held[i]);
+    }
+    return free;
 }
 
 void llama_kvtc::set_owner(int32_t slot, uint32_t stream, uint32_t cell) {
@@ -338,15 +349,11 @@ void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector
                 wanted.push_back((int64_t) i);
             }
         }
-        const auto pos = [&](int64_t i) { return cells[stream].pos_get(cells_cur[i].cell); };
-        std::stable_sort(wanted.begin(), wanted.end(), [&](int64_t a, int64_t b) {
-            const bool sink_a = pos(a) < params.n_sink;
-            const bool sink_b = pos(b) < params.n_sink;
-            return sink_a != sink_b ? sink_a : pos(a) > pos(b);
-        });
-        const std::vector<int32_t> free = find_free_slots(stream, wanted.size());
-        for (size_t i = 0; i < free.size(); ++i) {
-            slots_cur[wanted[i]] = free[i];
+        const auto behind = [&](int64_t i) { return distance(stream, cells_cur[i].cell); };
+        std::stable_sort(wanted.begin(), wanted.end(), [&](int64_t a, int64_t b) { return behind(a) < behind(b); });
+        const auto found = find_slots(stream, wanted.size());
+        for (size_t i = 0; i < found.size() && found[i].first > behind(wanted[i]); ++i) {
+            slots_cur[wanted[i]] = found[i].second;
         }
     }
 }

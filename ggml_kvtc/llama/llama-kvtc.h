@@ -154,13 +154,14 @@ private:
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
     void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
+    int32_t distance  (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
     bool must_keep    (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
-    bool is_held      (int32_t slot) const;
     void set_owner    (int32_t slot, uint32_t stream, uint32_t cell);
     void commit       ();
-    std::vector<int32_t> find_free_slots(uint32_t stream, size_t n) const; // fewer if there are no more
+    std::vector<std::pair<int32_t, int32_t>> find_slots(uint32_t stream, size_t n) const;
     void write_head   (llama_io_write_i & io, const std::vector<int32_t> & keys, const std::vector<int32_t> & positions) const;
     void write_rows   (llama_io_write_i & io, const std::vector<int32_t> & slots) const;
+    std::vector<int32_t> slots_for(uint32_t stream, size_t n) const;
     void read_rows    (llama_io_read_i  & io, const std::vector<int32_t> & slots) const;
     std::vector<int32_t> read_head(llama_io_read_i & io, const std::vector<int32_t> & positions) const;
     template <typename F> void for_each_row(const std::vector<int32_t> & slots, F && f) const;
