@@ -4,6 +4,11 @@ BUILD_DIR  ?= build
 CMAKE_ARGS ?=
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
+ASAN_DIR   ?= build-asan
+# Tests that load the libraries, tests that run the tools, and the tools that those run; TEST_ARGS narrows both.
+ASAN_NATIVE ?= $(wildcard tests/native tests/llama)
+ASAN_TESTS  ?= $(wildcard tests/serving)
+ASAN_TOOLS  := llama-server llama-completion llama-perplexity
 
 VENV    := .venv
 VPYTHON := $(VENV)/bin/python
@@ -16,11 +21,11 @@ NINJA    = $(shell command -v ninja || echo $(CURDIR)/$(VENV)/bin/ninja)
 CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 
 .DEFAULT_GOAL := help
-.PHONY: help check venv build models calibration demo test lint clean
+.PHONY: help check venv build models calibration demo test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
 
 check: # what the rest needs and cannot install
@@ -63,9 +68,27 @@ demo: build calibration ## generate with a compressed cache, then measure every 
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)
 
+# Every report goes to a file, since a tool's exit code and stderr may be what a test expects. Python is not sanitized: it
+# needs the runtimes before any library, and its own memory is no leak. handle_sigill: what UBSan finds traps.
+ASAN_REPORTS = $(CURDIR)/$(ASAN_DIR)/reports
+ASAN_ENV     = KVTC_BIN=$(CURDIR)/$(ASAN_DIR)/bin KVTC_LIB_DIR=$(CURDIR)/$(ASAN_DIR)/bin \
+	ASAN_OPTIONS=halt_on_error=1:handle_sigill=1:handle_abort=1:detect_leaks=$(1):log_path=$(ASAN_REPORTS)/asan
+ASAN_PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $(CXX_FOUND) -print-file-name=$(name)))
+
+test-asan: venv ## the C++ and server tests under AddressSanitizer and UBSan (GCC), built in build-asan
+	$(CMAKE) -S . -B $(ASAN_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev --log-level=NOTICE -DKVTC_SANITIZE=ON \
+		-DKVTC_UPSTREAM_DIR=$(CURDIR)/$(BUILD_DIR)/upstream $(CMAKE_ARGS)
+	$(CMAKE) --build $(ASAN_DIR) --target $(ASAN_TOOLS)
+	@rm -rf $(ASAN_REPORTS) && mkdir -p $(ASAN_REPORTS)
+	@failed=0; set -x; \
+	$(call ASAN_ENV,0) LD_PRELOAD="$(ASAN_PRELOAD)" $(VPYTHON) -m pytest $(ASAN_NATIVE) $(TEST_ARGS) || failed=1; \
+	$(call ASAN_ENV,1) $(VPYTHON) -m pytest $(ASAN_TESTS) $(TEST_ARGS) || failed=1; \
+	set +x; for report in $(ASAN_REPORTS)/*; do test -e "$$report" && cat "$$report" >&2 && failed=1; done; \
+	exit $$failed
+
 lint: venv ## ruff, as CONTRIBUTING.md asks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## remove build/ (the environment stays)
-	rm -rf $(BUILD_DIR)
+clean: ## remove build/ and build-asan/ (the environment stays)
+	rm -rf $(BUILD_DIR) $(ASAN_DIR)

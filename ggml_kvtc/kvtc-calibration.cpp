@@ -77,7 +77,9 @@ void copy_f32(std::vector<float> & dst, const float * src, size_t n, const std::
 
 void copy_f16(std::vector<float> & dst, const ggml_fp16_t * src, size_t n, const std::string & what) {
     std::vector<ggml_fp16_t> half(n);
-    memcpy(half.data(), src, n*sizeof(ggml_fp16_t));
+    if (n > 0) { // else src may be null, which memcpy must not see
+        memcpy(half.data(), src, n*sizeof(ggml_fp16_t));
+    }
     dst.resize(n);
     ggml_fp16_to_fp32_row(half.data(), dst.data(), (int64_t) n);
     for (float x : dst) {

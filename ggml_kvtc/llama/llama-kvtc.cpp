@@ -223,17 +223,26 @@ void llama_kvtc::print_info() const {
     }
     double sizes[2];
     for (int i = 0; i < 2; ++i) {
-        sizes[i] = buffers[i].second ? ggml_backend_buffer_get_size(buffers[i].second.get())/MIB : 0.0;
+        sizes[i] = get_buffer_size(i)/MIB;
     }
     LLAMA_LOG_INFO("%s: %.3f bpv, codes %.2f MiB, exact rows %.2f MiB (%d sinks, window %d, rollback %d, %zu slots), bases %.2f MiB\n", __func__,
             bits/values, codes/MIB, sizes[1], params.n_sink, params.n_window, n_keep - params.n_window, owners.size(), sizes[0]);
 }
 
+// of bases (0) and exact rows (1); in a dry run, what it would be
+size_t llama_kvtc::get_buffer_size(int i) const {
+    const auto & [ctx, buf] = buffers[i];
+    if (!buf) {
+        return 0;
+    }
+    return hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), ggml_backend_buffer_get_type(buf.get())) :
+                              ggml_backend_buffer_get_size(buf.get());
+}
+
 void llama_kvtc::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
-    for (const auto & [ctx, buf] : buffers) {
-        if (buf) {
-            ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
-            sizes[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    for (size_t i = 0; i < buffers.size(); ++i) {
+        if (buffers[i].second) {
+            sizes[ggml_backend_buffer_get_type(buffers[i].second.get())] += get_buffer_size((int) i);
         }
     }
 }

@@ -153,6 +153,7 @@ private:
     void check_layer  (const config & cfg, const llama_kvtc_layer & l) const;
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
+    size_t get_buffer_size(int i) const;
     void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
     int32_t distance  (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
     bool must_keep    (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;

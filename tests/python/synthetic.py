@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection
 
 import gguf
 import numpy as np
@@ -10,6 +11,23 @@ from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import GROUP, WIDTHS, codebook_keys, payload_bytes, row_bytes
 
 REACH = {1: 0.8, 2: 1.5, 3: 2.15, 4: 2.73, 5: 3.25, 6: 3.7, 8: 4.4}  # outer level over the standard deviation
+HYBRID = ("lfm2", "qwen35")  # their even layers are recurrent
+CONV, DELTA_HEADS, DELTA_DIM = 4, 2, 32  # taps of short convolutions; heads and state size of gated delta nets
+# What architectures need besides the usual. M-RoPE's sections: pairs of time, height, width, and of none of these.
+METADATA: dict[str, dict[str, int | float | str | list[int]]] = {
+    "qwen2vl": {"rope.dimension_sections": [4, 5, 6, 1]},
+    "qwen3vl": {"rope.dimension_sections": [6, 5, 4, 1]},
+    "lfm2": {"shortconv.l_cache": CONV},
+    "qwen35": {
+        "rope.dimension_sections": [3, 2, 2, 1],
+        "full_attention_interval": 2,
+        "ssm.conv_kernel": CONV,
+        "ssm.inner_size": DELTA_HEADS * DELTA_DIM,
+        "ssm.state_size": DELTA_DIM,
+        "ssm.time_step_rank": DELTA_HEADS,
+        "ssm.group_count": DELTA_HEADS,
+    },
+}
 
 
 def calibration(
@@ -20,11 +38,17 @@ def calibration(
     bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6),
     seed: int = 0,
     fingerprint: str = "0123456789abcdef",
+    only: Collection[int] | None = None,
 ) -> Calibration:
-    """A valid calibration with random transforms, widths and codebooks; wider budgets never narrow a group."""
+    """A valid calibration with random transforms, widths and codebooks; wider budgets never narrow a group.
+
+    `only`: the layers that have a cache, if not all have one.
+    """
     rng = np.random.default_rng(seed)
     dims = {"k": head_dim, "v": head_dim_v or head_dim}
-    layers = {n: {s: side(rng, n_head, d, bits, int(s == "v")) for s, d in dims.items()} for n in range(n_layer)}
+    layers = {
+        n: {s: side(rng, n_head, d, bits, int(s == "v")) for s, d in dims.items()} for n in only or range(n_layer)
+    }
     return Calibration(fingerprint, "llama", n_layer, list(bits), layers, "synthetic", 4096, "tests", "2025-01-01")
 
 
@@ -89,11 +113,13 @@ def tiny_model(
     n_rot: int | None = None,
     dtype: type[np.generic] = np.float32,
     seed: int = 0,
-    extra: dict[str, int | float | str] | None = None,
+    extra: dict[str, int | float | str | list[int]] | None = None,
 ) -> None:
     """A model GGUF with random weights and a vocabulary of single bytes that llama.cpp loads and runs.
 
-    architecture: "llama" (RoPE pairs neighbours) or "qwen2" (NeoX pairs, biases, n_embd = n_head * head_dim).
+    architecture: "llama" (RoPE pairs neighbours), "qwen2" (NeoX pairs, biases, n_embd = n_head * head_dim), "qwen2vl"
+    (the same with M-RoPE), "qwen3vl" (interleaved M-RoPE, QK-norm), "lfm2" (layers 0, 2, … are short convolutions) or
+    "qwen35" (layers 0, 2, … are gated delta nets; interleaved M-RoPE of half a head's channels; queries with a gate).
     `extra` adds metadata, its keys after the architecture's name, such as {"rope.scaling.type": "yarn"}.
     """
     rng = np.random.default_rng(seed)
@@ -103,14 +129,17 @@ def tiny_model(
     writer.add_embedding_length(n_embd)
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
+    recurrent = set(range(0, n_layer, 2)) if architecture in HYBRID else set()
+    kv_heads = [n_head_kv * (n not in recurrent) for n in range(n_layer)]
+    writer.add_head_count_kv(kv_heads if architecture == "lfm2" else n_head_kv)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(n_rot or head_dim)
-    for key, value in (extra or {}).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+    writer.add_rope_dimension_count(n_rot or (head_dim // 2 if architecture == "qwen35" else head_dim))
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in (METADATA.get(architecture, {}) | (extra or {})).items():
+        add = adders[type(value)]
         add(f"{architecture}.{key}", value)
     n_vocab = _byte_vocabulary(writer)
 
@@ -118,23 +147,68 @@ def tiny_model(
         array = rng.standard_normal(shape) * gain / np.sqrt(shape[-1])
         writer.add_tensor(name, array.astype(dtype if len(shape) > 1 else np.float32))
 
-    def norm(name: str) -> None:
-        writer.add_tensor(name, rng.uniform(0.8, 1.2, n_embd).astype(np.float32))
+    def norm(name: str, size: int = n_embd) -> None:
+        writer.add_tensor(name, rng.uniform(0.8, 1.2, size).astype(np.float32))
 
     weight("token_embd.weight", n_vocab, n_embd, gain=8)
     for n in range(n_layer):
         norm(f"blk.{n}.attn_norm.weight")
-        for name, heads in (("q", n_head), ("k", n_head_kv), ("v", n_head_kv)):
-            weight(f"blk.{n}.attn_{name}.weight", heads * head_dim, n_embd, gain=1.0 if name == "v" else 1.5)
-            if architecture == "qwen2":
-                weight(f"blk.{n}.attn_{name}.bias", heads * head_dim, gain=3)
-        weight(f"blk.{n}.attn_output.weight", n_embd, n_head * head_dim)
-        norm(f"blk.{n}.ffn_norm.weight")
+        if n in recurrent:
+            _recurrent_layer(weight, norm, architecture, n, n_embd)
+        else:
+            for name, heads in (("q", n_head), ("k", n_head_kv), ("v", n_head_kv)):
+                rows = heads * head_dim * (2 if architecture == "qwen35" and name == "q" else 1)
+                weight(f"blk.{n}.attn_{name}.weight", rows, n_embd, gain=1.0 if name == "v" else 1.5)
+                if architecture in ("qwen2", "qwen2vl"):
+                    weight(f"blk.{n}.attn_{name}.bias", heads * head_dim, gain=3)
+                elif architecture != "llama" and name != "v":
+                    norm(f"blk.{n}.attn_{name}_norm.weight", head_dim)
+            weight(f"blk.{n}.attn_output.weight", n_embd, n_head * head_dim)
+        norm(f"blk.{n}.{'post_attention' if architecture == 'qwen35' else 'ffn'}_norm.weight")
         weight(f"blk.{n}.ffn_gate.weight", n_ff, n_embd)
         weight(f"blk.{n}.ffn_up.weight", n_ff, n_embd)
         weight(f"blk.{n}.ffn_down.weight", n_embd, n_ff)
-    norm("output_norm.weight")
+    norm("token_embd_norm.weight" if architecture == "lfm2" else "output_norm.weight")
     weight("output.weight", n_vocab, n_embd, gain=2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _recurrent_layer(weight: Callable, norm: Callable, architecture: str, n: int, n_embd: int) -> None:
+    """What stands in for attention in layer `n` of a hybrid model."""
+    if architecture == "lfm2":
+        weight(f"blk.{n}.shortconv.conv.weight", n_embd, CONV)
+        weight(f"blk.{n}.shortconv.in_proj.weight", 3 * n_embd, n_embd)
+        weight(f"blk.{n}.shortconv.out_proj.weight", n_embd, n_embd)
+        return
+    inner = DELTA_HEADS * DELTA_DIM
+    weight(f"blk.{n}.attn_qkv.weight", 3 * inner, n_embd)
+    weight(f"blk.{n}.attn_gate.weight", inner, n_embd)
+    weight(f"blk.{n}.ssm_conv1d.weight", 3 * inner, CONV)
+    weight(f"blk.{n}.ssm_alpha.weight", DELTA_HEADS, n_embd)
+    weight(f"blk.{n}.ssm_beta.weight", DELTA_HEADS, n_embd)
+    weight(f"blk.{n}.ssm_dt.bias", DELTA_HEADS)
+    weight(f"blk.{n}.ssm_a", DELTA_HEADS, gain=-0.1)
+    norm(f"blk.{n}.ssm_norm.weight", DELTA_DIM)
+    weight(f"blk.{n}.ssm_out.weight", n_embd, inner)
+
+
+def lora_adapter(path: str | os.PathLike[str], model: str | os.PathLike[str], rank: int = 4, seed: int = 0) -> None:
+    """A random LoRA adapter GGUF for the projections of all attention layers of a tiny model."""
+    rng = np.random.default_rng(seed)
+    reader = gguf.GGUFReader(model)
+    writer = gguf.GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for tensor in reader.tensors:
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")):
+            rows, columns = tensor.data.shape
+            for side, shape in (("a", (rank, columns)), ("b", (rows, rank))):
+                array = rng.standard_normal(shape) / np.sqrt(shape[1])
+                writer.add_tensor(f"{tensor.name}.lora_{side}", array.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,153 @@
+"""Saved states of a kvtc cache. Failures caught: a restored text that goes on as another one, rows or positions that
+land in the wrong sequence, a state of another calibration, type or window that is taken, a context that a
+bad state breaks.
+"""
+
+from __future__ import annotations
+
+import driver
+import pytest
+import synthetic
+import tools
+from driver import HUGE, Context, kld, text
+from kvtc_gguf.format import write
+
+LIMIT = 1e-4  # nats a token: the order of sums
+N, NEXT = 150, 64
+PROMPT, OTHER = text(N), text(90, seed=2)
+UNIFIED = pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+MODELS = pytest.mark.parametrize("name", ["one", "two", "sliding"])
+
+
+@pytest.fixture
+def make(request):
+    """Contexts of a model of conftest.py with PROMPT in sequence 0 and OTHER in 1, or empty; freed after the test."""
+    made: list[Context] = []
+
+    def context(name: str = "one", filled: bool = True, **options) -> Context:
+        made.append(Context(request.getfixturevalue(name), **{"n_seq": 3, "n_ctx": 1536, **options}))
+        if filled:
+            made[-1].decode(PROMPT, 0)
+            made[-1].decode(OTHER, 0, seq=1)
+        return made[-1]
+
+    yield context
+    for each in made:
+        each.close()
+
+
+def check(restored: Context, saved: Context, seq: int = 0, start: int = N, saved_seq: int = 0) -> None:
+    """The next greedy tokens and their logits are those of the context that was saved."""
+    assert restored.range(seq)[1] == saved.range(saved_seq)[1] == start - 1
+    tokens, logits = restored.greedy(9, start, NEXT, seq)
+    assert (expected := saved.greedy(9, start, NEXT, saved_seq))[0] == tokens
+    assert kld(expected[1], logits) <= LIMIT
+
+
+@UNIFIED
+@MODELS
+def test_whole_state_restored_goes_on_as_before(make, name, unified):
+    saved = make(name, unified=unified)
+    state = saved.save()
+    used = make(name, unified=unified)
+    used.decode(text(20, seed=3), N)
+    for restored in (make(name, unified=unified, filled=False), used):
+        assert restored.restore(state)
+        assert restored.save() == state
+    check(used, saved)
+    check(used, saved, seq=1, start=90, saved_seq=1)
+
+
+@UNIFIED
+@MODELS
+def test_sequence_restored_under_another_id_goes_on_as_before(make, name, unified):
+    saved, restored = make(name, unified=unified), make(name, unified=unified)
+    assert restored.restore(saved.save(0), 2)
+    assert restored.rm(1, -1, HUGE) and restored.restore(saved.save(0), 1)
+    assert restored.restore(saved.save(1), 0)  # over what is there
+    check(restored, make(name, unified=unified), seq=2)
+    check(restored, make(name, unified=unified), seq=1)
+    check(restored, saved, seq=0, start=90, saved_seq=1)
+
+
+@UNIFIED
+def test_files_hold_what_data_hold(make, tmp_path, unified):
+    saved, restored = make(unified=unified), make(unified=unified, filled=False)
+    saved.save_file(tmp_path / "whole", PROMPT)
+    saved.save_file(tmp_path / "one", PROMPT, seq=0)
+    assert restored.restore_file(tmp_path / "whole") == PROMPT
+    assert restored.restore_file(tmp_path / "one", seq=2) == PROMPT
+    first = make(unified=unified)
+    check(restored, first, seq=2)
+    check(restored, saved)
+
+
+@UNIFIED
+def test_restored_sequence_rolls_back_and_shifts_as_before(make, unified):
+    """What a rollback needs beyond the window is in the state, too."""
+    saved, restored = make(unified=unified), make(unified=unified, filled=False)
+    assert restored.restore(saved.save(0), 1)
+    fresh = make(filled=False, unified=unified)
+    fresh.decode(PROMPT[:4] + PROMPT[44 : N - 64], 0)
+    assert restored.rm(1, N - 64, HUGE)
+    restored.shift(4, 40, seq=1)
+    check(restored, fresh, seq=1, start=N - 104)
+
+
+def refusal(context: Context, state: bytes, seq: int | None) -> str:
+    """The one line of log with which a state is refused; the context goes on."""
+    driver.log.clear()
+    assert not context.restore(state, seq)
+    lines = [line.strip() for line in driver.log if line.startswith("kvtc:")]
+    assert len(lines) == 1, driver.log
+    assert context.range(seq or 0) == (-1, -1)
+    context.decode(PROMPT, 0, seq or 0)
+    return lines[0]
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cache": ("kvtc2", "kvtc3")}, "kvtc4"),
+        ({"cache": ("kvtc3", "kvtc4")}, "kvtc2"),
+        ({"window": 17}, "--kvtc-window 16"),
+        ({"sink": 3}, "--kvtc-sink 4"),
+    ],
+    ids=["values", "keys", "window", "sinks"],
+)
+def test_state_of_other_settings_is_refused(make, seq, options, words):
+    saved, other = make(), make(filled=False, **options)
+    assert words in refusal(other, saved.save(seq), seq)
+    fresh = make(filled=False, **options)
+    fresh.decode(PROMPT, 0)
+    check(other, fresh)
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_state_of_another_calibration_is_refused(make, tmp_path, seq):
+    path = tmp_path / "other.gguf"
+    synthetic.tiny_model(path, n_layer=1, head_dim=64)
+    write(tools.calibration_of(path, 1, head_dim=64, seed=5), path.with_suffix(".kvtc.gguf"))
+    other = Context(driver.Model(path), n_seq=3, n_ctx=1536)
+    assert "another calibration" in refusal(other, make().save(seq), seq)
+    other.close()
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_damaged_state_is_refused_and_the_context_goes_on(make, seq):
+    """A flipped byte anywhere in kvtc's head, and states that end early."""
+    saved, context, fresh = make(), make(filled=False), make(filled=False)
+    state = saved.save(seq)
+    fresh.decode(PROMPT, 0)
+    expected = fresh.decode(PROMPT[:20], N)
+    head = state.index(b"kvtc")
+    for at in [head + i for i in (0, 4, 8, 15, 16, 20, 24, 28, 32, 40, 60)]:
+        damaged = state[:at] + bytes([state[at] ^ 1]) + state[at + 1 :]
+        assert not context.restore(damaged, seq), at - head
+        context.clear()
+    for size in (3, head - 1, head + 2, head + 50, len(state) // 2, len(state) - 1):
+        assert not context.restore(state[:size], seq), size
+        context.clear()
+    context.decode(PROMPT, 0)
+    assert kld(expected, context.decode(PROMPT[:20], N)) <= LIMIT

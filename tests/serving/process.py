@@ -1,0 +1,90 @@
+"""llama-server on loopback for the tests: a process with a cache type, and what is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tools
+from openai import OpenAI
+
+KVTC = ("-ct", "kvtc-k2v4")
+EXACT = (*KVTC, *tools.EXACT)
+CODED = (*KVTC, "--kvtc-window", 16)  # most of a prompt is read from codes
+START, STOP = 60, 30  # seconds; sanitized servers are slow
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog. " * 4,
+    "Pack my box with five dozen liquor jugs, she said. " * 4,
+    "How vexingly quick daft zebras jump over the moon! " * 4,
+    "Sphinx of black quartz, judge my vow, if you please. " * 4,
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+    log: Path
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=tools.LIMIT)
+
+    def post(self, path: str, body: dict) -> dict:
+        """The answer's body; an error of HTTP becomes {"status": its number, "message": ...}."""
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, kind)
+        try:
+            with urllib.request.urlopen(request, timeout=tools.LIMIT) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return {"status": error.code, "message": json.load(error)["error"]["message"]}
+
+    def complete(self, prompt: str, slot: int = -1, n: int = 24, **more) -> dict:
+        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "id_slot": slot}
+        return self.post("/completion", body | more)
+
+    def text(self, prompt: str, slot: int = -1, n: int = 24, **more) -> str:
+        return self.complete(prompt, slot, n, **more)["content"]
+
+    def slot(self, action: str, slot: int, filename: str = "slot.bin") -> dict:
+        return self.post(f"/slots/{slot}?action={action}", {"filename": filename})
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+@contextlib.contextmanager
+def serve(folder: Path, model: Path, *arguments: object) -> Iterator[Server]:
+    """A server with two slots on a free port of loopback; leaving stops it and checks that it ended by itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Server(port, folder / "server.log")
+    fixed = ("--host", "127.0.0.1", "--port", port, "-c", 1024, "-t", 1, "-np", 2, "--slot-save-path", folder, "-lv", 4)
+    command = [str(part) for part in (tools.BIN / "llama-server", "-m", model, *fixed, *arguments)]
+    with server.log.open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + START
+            while not server.healthy():
+                assert process.poll() is None and time.monotonic() < deadline, server.log.read_text()
+                time.sleep(0.05)
+            yield server
+            process.terminate()
+            assert process.wait(STOP) == 0
+        finally:
+            process.kill()
+            process.wait(STOP)
