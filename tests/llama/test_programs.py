@@ -135,6 +135,8 @@ class Machine:
         self.oracle.rm(seq, p0, p0 + n)
 
     def cp(self, src: int, dst: int) -> None:
+        if self.unified and any(dst in cell.seqs for cell in self.oracle.of(src)):
+            return  # an assertion of llama.cpp's debug builds: a cell joins a sequence once
         if src != dst and self.flush():
             for context in self.both:
                 context.cp(src, dst)
