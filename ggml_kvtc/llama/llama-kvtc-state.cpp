@@ -75,7 +75,7 @@ void read_vector(llama_io_read_i & io, std::vector<T> & v, size_t n) {
 // Everything but the rows. Positions are those of all saved cells, so that a state whose cells were damaged is refused, too.
 void llama_kvtc::write_head(llama_io_write_i & io, const std::vector<int32_t> & keys, const std::vector<int32_t> & positions) const {
     head h;
-    h.hash     = ggml_kvtc_calibration_hash(calibration.get());
+    h.hash     = calibration_hash;
     h.n_sink   = params.n_sink;
     h.n_window = params.n_window;
     h.n_layer  = (uint32_t) layers.size();
@@ -100,7 +100,7 @@ std::vector<int32_t> llama_kvtc::read_head(llama_io_read_i & io, const std::vect
     if (h.version != VERSION) {
         refuse("the state is of version " + std::to_string(h.version) + ", this program reads version " + std::to_string(VERSION));
     }
-    if (h.hash != ggml_kvtc_calibration_hash(calibration.get())) {
+    if (h.hash != calibration_hash) {
         refuse("the state was saved under another calibration than " + source + ", or it is damaged");
     }
     if (h.n_sink != params.n_sink || h.n_window != params.n_window) {
@@ -212,7 +212,7 @@ bool llama_kvtc::state_read(llama_io_read_i & io, uint32_t stream, const std::ve
 
 void llama_kvtc::state_write_partial(llama_io_write_i & io, llama_seq_id seq_id) {
     commit();
-    const uint32_t stream = cells.size() > 1 ? seq_id : 0;
+    const uint32_t stream = stream_of(seq_id);
     std::vector<int32_t> keys;
     std::vector<int32_t> slots;
     for (uint32_t cell = 0; cell < cells[stream].size(); ++cell) {
@@ -228,7 +228,7 @@ void llama_kvtc::state_write_partial(llama_io_write_i & io, llama_seq_id seq_id)
 
 void llama_kvtc::state_read_partial(llama_io_read_i & io, llama_seq_id seq_id) {
     commit();
-    const uint32_t stream = cells.size() > 1 ? seq_id : 0;
+    const uint32_t stream = stream_of(seq_id);
     const llama_kv_cells & c = cells[stream];
     const std::vector<int32_t> keys = read_head(io, {});
 
@@ -257,7 +257,7 @@ void llama_kvtc::state_read_partial(llama_io_read_i & io, llama_seq_id seq_id) {
 
 bool llama_kvtc::is_lost(llama_seq_id seq_id, llama_pos pos) {
     commit();
-    const uint32_t stream = cells.size() > 1 ? seq_id : 0;
+    const uint32_t stream = stream_of(seq_id);
     const llama_kv_cells & c = cells[stream];
     for (uint32_t cell = 0; cell < c.size(); ++cell) {
         if (!c.is_empty(cell) && c.seq_has(cell, seq_id) && slot_of[stream][cell] < 0) {

@@ -52,6 +52,7 @@ std::shared_ptr<llama_kvtc> llama_kvtc::create(const config & cfg, const std::ve
     std::shared_ptr<llama_kvtc> result(new llama_kvtc(cfg, cells));
     result->check_model(cfg, layers);
     result->calibration = llama_kvtc_find_calibration(cfg.model, result->source);
+    result->calibration_hash = ggml_kvtc_calibration_hash(result->calibration.get());
     for (const auto & l : layers) {
         result->check_layer(cfg, l);
     }

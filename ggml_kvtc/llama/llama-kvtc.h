@@ -155,6 +155,7 @@ private:
     void print_info   () const;
     size_t get_buffer_size(int i) const;
     void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
+    uint32_t stream_of(llama_seq_id seq_id) const { return slot_of.size() > 1 ? seq_id : 0; }
     int32_t distance  (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
     bool must_keep    (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
     void set_owner    (int32_t slot, uint32_t stream, uint32_t cell);
@@ -179,6 +180,7 @@ private:
     llama_kvtc_params params;
     std::string source;
     std::shared_ptr<ggml_kvtc_calibration> calibration;
+    uint64_t calibration_hash = 0; // taken once: it reads every byte of the calibration, and a server saves states all the time
 
     std::vector<layer> layers;
     // bases, exact rows: apart from the cache's own buffers, which are zeroed on clear
