@@ -1,0 +1,65 @@
+// Layout of a pack for CUDA devices: what the kernels in cuda/ read of one layer, apart from the rows. All offsets are bytes
+// from the start of the pack, all arrays are 16-byte aligned.
+//
+//   +--------+------------+------------+------+-----------------------------------------------+
+//   | header | K head 0 … | V head 0 … | freq | per head: widths, levels, bounds, matrices, … |
+//   +--------+------------+------------+------+-----------------------------------------------+
+//
+// Tables and matrices are f16, as the calibration file has them. What a kernel wants in another order (rotation pairs side by
+// side, tables of two components) it makes in shared memory when it starts.
+#pragma once
+
+#include <stdint.h>
+
+#define GGML_KVTC_CUDA_PACK_MAGIC 0x4356544cu // "LTVC"
+
+struct ggml_kvtc_cuda_head {
+    uint32_t payload;    // byte offset of the head's gain code in a row, a multiple of 4
+    uint32_t n_bytes;    // of the payload: 1 + the sum of the widths
+    uint32_t rank;       // components with at least one bit: the first ones, a multiple of 8
+    uint32_t keep_norm;  // gain rule: 0 unbiased, 1 norm keeping
+    float    gain_base;
+    uint32_t widths;     // u8  [d/8]
+    uint32_t bits;       // u32 [d/8] first bit of each group, counted from the payload's start (group 0: 8)
+    uint32_t levels_at;  // u32 [d/8] first entry of each group in levels
+    uint32_t levels;     // f16 per group of width w > 0: [8][2^w]
+    uint32_t bounds_at;  // u32 [d/8] first entry of each group in bounds
+    uint32_t bounds;     // f32 per group of width w > 0: [2^w - 1][8], midpoints of neighbouring levels
+    uint32_t inv_scale;  // f32 [d]
+    uint32_t mean;       // f32 [d]
+    uint32_t decode;     // f16 K: [d channels][d slots], slots in the order below;  V: [d components][d channels]
+    uint32_t pad[2];
+};
+
+// Components of K's matrix go to the slots of an mma operand so that a thread's four are neighbours: in each 16, slots 2q, 2q+1,
+// 2q+8, 2q+9 (thread q of 4) hold components 4q, 4q+1, 4q+2, 4q+3.
+static inline int ggml_kvtc_cuda_slot_component(int slot) {
+    return slot/16*16 + slot%8/2*4 + slot%16/8*2 + slot%2;
+}
+
+struct ggml_kvtc_cuda_side {
+    uint32_t bits;       // 0: this side is of another type
+    uint32_t n_head;
+    uint32_t d;
+    uint32_t row_bytes;
+    uint32_t heads;      // ggml_kvtc_cuda_head [n_head]
+    uint32_t pad[3];
+};
+
+struct ggml_kvtc_cuda_pack {
+    uint32_t magic;
+    uint32_t version;
+    uint64_t size;
+    struct ggml_kvtc_cuda_side side[2];
+    uint32_t rope_type;  // enum ggml_kvtc_rope_type
+    uint32_t rope_n_rot;
+    float    rope_mscale;
+    uint32_t freq;       // u64 [d_k/2] turns per position in units of 2^-64, modulo 1: angle = 2*pi * (position * freq mod 2^64) / 2^64
+};
+
+// Sizes that a kernel's launch needs and the host cannot read from a pack on the device: the most of any head.
+struct ggml_kvtc_cuda_limits {
+    int32_t bytes  [2];  // payload (n_bytes), K and V
+    int32_t entries[2];  // K: bytes of its tables (groups up to 3 bits: 4 * 4^w words of two components, wider ones 8 * 2^w f16)
+                         // V: sum of 2^w over the groups of w > 0
+};
