@@ -1,5 +1,6 @@
 // Writes packs: the plans of one layer, laid out for the CPU kernels (kvtc-pack.h).
 #include "kvtc-calibration.h"
+#include "kvtc-bump.h"
 #include "kvtc-pack.h"
 
 #include "ggml-impl.h"
@@ -10,29 +11,11 @@
 
 namespace {
 
-// Hands out aligned pieces of a block; with base == nullptr it only counts.
-struct bump {
-    char * base;
-    size_t used = 0;
-
-    uint32_t reserve(size_t n) {
-        const size_t at = (used + 63)/64*64;
-        used = at + n;
-        return (uint32_t) at;
-    }
-
-    template <typename T> uint32_t put(size_t n, T ** out) {
-        const uint32_t at = reserve(n*sizeof(T));
-        *out = base ? (T *) (base + at) : nullptr;
-        return at;
-    }
-};
-
 size_t table_size(int w) {
     return (size_t) std::max(16, 1 << w);
 }
 
-void put_codebook(bump & out, const ggml_kvtc_side_calibration & side, int h, int g, int w, uint32_t & table_at, uint32_t & bounds_at) {
+void put_codebook(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, int h, int g, int w, uint32_t & table_at, uint32_t & bounds_at) {
     const int    n = 1 << w;
     const size_t t = table_size(w);
     float * table;
@@ -53,7 +36,7 @@ void put_codebook(bump & out, const ggml_kvtc_side_calibration & side, int h, in
     }
 }
 
-void put_head(bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
+void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
               uint32_t payload, ggml_kvtc_pack_head * head) {
     const int d  = side.d;
     const int dp = GGML_KVTC_PADDED(d);
@@ -115,7 +98,7 @@ void put_head(bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_sid
     }
 }
 
-void put_side(bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, ggml_kvtc_pack_header * header) {
+void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, ggml_kvtc_pack_header * header) {
     if (bits == 0) {
         return;
     }
@@ -136,7 +119,7 @@ void put_side(bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_s
 }
 
 size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v, char * base) {
-    bump out { base };
+    ggml_kvtc_bump out { base };
     ggml_kvtc_pack_header * header;
     out.put(1, &header);
     put_side(out, cal, il, GGML_KVTC_K, bits_k, header);

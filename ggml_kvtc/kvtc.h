@@ -84,6 +84,12 @@ GGML_API size_t ggml_kvtc_pack_size (const struct ggml_kvtc_calibration * cal, i
 GGML_API void   ggml_kvtc_pack_write(const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v, void * pack);
 // Fill in the rotation tables. The pack is born with GGML_KVTC_ROPE_NONE.
 GGML_API void   ggml_kvtc_pack_set_rope(void * pack, const struct ggml_kvtc_rope * rope);
+// The same for CUDA devices (kvtc-pack-cuda.h). limits: what the kernels' launches need of a pack, for ggml_kvtc_attn_params.
+GGML_API size_t ggml_kvtc_cuda_pack_size    (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v);
+GGML_API void   ggml_kvtc_cuda_pack_write   (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v, void * pack);
+GGML_API void   ggml_kvtc_cuda_pack_set_rope(void * pack, const struct ggml_kvtc_rope * rope);
+GGML_API void   ggml_kvtc_cuda_pack_limits  (const void * pack, int32_t limits[4]);
+
 // Parameters of a ROPE node (op_params as ggml_rope_ext stores them, freq_factors or NULL) as a table of inverse
 // frequencies. False for modes that are no rotation by one position (M-RoPE, vision).
 GGML_API bool   ggml_kvtc_rope_from_params(const int32_t * op_params, const float * freq_factors, struct ggml_kvtc_rope * rope);
@@ -111,6 +117,7 @@ struct ggml_kvtc_attn_params {
     int32_t n_sink;
     int32_t n_window;
     int32_t n_slots;
+    int32_t limits[4]; // of the pack on a CUDA device: largest payload of a head and size of its tables, K, V, K, V; else zeros
 };
 
 // Attention over a cache of which at least one side is of a kvtc type.

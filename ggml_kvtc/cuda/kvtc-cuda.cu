@@ -1,1 +1,178 @@
-#include "kvtc.h"
+// The CUDA backend's entry to the kvtc operations: which it serves, and by which kernels.
+#include "kvtc-cuda.h"
+#include "combine.cuh"
+#include "decode.cuh"
+#include "prefill.cuh"
+
+#include <cmath>
+#include <cstring>
+
+namespace kvtc {
+
+namespace {
+
+// Up to this many tokens the codes are read directly: rebuilding keys costs each 8 or 16 query rows as much as writing them
+// out and reading them back costs all.
+constexpr int MAX_DECODE_TOKENS = 16;
+
+bool has_kernels(int d) {
+    return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
+}
+
+attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & params) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    attn_shape s;
+    s.d         = (int) q->ne[0];
+    s.n_kv      = (int) k->ne[1];
+    s.n_tokens  = (int) q->ne[1];
+    s.group     = (int) (q->ne[2]/k->ne[2]);
+    s.n_head_kv = (int) k->ne[2];
+    s.n_stream  = (int) q->ne[3];
+    for (int i = 0; i < 2; ++i) {
+        s.row_bytes[i] = (int) dst->src[1 + i]->nb[1];
+        s.bytes    [i] = params.limits[i];
+        s.entries  [i] = params.limits[2 + i];
+    }
+    return s;
+}
+
+gpu_shape get_gpu(int device) {
+    const auto & info = ggml_cuda_info().devices[device];
+    return { info.nsm, info.smpbo };
+}
+
+attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * exact = dst->src[7];
+    attn_args a = {};
+    a.q     = (const char *) q->data;
+    a.nb_q1 = q->nb[1];
+    a.nb_q2 = q->nb[2];
+    a.nb_q3 = q->nb[3];
+    a.n_tokens  = (int) q->ne[1];
+    a.n_head    = (int) q->ne[2];
+    a.n_stream  = (int) q->ne[3];
+    a.n_kv      = (int) dst->src[1]->ne[1];
+    a.n_head_kv = (int) dst->src[1]->ne[2];
+    a.group     = a.n_head/a.n_head_kv;
+    for (int i = 0; i < 2; ++i) {
+        const ggml_tensor * cache = dst->src[1 + i];
+        const ggml_tensor * batch = dst->src[8 + i];
+        a.rows     [i] = (const uint8_t *) cache->data;
+        a.nb_row   [i] = cache->nb[1];
+        a.nb_stream[i] = cache->nb[3];
+        if (exact) {
+            a.exact[i] = (const half *) exact->data + i*(int64_t) params.n_slots*a.n_head_kv*q->ne[0];
+        }
+        if (batch) {
+            a.batch    [i] = (const char *) batch->data;
+            a.nb_batch1[i] = batch->nb[1];
+            a.nb_batch2[i] = batch->nb[2];
+        }
+    }
+    if (mask) {
+        a.mask   = (const half *) mask->data;
+        a.ne_m1  = mask->nb[1]/sizeof(half);
+        a.ne_m3  = mask->nb[3]/sizeof(half);
+        a.n_mask = (int) mask->ne[3];
+    }
+    a.sinks     = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
+    a.pack      = (const char *) dst->src[5]->data;
+    a.info      = (const int2 *) dst->src[6]->data;
+    a.query_pos = (const int *) dst->src[6]->data + 2*(int64_t) a.n_kv*a.n_stream;
+    a.n_sink    = params.n_sink;
+    a.n_window  = params.n_window;
+    a.n_slots   = params.n_slots;
+    a.scale     = params.scale;
+    a.softcap   = params.logit_softcap;
+    a.max_bias  = params.max_bias;
+    a.log2_heads = 1 << (int) floor(log2((double) a.n_head));
+    a.slope_low  = powf(2.0f, -a.max_bias       /a.log2_heads);
+    a.slope_high = powf(2.0f, -a.max_bias/2.0f/a.log2_heads);
+    return a;
+}
+
+ggml_kvtc_attn_params get_params(const ggml_tensor * dst) {
+    ggml_kvtc_attn_params params;
+    static_assert(sizeof(params) <= GGML_MAX_OP_PARAMS, "parameters do not fit");
+    memcpy(&params, dst->op_params, sizeof(params));
+    return params;
+}
+
+bool supports_attn(int device, const ggml_tensor * op) {
+    const ggml_tensor * q = op->src[0];
+    const ggml_tensor * k = op->src[1];
+    const ggml_tensor * v = op->src[2];
+    if (!ggml_kvtc_is_type(k->type) || !ggml_kvtc_is_type(v->type) || k->ne[0] != v->ne[0] || !has_kernels((int) k->ne[0])) {
+        return false;
+    }
+    const ggml_kvtc_attn_params params = get_params(op);
+    if (params.limits[0] == 0) { // a pack for the CPU
+        return false;
+    }
+    if (q->nb[0] != sizeof(float) || (op->src[3] && op->src[3]->nb[0] != sizeof(ggml_fp16_t))) {
+        return false;
+    }
+    for (int i = 8; i < 10; ++i) {
+        if (op->src[i] && (op->src[i]->nb[0] != sizeof(float))) {
+            return false;
+        }
+    }
+    decode_plan plan;
+    return make_decode_plan(get_shape(op, params), get_gpu(device), plan);
+}
+
+} // namespace
+
+} // namespace kvtc
+
+void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    using namespace kvtc;
+    const ggml_kvtc_attn_params params = get_params(dst);
+    const attn_shape shape = get_shape(dst, params);
+    const attn_args  args  = get_args(dst, params);
+    const gpu_shape  gpu   = get_gpu(ctx.device);
+
+    const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
+    if (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape)) {
+        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*shape.d);
+        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row);
+        prefill(ctx, args, shape, gpu, values.get(), meta.get());
+        combine(args, shape.d, values.get(), meta.get(), 1, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+        return;
+    }
+    decode_plan plan;
+    GGML_ASSERT(make_decode_plan(shape, gpu, plan));
+    ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan.n_split*shape.d);
+    ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan.n_split);
+    decode (args, shape.d, plan, values.get(), meta.get(), ctx.stream());
+    combine(args, shape.d, values.get(), meta.get(), plan.n_split, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+}
+
+bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return true;
+        case GGML_OP_KVTC_SET_ROWS:
+            return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && op->src[1]->nb[0] == sizeof(float) && op->src[1]->ne[0] % 8 == 0;
+        case GGML_OP_KVTC_ATTN:
+            return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && kvtc::supports_attn(device, op);
+        default:
+            break;
+    }
+    if (ggml_kvtc_is_type(op->type)) {
+        return false;
+    }
+    for (const ggml_tensor * src : op->src) {
+        if (src && ggml_kvtc_is_type(src->type)) {
+            return false;
+        }
+    }
+    return true;
+}

@@ -7,6 +7,7 @@
 #include "llama-kv-cells.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -245,7 +246,7 @@ void llama_kvtc::set_rope(layer & l, const int32_t * op_params, const ggml_tenso
     }
     std::vector<uint8_t> pack(ggml_nbytes(l.pack));
     ggml_backend_tensor_get(l.pack, pack.data(), 0, pack.size());
-    ggml_kvtc_pack_set_rope(pack.data(), &rope);
+    (l.on_device ? ggml_kvtc_cuda_pack_set_rope : ggml_kvtc_pack_set_rope)(pack.data(), &rope);
     ggml_backend_tensor_set(l.pack, pack.data(), 0, pack.size());
     l.rope = now;
 }
@@ -297,7 +298,9 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         /*.n_sink        =*/ params.n_sink,
         /*.n_window      =*/ params.n_window,
         /*.n_slots       =*/ (int32_t) owners.size(),
+        /*.limits        =*/ {},
     };
+    std::copy(l.limits, l.limits + 4, p.limits);
     ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, kq_mask, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
     ggml_format_name(cur, "kvtc_attn-%d", il);
     cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -82,15 +82,15 @@ void llama_kvtc::check_model(const config & cfg, const std::vector<llama_kvtc_la
     if (cfg.shared || cfg.hparams.n_layer_kv_from_start >= 0) {
         fail("cache types kvtc* cannot serve models or contexts whose layers share a KV cache yet (" + arch + "): use f16 or q8_0");
     }
+    if (cfg.model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        fail("cache types kvtc* do not support --split-mode tensor yet: use --split-mode layer");
+    }
     if (params.n_sink < 0 || params.n_window < 0) {
         fail("--kvtc-sink and --kvtc-window must not be negative");
     }
     for (const auto & l : layers) {
         if (!l.v) {
             fail("cache types kvtc* cannot serve " + arch + " models (no V cache): use f16 or q8_0");
-        }
-        if (cfg.offload && !ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(cfg.model.dev_layer(l.il)))) {
-            fail("no kvtc kernels for device " + std::string(ggml_backend_dev_name(cfg.model.dev_layer(l.il))) + ": use -ngl 0 or --no-kv-offload");
         }
     }
 }
@@ -120,12 +120,50 @@ void llama_kvtc::check_layer(const config & cfg, const llama_kvtc_layer & l) con
     }
 }
 
+// Does the layer's device have kernels for its types and shapes? Asked with the nodes that its graphs will hold.
+void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const {
+    ggml_context_ptr ctx { ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }) };
+    const int64_t n_head    = cfg.hparams.n_head(l.il);
+    const int64_t n_head_kv = cfg.hparams.n_head_kv(l.il);
+    const int64_t n_kv      = cells[0].size();
+    ggml_tensor * pack = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, 64);
+    ggml_tensor * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
+    ggml_tensor * info = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2*n_kv + 1);
+    ggml_tensor * view[2];
+    bool supported = true;
+    for (int s = 0; s < 2; ++s) {
+        const int64_t d = s == GGML_KVTC_K ? cfg.hparams.n_embd_head_k(l.il) : cfg.hparams.n_embd_head_v(l.il);
+        ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, d*n_head_kv, n_kv);
+        view[s] = ggml_view_4d(ctx.get(), cache, d, n_kv, n_head_kv, 1, cache->nb[1], ggml_row_size(cache->type, d), cache->nb[1]*n_kv, 0);
+        if (ggml_kvtc_is_type(cache->type)) {
+            ggml_tensor * z = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, 1, n_head_kv);
+            supported = supported && ggml_backend_dev_supports_op(dev, ggml_kvtc_set_rows(ctx.get(), cache, z, idxs, pack, (ggml_kvtc_side) s));
+        }
+    }
+    ggml_kvtc_attn_params p = {};
+    std::copy(l.limits, l.limits + 4, p.limits);
+    if (cfg.hparams.attn_soft_cap) {
+        p.logit_softcap = cfg.hparams.f_attn_logit_softcapping;
+    }
+    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, view[0]->ne[0], 1, n_head);
+    if (!supported || !ggml_backend_dev_supports_op(dev, ggml_kvtc_attn(ctx.get(), q, view[0], view[1], nullptr, nullptr, pack, info, nullptr, nullptr, nullptr, p))) {
+        fail("no kernels on device " + std::string(ggml_backend_dev_name(dev)) + " for K " + ggml_type_name(l.cache[0]->type) + ", V " +
+             ggml_type_name(l.cache[1]->type) + " and head_dim " + std::to_string(view[0]->ne[0]) + "/" + std::to_string(view[1]->ne[0]) +
+             ": use --no-kv-offload, or other cache types");
+    }
+}
+
 void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & src) {
-    // kvtc's tensors live in host memory so far: check_model has seen to it
-    ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
-    const size_t n_tensors = src.size()*8;
-    ggml_context_ptr ctx_bases { ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, true }) };
-    ggml_context_ptr ctx_exact { ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, true }) };
+    const auto context_of = [&](ggml_backend_buffer_type_t buft, bool exact) {
+        for (const auto & b : buffers) {
+            if (b.buft == buft && b.exact == exact) {
+                return b.ctx.get();
+            }
+        }
+        buffers.push_back({ buft, exact, ggml_context_ptr(ggml_init({ src.size()*8*ggml_tensor_overhead(), nullptr, true })), nullptr });
+        return buffers.back().ctx.get();
+    };
+    std::vector<std::vector<uint8_t>> packs;
 
     const int64_t n_rows = (int64_t) n_slots*cells.size();
     for (const auto & l : src) {
@@ -138,53 +176,73 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
         const int64_t H    = cfg.hparams.n_head_kv(l.il);
         const int64_t d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
         for (int s = 0; s < 2; ++s) {
-            bits[s] = ggml_kvtc_type_bits(out.cache[s]->type);
+            bits[s]  = ggml_kvtc_type_bits(out.cache[s]->type);
+            coded[s] = coded[s] || bits[s] > 0;
+            n_exact += bits[s] > 0 ? d[s]*H*n_rows : 0;
+        }
+
+        // where the layer's cache is, so are its bases, its pack, in that device's layout, and its exact rows
+        ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
+        ggml_backend_dev_t dev = cfg.model.dev_layer(l.il);
+        out.on_device = cfg.offload && !ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(dev));
+        std::vector<uint8_t> pack;
+        if (out.on_device) {
+            buft = ggml_backend_dev_buffer_type(dev);
+            pack.resize(ggml_kvtc_cuda_pack_size(calibration.get(), l.il, bits[0], bits[1]));
+            ggml_kvtc_cuda_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());
+            ggml_kvtc_cuda_pack_limits(pack.data(), out.limits);
+            check_device(cfg, dev, out);
+        } else {
+            pack.resize(ggml_kvtc_pack_size(calibration.get(), l.il, bits[0], bits[1]));
+            ggml_kvtc_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());
+        }
+
+        ggml_context * ctx = context_of(buft, false);
+        for (int s = 0; s < 2; ++s) {
             if (bits[s] > 0) {
-                coded[s] = true;
-                out.encode[s] = ggml_new_tensor_3d(ctx_bases.get(), GGML_TYPE_F32, d[s], d[s], H);
-                out.bias  [s] = ggml_new_tensor_3d(ctx_bases.get(), GGML_TYPE_F32, d[s], 1, H);
-                n_exact += d[s]*H*n_rows;
+                out.encode[s] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d[s], d[s], H);
+                out.bias  [s] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d[s], 1, H);
             }
         }
-        out.pack = ggml_new_tensor_1d(ctx_bases.get(), GGML_TYPE_I8, ggml_kvtc_pack_size(calibration.get(), l.il, bits[0], bits[1]));
+        out.pack = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, pack.size());
         if (n_exact > 0) {
-            out.exact = ggml_new_tensor_1d(ctx_exact.get(), GGML_TYPE_F16, n_exact);
+            ctx = context_of(buft, true);
+            out.exact = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n_exact);
             size_t offset = 0;
             for (int s = 0; s < 2; ++s) {
                 if (bits[s] > 0) {
                     const size_t row = d[s]*sizeof(ggml_fp16_t);
-                    out.rows[s] = ggml_view_3d(ctx_exact.get(), out.exact, d[s], n_rows, H, row, row*n_rows, offset);
+                    out.rows[s] = ggml_view_3d(ctx, out.exact, d[s], n_rows, H, row, row*n_rows, offset);
                     offset += row*n_rows*H;
                 }
             }
         }
         layers.push_back(std::move(out));
+        packs.push_back(std::move(pack));
     }
 
-    for (ggml_context_ptr * ctx : { &ctx_bases, &ctx_exact }) {
-        ggml_backend_buffer_t buf = nullptr;
+    for (buffer & b : buffers) {
         if (cfg.hparams.no_alloc) { // a dry run that only wants the sizes, as in llama_kv_cache
-            buf = ggml_backend_buft_alloc_buffer(buft, 0);
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx->get()); t; t = ggml_get_next_tensor(ctx->get(), t)) {
-                t->buffer = buf;
+            b.buf.reset(ggml_backend_buft_alloc_buffer(b.buft, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(b.ctx.get()); t; t = ggml_get_next_tensor(b.ctx.get(), t)) {
+                t->buffer = b.buf.get();
             }
-        } else if (ggml_get_first_tensor(ctx->get())) {
-            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx->get(), buft);
-            if (!buf) {
-                fail("failed to allocate the bases or the exact rows");
-            }
-            ggml_backend_buffer_clear(buf, 0);
+            continue;
         }
-        buffers.emplace_back(std::move(*ctx), buf);
+        b.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(b.ctx.get(), b.buft));
+        if (!b.buf) {
+            fail("failed to allocate the bases or the exact rows in " + std::string(ggml_backend_buft_name(b.buft)));
+        }
+        ggml_backend_buffer_clear(b.buf.get(), 0);
     }
     if (cfg.hparams.no_alloc) {
         return;
     }
 
-    std::vector<float>   encode;
-    std::vector<float>   bias;
-    std::vector<uint8_t> pack;
-    for (const layer & l : layers) {
+    std::vector<float> encode;
+    std::vector<float> bias;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const layer & l = layers[i];
         for (int s = 0; s < 2; ++s) {
             if (l.encode[s]) {
                 encode.resize(ggml_nelements(l.encode[s]));
@@ -194,9 +252,7 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
                 ggml_backend_tensor_set(l.bias[s],   bias.data(),   0, ggml_nbytes(l.bias[s]));
             }
         }
-        pack.resize(ggml_nbytes(l.pack));
-        ggml_kvtc_pack_write(calibration.get(), l.il, ggml_kvtc_type_bits(l.cache[0]->type), ggml_kvtc_type_bits(l.cache[1]->type), pack.data());
-        ggml_backend_tensor_set(l.pack, pack.data(), 0, pack.size());
+        ggml_backend_tensor_set(l.pack, packs[i].data(), 0, packs[i].size());
     }
 }
 
@@ -222,29 +278,22 @@ void llama_kvtc::print_info() const {
                 ggml_type_name(layers[i].cache[0]->type), bits_per_value(layers[i].cache[0]),
                 ggml_type_name(layers[i].cache[1]->type), bits_per_value(layers[i].cache[1]));
     }
-    double sizes[2];
-    for (int i = 0; i < 2; ++i) {
-        sizes[i] = get_buffer_size(i)/MIB;
+    double sizes[2] = {};
+    for (const buffer & b : buffers) {
+        sizes[b.exact] += get_buffer_size(b)/MIB;
     }
     LLAMA_LOG_INFO("%s: %.3f bpv, codes %.2f MiB, exact rows %.2f MiB (%d sinks, window %d, rollback %d, %zu slots), bases %.2f MiB\n", __func__,
             bits/values, codes/MIB, sizes[1], params.n_sink, params.n_window, n_keep - params.n_window, owners.size(), sizes[0]);
 }
 
-// of bases (0) and exact rows (1); in a dry run, what it would be
-size_t llama_kvtc::get_buffer_size(int i) const {
-    const auto & [ctx, buf] = buffers[i];
-    if (!buf) {
-        return 0;
-    }
-    return hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), ggml_backend_buffer_get_type(buf.get())) :
-                              ggml_backend_buffer_get_size(buf.get());
+// in a dry run, what it would be
+size_t llama_kvtc::get_buffer_size(const buffer & b) const {
+    return hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(b.ctx.get(), b.buft) : ggml_backend_buffer_get_size(b.buf.get());
 }
 
 void llama_kvtc::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
-    for (size_t i = 0; i < buffers.size(); ++i) {
-        if (buffers[i].second) {
-            sizes[ggml_backend_buffer_get_type(buffers[i].second.get())] += get_buffer_size((int) i);
-        }
+    for (const buffer & b : buffers) {
+        sizes[b.buft] += get_buffer_size(b);
     }
 }
 
@@ -401,9 +450,13 @@ int64_t llama_kvtc::info_size() const {
 }
 
 void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch) const {
-    GGML_ASSERT(ggml_backend_buffer_is_host(info->buffer));
     GGML_ASSERT(ggml_nelements(info) == info_size());
-    int32_t * out = (int32_t *) info->data;
+    std::vector<int32_t> values;
+    const bool host = ggml_backend_buffer_is_host(info->buffer);
+    if (!host) {
+        values.resize(info_size());
+    }
+    int32_t * out = host ? (int32_t *) info->data : values.data();
     for (uint32_t s = first_stream; s < first_stream + n_stream_cur; ++s) {
         for (uint32_t i = 0; i < n_kv_cur; ++i) {
             const bool empty = cells[s].is_empty(i);
@@ -412,9 +465,11 @@ void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch) const
         }
     }
     memcpy(out, ubatch.pos, n_tokens_cur*sizeof(int32_t));
+    if (!host) {
+        ggml_backend_tensor_set(info, values.data(), 0, ggml_nbytes(info));
+    }
 }
 
 void llama_kvtc::set_slots(ggml_tensor * slots) const {
-    GGML_ASSERT(ggml_backend_buffer_is_host(slots->buffer));
-    memcpy(slots->data, slots_cur.data(), slots_cur.size()*sizeof(int64_t));
+    ggml_backend_tensor_set(slots, slots_cur.data(), 0, slots_cur.size()*sizeof(int64_t));
 }

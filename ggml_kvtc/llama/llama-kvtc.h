@@ -139,7 +139,16 @@ private:
         ggml_tensor * rows  [2] = {}; // F16 [d, n_slots, n_head] views of exact
         ggml_tensor * exact     = nullptr;
         ggml_tensor * pack      = nullptr;
+        bool    on_device = false; // the pack has a CUDA device's layout
+        int32_t limits[4] = {};    // of that pack
         std::vector<int32_t> rope; // op_params the pack's rotation was made from
+    };
+
+    struct buffer {
+        ggml_backend_buffer_type_t buft;
+        bool                       exact; // exact rows, or bases
+        ggml_context_ptr           ctx;
+        ggml_backend_buffer_ptr    buf;
     };
 
     struct owner {
@@ -151,9 +160,10 @@ private:
 
     void check_model  (const config & cfg, const std::vector<llama_kvtc_layer> & layers) const;
     void check_layer  (const config & cfg, const llama_kvtc_layer & l) const;
+    void check_device (const config & cfg, ggml_backend_dev_t dev, const layer & l) const;
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
-    size_t get_buffer_size(int i) const;
+    size_t get_buffer_size(const buffer & b) const;
     void set_rope     (layer & l, const int32_t * op_params, const ggml_tensor * freq_factors);
     uint32_t stream_of(llama_seq_id seq_id) const { return slot_of.size() > 1 ? seq_id : 0; }
     int32_t distance  (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
@@ -183,8 +193,7 @@ private:
     uint64_t calibration_hash = 0; // taken once: it reads every byte of the calibration, and a server saves states all the time
 
     std::vector<layer> layers;
-    // bases, exact rows: apart from the cache's own buffers, which are zeroed on clear
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
+    std::vector<buffer> buffers; // of every device; apart from the cache's own buffers, which are zeroed on clear
 
     uint32_t n_slots = 0; // per stream
     std::vector<owner> owners;                    // [n_stream*n_slots]

@@ -198,6 +198,7 @@ def run(x: Inputs, n_threads: int = 1) -> np.ndarray:
                 "n_sink": case.sinks,
                 "n_window": case.window,
                 "n_slots": x.n_slots,
+                "limits": ffi.limits(x.pack),
             },
         )
         store = g.tensor(None if case.exact == "none" else x.store)

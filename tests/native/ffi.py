@@ -1,10 +1,12 @@
 """The built libraries as Python sees them: ggml's few functions a test needs, and everything of the kvtc headers.
 
 The folder is $KVTC_LIB_DIR, or build/bin of this repository. The kvtc declarations come from the headers themselves.
+With $KVTC_TEST_DEVICE (CUDA0, say) graphs run on that device of ggml's, and packs hold its layout behind the CPU's.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from kvtc_gguf import format as kvtc_format
 ROOT = Path(__file__).resolve().parents[2]
 LIB_DIR = Path(os.environ.get("KVTC_LIB_DIR") or ROOT / "build" / "bin")
 K, V = 0, 1  # enum ggml_kvtc_side
+DEVICE = os.environ.get("KVTC_TEST_DEVICE", "")
 ROPE_NONE, ROPE_NORMAL, ROPE_NEOX = 0, 1, 2  # enum ggml_kvtc_rope_type
 F32, F16, Q8_0, I8, I32, I64 = 0, 1, 8, 24, 26, 27  # enum ggml_type, fixed by the GGUF format
 NUMPY_TYPES = {F32: np.float32, F16: np.float16, I8: np.int8, I32: np.int32, I64: np.int64}
@@ -47,6 +50,20 @@ const char * ggml_type_name(int type);
 struct ggml_cgraph * ggml_new_graph(struct ggml_context *);
 void ggml_build_forward_expand(struct ggml_cgraph *, struct ggml_tensor *);
 int ggml_graph_compute_with_ctx(struct ggml_context *, struct ggml_cgraph *, int n_threads);
+typedef void * ggml_backend_t;
+typedef void * ggml_backend_dev_t;
+typedef void * ggml_backend_buffer_t;
+void ggml_backend_load_all(void);
+ggml_backend_dev_t ggml_backend_dev_by_name(const char * name);
+const char * ggml_backend_dev_description(ggml_backend_dev_t);
+ggml_backend_t ggml_backend_dev_init(ggml_backend_dev_t, const char * params);
+bool ggml_backend_dev_supports_op(ggml_backend_dev_t, const struct ggml_tensor * op);
+ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors(struct ggml_context *, ggml_backend_t);
+void ggml_backend_buffer_free(ggml_backend_buffer_t);
+void ggml_backend_tensor_set(struct ggml_tensor *, const void * data, size_t offset, size_t size);
+void ggml_backend_tensor_get(const struct ggml_tensor *, void * data, size_t offset, size_t size);
+enum ggml_status ggml_backend_graph_compute(ggml_backend_t, struct ggml_cgraph *);
+void ggml_backend_synchronize(ggml_backend_t);
 typedef void (*ggml_log_callback)(int level, const char * text, void * user_data);
 void ggml_log_set(ggml_log_callback callback, void * user_data);
 """
@@ -77,6 +94,16 @@ def _open(name: str) -> Any:
 
 
 base, cpu = _open("libggml-base"), _open("libggml-cpu")
+
+
+@functools.cache
+def device() -> tuple[Any, Any]:
+    """The device $KVTC_TEST_DEVICE names, and a backend on it."""
+    registry = _open("libggml")
+    found = registry.ggml_backend_dev_by_name(DEVICE.encode())
+    if not found:
+        raise RuntimeError(f"KVTC_TEST_DEVICE={DEVICE}: ggml has no such device in {LIB_DIR}")
+    return found, base.ggml_backend_dev_init(found, ffi.NULL)
 
 
 @ffi.callback("void(int, const char *, void *)")
@@ -129,9 +156,25 @@ class Native:
     def pack(self, layer: int, bits_k: int, bits_v: int) -> np.ndarray:
         """The pack of a layer, u8 at an address that is a multiple of 64; bits 0: a side of another type."""
         size = base.ggml_kvtc_pack_size(self.handle, layer, bits_k, bits_v)
-        pack = aligned(size)
+        extra = base.ggml_kvtc_cuda_pack_size(self.handle, layer, bits_k, bits_v) if DEVICE else 0
+        pack = aligned(size + extra)
         base.ggml_kvtc_pack_write(self.handle, layer, bits_k, bits_v, pointer(pack))
+        if DEVICE:
+            base.ggml_kvtc_cuda_pack_write(self.handle, layer, bits_k, bits_v, pointer(device_part(pack)))
         return pack
+
+
+def device_part(pack: np.ndarray) -> np.ndarray:
+    """The part of a pack in the layout of a device; it starts at a multiple of 64, where the CPU's ends."""
+    return pack[int(pack[8:16].view(np.uint64)[0]) :]
+
+
+def limits(pack: np.ndarray) -> list[int]:
+    """What the parameters of the attention operation say of a pack on a device; zeros without one."""
+    result = ffi.new("int32_t[4]")
+    if DEVICE:
+        base.ggml_kvtc_cuda_pack_limits(pointer(device_part(pack)), result)
+    return list(result)
 
 
 def native(calibration: kvtc_format.Calibration, folder: Path) -> Native:
@@ -166,6 +209,8 @@ def set_rope(pack: np.ndarray, rope: Any, head_dim: int) -> None:
     assert base.ggml_kvtc_rope_from_params(pointer(params, "int32_t *"), given, result)
     assert result.n_rot <= head_dim
     base.ggml_kvtc_pack_set_rope(pointer(pack), result)
+    if DEVICE:
+        base.ggml_kvtc_cuda_pack_set_rope(pointer(device_part(pack)), result)
 
 
 def encode_rows(pack: np.ndarray, side: int, z: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -188,6 +233,14 @@ class Graph:
 
     def __init__(self, ctx: Any) -> None:
         self.ctx = ctx
+        self.waiting: list[tuple[Any, np.ndarray]] = []  # tensors of a device, which get memory when the graph is known
+
+    def fill(self, tensor: Any, data: np.ndarray) -> None:
+        """Give a tensor its bytes, u8."""
+        if DEVICE:
+            self.waiting.append((tensor, np.ascontiguousarray(data)))
+        else:
+            memory(tensor)[:] = data
 
     def tensor(self, array: np.ndarray | None) -> Any:
         """A tensor of the array's bytes; ggml order, so numpy's last index is ne[0]. None gives NULL."""
@@ -196,17 +249,21 @@ class Graph:
         kind = next(k for k, v in NUMPY_TYPES.items() if array.dtype == v)
         shape = (*reversed(array.shape), 1, 1, 1)[:4]
         tensor = base.ggml_new_tensor_4d(self.ctx, kind, *shape)
-        memory(tensor)[:] = np.frombuffer(array.tobytes(), np.uint8)
+        self.fill(tensor, np.frombuffer(array.tobytes(), np.uint8))
         return tensor
 
     def rows(self, kind: int, width: int, rows: np.ndarray) -> Any:
         """A tensor [width, n] of any type, from the bytes u8 [n, row bytes] of its rows."""
         tensor = base.ggml_new_tensor_2d(self.ctx, kind, width, len(rows))
-        memory(tensor)[:] = rows.reshape(-1)
+        self.fill(tensor, rows.reshape(-1))
         return tensor
 
     def pack(self, pack: np.ndarray) -> Any:
         """An I8 tensor with the pack at a multiple of 64."""
+        if DEVICE:
+            tensor = base.ggml_new_tensor_1d(self.ctx, I8, pack.size)
+            self.fill(tensor, pack)
+            return tensor
         whole = base.ggml_new_tensor_1d(self.ctx, I8, pack.size + 64)
         offset = -int(ffi.cast("uintptr_t", base.ggml_get_data(whole))) % 64
         tensor = base.ggml_view_1d(self.ctx, whole, pack.size, offset)
@@ -215,13 +272,32 @@ class Graph:
 
     def compute(self, result: Any, n_threads: int, *, poison: bool = True) -> np.ndarray:
         """Run the graph that ends in `result`; its bytes u8, which are all ones (NaN in every float) before."""
-        if poison:
-            memory(result)[:] = 0xFF
         graph = base.ggml_new_graph(self.ctx)
         base.ggml_build_forward_expand(graph, result)
+        if DEVICE:
+            return self._compute_on_device(graph, result, poison)
+        if poison:
+            memory(result)[:] = 0xFF
         status = cpu.ggml_graph_compute_with_ctx(self.ctx, graph, n_threads)
         assert status == 0, f"ggml status {status}"
         return memory(result).copy()
+
+    def _compute_on_device(self, graph: Any, result: Any, poison: bool) -> np.ndarray:
+        dev, backend = device()
+        assert base.ggml_backend_dev_supports_op(dev, result), f"{DEVICE} has no kernel for this"
+        buffer = base.ggml_backend_alloc_ctx_tensors(self.ctx, backend)
+        out = np.full(base.ggml_nbytes(result), 0xFF, np.uint8)
+        try:
+            if poison:
+                base.ggml_backend_tensor_set(result, pointer(out), 0, out.size)
+            for tensor, data in self.waiting:
+                base.ggml_backend_tensor_set(tensor, pointer(data), 0, data.size)
+            status = base.ggml_backend_graph_compute(backend, graph)
+            assert status == 0, f"ggml status {status}"
+            base.ggml_backend_tensor_get(result, pointer(out), 0, out.size)
+            return out
+        finally:
+            base.ggml_backend_buffer_free(buffer)
 
 
 def memory(tensor: Any) -> np.ndarray:
@@ -232,7 +308,7 @@ def memory(tensor: Any) -> np.ndarray:
 @contextmanager
 def graph(megabytes: int = 64) -> Iterator[Graph]:
     """A context of this size, freed at the end."""
-    params = ffi.new("struct ggml_init_params *", {"mem_size": megabytes << 20, "no_alloc": False})
+    params = ffi.new("struct ggml_init_params *", {"mem_size": megabytes << 20, "no_alloc": bool(DEVICE)})
     ctx = base.ggml_init(params[0])
     try:
         yield Graph(ctx)

@@ -1,0 +1,13 @@
+// Attention straight from the codes; its result is partial sums that combine.cuh finishes.
+#pragma once
+
+#include "device.cuh"
+#include "plan.h"
+
+namespace kvtc {
+
+// values: f32 [row][split][d] sums of weighted coefficients; meta: [row][split] (largest logit * log2(e), sum of weights);
+// row = (stream*n_tokens + token)*n_head + head
+void decode(const attn_args & a, int d, const decode_plan & p, float * values, float2 * meta, cudaStream_t stream);
+
+} // namespace kvtc

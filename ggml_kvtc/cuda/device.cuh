@@ -1,0 +1,208 @@
+// What the attention kernels share: arguments, mma wrappers, angles, and which keys count exactly.
+#pragma once
+
+#include "common.cuh"
+
+#include "kvtc-pack-cuda.h"
+#include "kvtc-pack.h"
+#include "kvtc.h"
+
+#include <cuda_fp16.h>
+
+namespace kvtc {
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// One KVTC_ATTN node. Strides are in bytes unless they say elements.
+struct attn_args {
+    const char    * q;
+    int64_t         nb_q1, nb_q2, nb_q3;    // token, head, stream
+    const uint8_t * rows[2];                // K, V
+    int64_t         nb_row[2], nb_stream[2];
+    const half    * mask;
+    int64_t         ne_m1, ne_m3;           // elements from token to token, from stream to stream
+    int             n_mask;                 // streams of the mask
+    const float   * sinks;
+    const char    * pack;
+    const int2    * info;                   // (position, slot) of each cell
+    const int     * query_pos;
+    const half    * exact[2];               // [head][slot][d]
+    const char    * batch[2];               // f32 z of this batch
+    int64_t         nb_batch1[2], nb_batch2[2]; // token, head
+    int             n_kv, n_tokens, n_head, n_head_kv, group, n_stream;
+    int             n_sink, n_window, n_slots;
+    float           scale, softcap, max_bias, slope_low, slope_high;
+    int             log2_heads;
+};
+
+// A pack on a device; behind a pack for the CPU where a tensor holds both, as tests of one graph on two backends have it.
+__device__ __forceinline__ const char * find_pack(const char * pack) {
+    const auto * cpu = (const ggml_kvtc_pack_header *) pack;
+    return cpu->magic == GGML_KVTC_PACK_MAGIC ? pack + (cpu->size + 63)/64*64 : pack;
+}
+
+__device__ __forceinline__ const ggml_kvtc_cuda_head & get_head(const char * pack, int side, int h) {
+    return ((const ggml_kvtc_cuda_head *) (pack + ((const ggml_kvtc_cuda_pack *) pack)->side[side].heads))[h];
+}
+
+template <typename T>
+__device__ __forceinline__ const T * at(const char * pack, uint32_t offset) {
+    return (const T *) (pack + offset);
+}
+
+//
+// which keys count exactly, for the queries at positions [min_pos, max_pos]
+//
+
+enum key_use { USE_CODES, USE_EXACT, USE_EITHER };
+
+__device__ __forceinline__ key_use get_use(const attn_args & a, int pos, int slot, int min_pos, int max_pos) {
+    if (slot == -1) {
+        return USE_CODES;
+    }
+    if (pos < a.n_sink || max_pos - pos < a.n_window) {
+        return USE_EXACT;
+    }
+    return min_pos - pos < a.n_window ? USE_EITHER : USE_CODES;
+}
+
+__device__ __forceinline__ bool is_exact(const attn_args & a, int query, int pos) {
+    return query - pos < a.n_window || pos < a.n_sink;
+}
+
+// four neighbouring components of a key that counts exactly
+__device__ __forceinline__ uint2 load_exact(const attn_args & a, int side, int d, int head, int slot, int c) {
+    if (slot >= 0) {
+        return *(const uint2 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*d + c);
+    }
+    const float * z = (const float *) (a.batch[side] - (slot + 2)*a.nb_batch1[side] + head*a.nb_batch2[side]) + c;
+    const half2 lo = __floats2half2_rn(z[0], z[1]);
+    const half2 hi = __floats2half2_rn(z[2], z[3]);
+    return make_uint2(*(const uint32_t *) &lo, *(const uint32_t *) &hi);
+}
+
+__device__ __forceinline__ float alibi_slope(const attn_args & a, int head) {
+    if (a.max_bias == 0.0f) {
+        return 1.0f;
+    }
+    return head < a.log2_heads ? powf(a.slope_low, (float) (head + 1)) : powf(a.slope_high, (float) (2*(head - a.log2_heads) + 1));
+}
+
+//
+// rotation
+//
+
+// channel at place c of the order in which rotation pairs are neighbours
+__device__ __forceinline__ int pair_channel(int c, int rope_type, int n_rot) {
+    if (rope_type != GGML_KVTC_ROPE_NEOX || c >= n_rot) {
+        return c;
+    }
+    return c/2 + c%2*(n_rot/2);
+}
+
+// (cos, sin) of position * frequency; exact at any position, since the product is taken modulo one turn in integers
+__device__ __forceinline__ float2 get_rotation(int pos, uint64_t freq) {
+    const int   turn  = (int) (uint32_t) ((freq*(uint64_t) (int64_t) pos) >> 32);
+    const float angle = (float) turn*(6.283185307179586f/4294967296.0f);
+    return make_float2(__cosf(angle), __sinf(angle));
+}
+
+//
+// tensor cores
+//
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
+    GGML_UNUSED_VARS(c, a, b0, b1);
+    NO_DEVICE_CODE;
+#endif
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void * row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
+}
+
+// an 8x8 matrix of f16, transposed across the warp
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float lo, float hi) {
+    const half2 h = __floats2half2_rn(lo, hi);
+    return *(const uint32_t *) &h;
+}
+
+__device__ __forceinline__ uint32_t mul_half2(uint32_t x, half2 y) {
+    const half2 h = __hmul2(*(const half2 *) &x, y);
+    return *(const uint32_t *) &h;
+}
+
+__device__ __forceinline__ int warp_min(int x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_min_sync(0xffffffff, x);
+#else
+    for (int i = 16; i > 0; i /= 2) {
+        x = min(x, __shfl_xor_sync(0xffffffff, x, i));
+    }
+    return x;
+#endif
+}
+
+__device__ __forceinline__ int warp_max(int x) {
+    return ~warp_min(~x); // ~ turns the order round
+}
+
+// more than 48 KiB of shared memory must be asked for
+inline void allow_shared_memory(const void * kernel, size_t bytes) {
+    if (bytes > 48*1024) {
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) bytes));
+    }
+}
+
+//
+// asynchronous copies to shared memory; before Ampere they are plain ones
+//
+
+template <int n>
+__device__ __forceinline__ void copy_async(void * dst, const void * src) {
+#if __CUDA_ARCH__ >= 800
+    const uint32_t to = (uint32_t) __cvta_generic_to_shared(dst);
+    if constexpr (n == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(src) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(src) : "memory");
+    }
+#else
+    if constexpr (n == 16) {
+        *(uint4 *) dst = *(const uint4 *) src;
+    } else {
+        *(uint32_t *) dst = *(const uint32_t *) src;
+    }
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int n>
+__device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+#endif
+}
+
+} // namespace kvtc

@@ -1,0 +1,219 @@
+// Decode's write: transform, code and store a few vectors in one kernel, in place of a product, a sum and a write.
+#include "kvtc-cuda.h"
+#include "device.cuh"
+
+#include "ggml-impl.h"
+
+namespace kvtc {
+
+namespace {
+
+constexpr int MAX_TOKENS = 16;
+constexpr int THREADS    = 256;
+constexpr int WARPS      = THREADS/32;
+constexpr int LANES      = GGML_KVTC_GROUP;
+
+struct fused_args {
+    const char  * x;             // f32 [d, token, head]
+    int64_t       nb_x1, nb_x2;
+    const float * encode;        // [head][d][d]
+    const float * bias;          // [head][d]
+    char        * z;             // f32 [d, token, head]
+    int64_t       nb_z1, nb_z2;
+    const int64_t * idxs;
+    const char  * pack;
+    uint8_t     * rows;
+    int64_t       nb_row;
+    int           d, n_head;
+};
+
+// Sums of a vector's squares in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
+__device__ __forceinline__ double ordered_sum(const double * x, int d, double * lanes) {
+    if (threadIdx.x < LANES) {
+        double sum = 0.0;
+        for (int c = threadIdx.x; c < d; c += LANES) {
+            sum += x[c];
+        }
+        lanes[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    double total = 0.0;
+    for (int l = 0; l < LANES; ++l) {
+        total += lanes[l];
+    }
+    __syncthreads();
+    return total;
+}
+
+__launch_bounds__(THREADS)
+__global__ void transform_and_write(const fused_args a, int side) {
+    __shared__ __align__(16) float x[GGML_KVTC_MAX_DIM];
+    __shared__ float  z[GGML_KVTC_MAX_DIM];
+    __shared__ double terms[2][GGML_KVTC_MAX_DIM];
+    __shared__ double lanes[LANES];
+    const int h     = blockIdx.x;
+    const int token = blockIdx.y;
+    const int d     = a.d;
+    const int lane  = threadIdx.x % 32;
+
+    for (int c = threadIdx.x; c < d; c += THREADS) {
+        x[c] = *(const float *) (a.x + token*a.nb_x1 + h*a.nb_x2 + c*sizeof(float));
+    }
+    __syncthreads();
+    const float * encode = a.encode + (int64_t) h*d*d;
+    for (int c = threadIdx.x/32; c < d; c += WARPS) {
+        float sum = 0.0f;
+        for (int i = 4*lane; i < d; i += 4*32) {
+            const float4 e = *(const float4 *) (encode + c*d + i);
+            const float4 y = *(const float4 *) (x + i);
+            sum += e.x*y.x + e.y*y.y + e.z*y.z + e.w*y.w;
+        }
+        sum = warp_reduce_sum(sum);
+        if (lane == 0) {
+            z[c] = sum + a.bias[h*d + c];
+            *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[c];
+        }
+    }
+    __syncthreads();
+
+    const int64_t row = a.idxs[token];
+    if (row < 0) {
+        return;
+    }
+    const char * pack = find_pack(a.pack);
+    const ggml_kvtc_cuda_head & head = get_head(pack, side, h);
+    uint8_t * out = a.rows + row*a.nb_row + head.payload;
+
+    for (int c = threadIdx.x; c < d; c += THREADS) {
+        const float u = z[c]*at<float>(pack, head.inv_scale)[c];
+        terms[0][c] = (double) u*u;
+        terms[1][c] = (double) z[c]*z[c];
+    }
+    __syncthreads();
+    const double norm  = sqrt(ordered_sum(terms[0], d, lanes)/d);
+    const double power = ordered_sum(terms[1], d, lanes);
+    const bool   zero  = !(norm >= 1e-9 && isfinite(norm));
+    const float  inv   = zero ? 0.0f : (float) (1.0/norm);
+
+    for (int c0 = 0; c0 < d; c0 += THREADS) { // d is a multiple of 16, a warp's last groups may be beyond it
+        const int  c      = c0 + threadIdx.x;
+        const bool inside = c < d;
+        const int  g      = (inside ? c : 0)/LANES;
+        const int  l      = threadIdx.x % LANES;
+        const int  w      = inside ? at<uint8_t>(pack, head.widths)[g] : 0;
+        int    code  = 0;
+        float  level = 0.0f;
+        if (!zero && w > 0) {
+            const float   y     = z[c]*inv;
+            const float * bound = at<float>(pack, head.bounds) + at<uint32_t>(pack, head.bounds_at)[g] + l;
+            for (int step = 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
+                if (y > bound[(code + step - 1)*LANES]) {
+                    code += step;
+                }
+            }
+            level = __half2float(at<half>(pack, head.levels)[at<uint32_t>(pack, head.levels_at)[g] + (l << w) + code]);
+        }
+        const uint64_t word = (uint64_t) code << l*w;
+        uint32_t lo = (uint32_t) word;
+        uint32_t hi = (uint32_t) (word >> 32);
+        for (int i = LANES/2; i > 0; i /= 2) {
+            lo |= __shfl_xor_sync(0xffffffff, lo, i, LANES);
+            hi |= __shfl_xor_sync(0xffffffff, hi, i, LANES);
+        }
+        if (inside) {
+            terms[0][c] = (double) z[c]*level;
+            terms[1][c] = (double) level*level;
+            if (l < w) {
+                out[at<uint32_t>(pack, head.bits)[g]/8 + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
+            }
+        }
+    }
+    __syncthreads();
+    const double dot  = ordered_sum(terms[0], d, lanes);
+    const double self = ordered_sum(terms[1], d, lanes);
+    if (threadIdx.x == 0) {
+        double gain = 0.0;
+        if (!zero) {
+            if (head.keep_norm) {
+                gain = self > 0.0 ? sqrt(power/self) : 0.0;
+            } else {
+                gain = dot > 0.0 ? power/dot : 0.0;
+            }
+        }
+        out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;
+    }
+    const ggml_kvtc_cuda_side & s = ((const ggml_kvtc_cuda_pack *) pack)->side[side];
+    const int end = (int) ((h + 1 < a.n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
+    for (int i = (int) head.n_bytes + threadIdx.x; i < end; i += THREADS) {
+        out[i] = 0;
+    }
+}
+
+// the node after i that computes something
+int next_node(const ggml_cgraph * graph, int i) {
+    for (++i; i < graph->n_nodes; ++i) {
+        const ggml_op op = graph->nodes[i]->op;
+        if (op != GGML_OP_NONE && op != GGML_OP_VIEW && op != GGML_OP_RESHAPE && op != GGML_OP_PERMUTE && op != GGML_OP_TRANSPOSE) {
+            break;
+        }
+    }
+    return i;
+}
+
+// The sum is written while other blocks still read x: a graph's allocator may have given it the memory of x.
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * pa = (const char *) a->data;
+    const char * pb = (const char *) b->data;
+    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
+}
+
+} // namespace
+
+} // namespace kvtc
+
+int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    using namespace kvtc;
+    const ggml_tensor * product = graph->nodes[i];
+    if (product->op != GGML_OP_MUL_MAT || product->src[0]->type != GGML_TYPE_F32 || product->ne[1] > MAX_TOKENS) {
+        return 0;
+    }
+    const int i_sum   = next_node(graph, i);
+    const int i_write = next_node(graph, i_sum);
+    if (i_write >= graph->n_nodes) {
+        return 0;
+    }
+    const ggml_tensor * sum   = graph->nodes[i_sum];
+    ggml_tensor       * write = graph->nodes[i_write];
+    if (sum->op != GGML_OP_ADD || sum->src[0] != product || write->op != GGML_OP_KVTC_SET_ROWS || write->src[1] != sum || !ggml_kvtc_is_type(write->type)) {
+        return 0;
+    }
+    const ggml_tensor * encode = product->src[0];
+    const ggml_tensor * x      = product->src[1];
+    const ggml_tensor * bias   = sum->src[1];
+    const int64_t d = encode->ne[0];
+    // nothing else may read the product, which is not written
+    if (ggml_node_get_use_count(graph, i) != 1 || (product->flags & GGML_TENSOR_FLAG_OUTPUT) ||
+            encode->ne[1] != d || d > GGML_KVTC_MAX_DIM || d % 16 != 0 || !ggml_is_contiguous(encode) || product->ne[3] != 1 || x->ne[2] != encode->ne[2] ||
+            x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || bias->type != GGML_TYPE_F32 || !ggml_is_contiguous(bias) ||
+            bias->ne[0] != d || bias->ne[1] != 1 || bias->ne[2] != encode->ne[2] || overlap(x, sum)) {
+        return 0;
+    }
+    fused_args a;
+    a.x      = (const char *) x->data;
+    a.nb_x1  = x->nb[1];
+    a.nb_x2  = x->nb[2];
+    a.encode = (const float *) encode->data;
+    a.bias   = (const float *) bias->data;
+    a.z      = (char *) sum->data;
+    a.nb_z1  = sum->nb[1];
+    a.nb_z2  = sum->nb[2];
+    a.idxs   = (const int64_t *) write->src[2]->data;
+    a.pack   = (const char *) write->src[3]->data;
+    a.rows   = (uint8_t *) write->data;
+    a.nb_row = write->nb[1];
+    a.d      = (int) d;
+    a.n_head = (int) encode->ne[2];
+    transform_and_write<<<dim3(a.n_head, (int) product->ne[1]), THREADS, 0, ctx.stream()>>>(a, ggml_get_op_params_i32(write, 0));
+    CUDA_CHECK(cudaGetLastError());
+    return i_write - i;
+}

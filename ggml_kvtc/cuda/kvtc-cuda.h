@@ -1,0 +1,18 @@
+// Entry points of the kvtc kernels for the CUDA backend.
+#pragma once
+
+#include "kvtc.h"
+
+struct ggml_backend_cuda_context;
+
+void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void ggml_cuda_kvtc_attn    (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// Exact for the two operations; false for every stock operation that touches a kvtc type.
+bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op);
+
+struct ggml_cgraph;
+
+// One kernel for node i, the product with an encode matrix, and the sum and the write that follow it: the number of nodes
+// after i that are done with, or 0.
+int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);

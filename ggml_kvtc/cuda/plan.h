@@ -1,0 +1,152 @@
+// How the kernels divide their work, and what they keep in shared memory. No CUDA in here: tests run it anywhere.
+#pragma once
+
+#include "kvtc-pack.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace kvtc {
+
+struct attn_shape {
+    int d, n_kv, n_tokens, group, n_head_kv, n_stream;
+    int row_bytes[2]; // K, V
+    int bytes    [2]; // most of a head's payload
+    int entries  [2]; // of its tables, see ggml_kvtc_cuda_limits
+};
+
+struct gpu_shape {
+    int    n_sm;
+    size_t shared; // bytes a block may use
+};
+
+//
+// decode
+//
+
+struct decode_plan {
+    int nq;                // query rows of a block, by 8
+    int n_slab;            // slabs of 16 or 32 cells in all
+    int slab;              // cells of one
+    int slabs_per_split;
+    int n_split;
+    int n_row_block;
+    int n_warp;
+    int unit;              // bytes copied at once: 16, 4 or 1
+    int stride[2];         // bytes of a staged row
+    int n_stage;
+    int rep;               // copies of the values' tables, see tables.cuh
+    int n_fine;            // positions in the table of rotations
+    int at_mean, at_queries, at_freq, at_fine, at_codes, at_k_table, at_v_table, at_stage;
+    size_t shared;
+};
+
+inline int ceil_div(int a, int b) {
+    return (a + b - 1)/b;
+}
+
+// Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
+inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode_plan & p) {
+    const int n_row = s.n_tokens*s.group;
+    p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
+    p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
+    p.unit = 16;
+    for (int i = 0; i < 2; ++i) {
+        while (s.row_bytes[i] % p.unit != 0) {
+            p.unit = p.unit == 16 ? 4 : 1;
+        }
+    }
+    for (int i = 0; i < 2; ++i) {
+        // payloads start at multiples of 4, so a copy may start up to 12 bytes early; one byte more is read than codes need
+        const int most = ceil_div(s.bytes[i] + p.unit - std::min(4, p.unit), p.unit)*p.unit + 1;
+        p.stride[i] = ceil_div(most, 16)*16;
+        p.stride[i] += p.stride[i]/16 % 2 == 0 ? 16 : 0; // an odd number of 16 bytes: rows start in different banks
+    }
+
+    struct option { int n_warp, rep, n_fine, n_stage; };
+    const option options[] = {
+        { 8, 4, 64, 2 }, { 8, 1, 64, 2 }, { 8, 1, 32, 2 }, { 4, 1, 64, 2 }, { 4, 1, 32, 2 }, { 4, 1, 0, 2 }, { 4, 1, 0, 1 }, { 2, 1, 0, 1 }, { 1, 1, 0, 1 },
+    };
+    for (const option & o : options) {
+        int used = 0;
+        const auto take = [&used](int n) { const int from = used; used += (n + 15)/16*16; return from; };
+        p.n_warp  = o.n_warp;
+        p.rep     = o.rep;
+        p.n_fine  = o.n_fine;
+        p.n_stage = o.n_stage;
+        take(s.d*(s.d + 8)*2); // the decode matrix
+        p.at_mean    = take(s.d*4);
+        p.at_queries = take(8*p.nq*(s.d + 8)*4);
+        p.at_freq    = take(s.d/2*8);
+        p.at_fine    = take(p.n_fine*(s.d/2 + 4)*4);
+        p.at_codes   = take((s.d/4 + s.d/8)*8);
+        p.at_k_table = take(s.entries[0]);
+        p.at_v_table = take(s.entries[1]*32*p.rep);
+        p.at_stage   = take(p.n_warp*p.n_stage*p.slab*(p.stride[0] + p.stride[1]));
+        take(16);
+        const int merge = p.n_warp*8*p.nq*(s.d + 8 + 2)*4;
+        p.shared = std::max(used, merge);
+        if (p.shared <= gpu.shared) {
+            const int blocks = s.n_head_kv*ceil_div(n_row, 8*p.nq)*s.n_stream;
+            const int fit    = std::max<int>(1, (int) (gpu.shared/p.shared));
+            p.n_row_block     = ceil_div(n_row, 8*p.nq);
+            p.n_slab          = ceil_div(s.n_kv, p.slab);
+            const int most    = ceil_div(p.n_slab, p.n_warp);
+            const int wanted  = std::max(1, gpu.n_sm*fit/blocks);
+            p.slabs_per_split = ceil_div(p.n_slab, std::min(most, wanted));
+            p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+            return true;
+        }
+    }
+    return false;
+}
+
+//
+// prefill: cells are expanded to f16 in chunks, and a flash attention kernel reads those
+//
+
+struct prefill_plan {
+    int n_cols;         // query rows of a block
+    int n_cols2;        // of these, heads of the group
+    int chunk;          // cells expanded at once
+    int n_list;         // most keys that are exact for some queries only: they have columns of their own
+    int n_token_block, n_head_block; // blocks of queries: tokens, heads of a group
+    int n_split;        // ranges of a chunk
+    int split;          // cells of a range
+};
+
+constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
+constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // keys, values and masks of a chunk
+
+inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_slots, bool alibi, int n_cols) {
+    prefill_plan p;
+    p.n_cols  = n_cols;
+    p.n_cols2 = alibi || s.group == 1 ? 1 : s.group == 2 ? 2 : s.group <= 4 ? 4 : 8;
+    const int align = PREFILL_ALIGN;
+    const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
+    const int    most     = std::max<int>(1, (int) (PREFILL_SCRATCH/per_cell/align))*align;
+    const int    n_chunk  = ceil_div(s.n_kv, most);
+    p.chunk         = ceil_div(ceil_div(s.n_kv, n_chunk), align)*align;
+    p.n_list        = ceil_div(std::min(s.n_kv, n_slots + s.n_tokens*s.n_stream), align)*align;
+    p.n_token_block = ceil_div(s.n_tokens, p.n_cols/p.n_cols2);
+    p.n_head_block  = ceil_div(s.group, p.n_cols2);
+
+    // as few ranges as fill the processors' slots, two blocks on each
+    const int blocks = p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream;
+    const int slots  = 2*gpu.n_sm;
+    double best = 0.0;
+    p.n_split = 1;
+    for (int n = 1; n <= 8 && n*align <= p.chunk; ++n) {
+        const double use = (double) blocks*n/(ceil_div(blocks*n, slots)*slots);
+        if (use > best + 0.05) {
+            best = use;
+            p.n_split = n;
+        }
+    }
+    p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
+    p.n_split = ceil_div(p.chunk, p.split);
+    return p;
+}
+
+} // namespace kvtc

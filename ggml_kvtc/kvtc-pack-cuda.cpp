@@ -1,0 +1,187 @@
+// Writes packs for CUDA devices: the plans of one layer, laid out for the kernels in cuda/ (kvtc-pack-cuda.h).
+#include "kvtc-bump.h"
+#include "kvtc-calibration.h"
+#include "kvtc-pack-cuda.h"
+#include "kvtc-pack.h"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+static_assert(sizeof(ggml_kvtc_cuda_limits) == 4*sizeof(int32_t), "limits are four numbers");
+
+namespace {
+
+void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
+              uint32_t payload, ggml_kvtc_cuda_head * head) {
+    const int d = side.d;
+    const int G = d/8;
+    const int8_t * w = side.group_widths(h, budget, B);
+
+    size_t n_levels = 0;
+    size_t n_bounds = 0;
+    std::vector<uint32_t> first_level(G);
+    std::vector<uint32_t> first_bound(G);
+    ggml_kvtc_cuda_head tmp = {};
+    for (int g = 0; g < G; ++g) {
+        first_level[g] = (uint32_t) n_levels;
+        first_bound[g] = (uint32_t) n_bounds;
+        if (w[g] > 0) {
+            n_levels += (size_t) 8 << w[g];
+            n_bounds += 8*(((size_t) 1 << w[g]) - 1);
+            tmp.rank  = 8*(g + 1);
+        }
+    }
+    uint8_t * widths; uint32_t * bits; uint32_t * levels_at; ggml_fp16_t * levels; uint32_t * bounds_at; float * bounds;
+    float * inv_scale; float * mean; ggml_fp16_t * decode;
+    tmp.payload   = payload;
+    tmp.n_bytes   = ggml_kvtc_head_bytes(side, h, budget, B);
+    tmp.gain_base = side.gain[2*h];
+    tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
+    tmp.widths    = out.put(G, &widths);
+    tmp.bits      = out.put(G, &bits);
+    tmp.levels_at = out.put(G, &levels_at);
+    tmp.levels    = out.put(n_levels, &levels);
+    tmp.bounds_at = out.put(G, &bounds_at);
+    tmp.bounds    = out.put(n_bounds, &bounds);
+    tmp.inv_scale = out.put(d, &inv_scale);
+    tmp.mean      = out.put(d, &mean);
+    tmp.decode    = out.put((size_t) d*d, &decode);
+    if (!out.base) {
+        return;
+    }
+    *head = tmp;
+
+    uint32_t at = 8; // behind the gain code
+    for (int g = 0; g < G; ++g) {
+        widths   [g] = (uint8_t) w[g];
+        bits     [g] = at;
+        levels_at[g] = first_level[g];
+        bounds_at[g] = first_bound[g];
+        at += 8*w[g];
+        if (w[g] == 0) {
+            continue;
+        }
+        const int n = 1 << w[g];
+        const float * level = &side.levels[side.book_start(h, g, w[g])];
+        for (int c = 0; c < 8; ++c) {
+            for (int i = 0; i < n; ++i) {
+                levels[first_level[g] + c*n + i] = ggml_fp32_to_fp16(level[c*n + i]);
+            }
+            for (int i = 0; i + 1 < n; ++i) {
+                bounds[first_bound[g] + i*8 + c] = (level[c*n + i] + level[c*n + i + 1])*0.5f;
+            }
+        }
+    }
+    const float * scale = &side.scale[(size_t) h*d];
+    const float   floor = 1e-3f**std::max_element(scale, scale + d);
+    for (int i = 0; i < d; ++i) {
+        inv_scale[i] = 1.0f/std::max(scale[i], floor);
+        mean     [i] = side.mean[(size_t) h*d + i];
+        for (int c = 0; c < d; ++c) {
+            // K: row i gives channel i from the slots of its components;  V: row c gives what component c adds
+            const int component = which == GGML_KVTC_K ? ggml_kvtc_cuda_slot_component(c) : c;
+            const ggml_fp16_t x = ggml_fp32_to_fp16(side.decode[((size_t) h*d + i)*d + component]);
+            decode[which == GGML_KVTC_K ? (size_t) i*d + c : (size_t) c*d + i] = x;
+        }
+    }
+}
+
+void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, ggml_kvtc_cuda_pack * pack) {
+    if (bits == 0) {
+        return;
+    }
+    const ggml_kvtc_side_calibration & side = *cal.find(il, which);
+    const int B      = (int) cal.bits.size();
+    const int budget = cal.budget_index(bits);
+
+    ggml_kvtc_cuda_head * heads;
+    const uint32_t heads_at = out.put(side.H, &heads);
+    uint32_t payload = 0;
+    for (int h = 0; h < side.H; ++h) {
+        put_head(out, side, which, h, budget, B, payload, heads ? &heads[h] : nullptr);
+        payload = (payload + ggml_kvtc_head_bytes(side, h, budget, B) + 3)/4*4;
+    }
+    if (pack) {
+        pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8), heads_at, {} };
+    }
+}
+
+size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v, char * base) {
+    ggml_kvtc_bump out { base };
+    out.align = 16;
+    ggml_kvtc_cuda_pack * pack;
+    out.put(1, &pack);
+    put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
+    put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
+
+    uint32_t freq = 0;
+    if (bits_k > 0) {
+        freq = out.reserve(cal.find(il, GGML_KVTC_K)->d/2*sizeof(uint64_t));
+    }
+    const size_t size = (out.used + 63)/64*64;
+    if (pack) {
+        pack->magic     = GGML_KVTC_CUDA_PACK_MAGIC;
+        pack->version   = GGML_KVTC_VERSION;
+        pack->size      = size;
+        pack->rope_type = GGML_KVTC_ROPE_NONE;
+        pack->freq      = freq;
+    }
+    return size;
+}
+
+// inv_freq/(2*pi) modulo 1, in units of 2^-64
+uint64_t get_turns(double inv_freq) {
+    const long double turns = (long double) inv_freq/6.283185307179586476925286766559L;
+    const long double part  = turns - std::floor(turns);
+    return (uint64_t) std::ldexp(part, 64); // below 2^64, since part is below 1
+}
+
+} // namespace
+
+size_t ggml_kvtc_cuda_pack_size(const ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v) {
+    return put_pack(*cal, il, bits_k, bits_v, nullptr);
+}
+
+void ggml_kvtc_cuda_pack_write(const ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v, void * pack) {
+    memset(pack, 0, ggml_kvtc_cuda_pack_size(cal, il, bits_k, bits_v));
+    put_pack(*cal, il, bits_k, bits_v, (char *) pack);
+}
+
+void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
+    auto * pack = (ggml_kvtc_cuda_pack *) data;
+    GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
+    GGML_ASSERT(rope->n_rot % 2 == 0 && rope->n_rot <= (int) pack->side[GGML_KVTC_K].d);
+
+    pack->rope_type   = rope->type;
+    pack->rope_n_rot  = (uint32_t) rope->n_rot;
+    pack->rope_mscale = rope->mscale;
+    uint64_t * freq = (uint64_t *) ((char *) data + pack->freq);
+    for (int p = 0; p < rope->n_rot/2 && rope->type != GGML_KVTC_ROPE_NONE; ++p) {
+        freq[p] = get_turns(rope->inv_freq[p]);
+    }
+}
+
+void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[4]) {
+    const auto * pack = (const ggml_kvtc_cuda_pack *) data;
+    GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
+    std::fill(limits, limits + 4, 0);
+    for (int s = 0; s < 2; ++s) {
+        const auto * heads = (const ggml_kvtc_cuda_head *) ((const char *) data + pack->side[s].heads);
+        for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
+            const uint8_t * widths = (const uint8_t *) data + heads[h].widths;
+            int32_t entries = 0;
+            for (uint32_t g = 0; g < pack->side[s].d/8; ++g) {
+                const int w = widths[g];
+                if (w > 0) {
+                    entries += s == GGML_KVTC_V ? 1 << w : w <= 3 ? 4*4 << 2*w : 8*2 << w;
+                }
+            }
+            limits[s]     = std::max(limits[s], (int32_t) heads[h].n_bytes);
+            limits[2 + s] = std::max(limits[2 + s], entries);
+        }
+    }
+}

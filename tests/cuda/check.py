@@ -1,0 +1,168 @@
+"""The kernels of a device against the numpy twin: ``python -m tests.cuda.check --device CUDA0``.
+
+Needs no pytest, so that it runs wherever the libraries and a device are ($KVTC_LIB_DIR names their folder). Every case
+runs twice, with its result poisoned before, and must give the same bytes and a finite result near the f64 reference.
+Failures caught: all that tests/native/test_attention.py and test_codec.py name, on kernels with other tiles and orders.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import typer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "native"), str(HERE.parent / "python"), str(HERE.parents[1] / "python")]
+NMSE = 1e-5  # the bound of test-backend-ops is 5e-4; f16 operands leave about 1e-6
+
+
+def cases() -> Iterator[tuple[str, object]]:
+    """Names and cases; a name is unique."""
+    from attention_case import Case
+    from kvtc_gguf.reference_rope import Rope
+
+    def neox(d: int) -> Rope:
+        return Rope(d, neox=True)
+
+    plain = Case(n_kv=200, exact="some")
+    for k in range(1, 7):
+        for v in range(1, 7):
+            yield f"widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
+    for d in (64, 80, 96, 128, 256):
+        for tokens in (1, 3, 16, 17, 70):
+            for heads in (1, 4):
+                case = replace(plain, dk=d, heads=heads, tokens=tokens, rope=neox(d), k=2, v=4, n_kv=600)
+                yield f"head_dim {d} tokens {tokens} heads {heads}", case
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
+        for tokens in (1, 2, 5, 16, 33):
+            yield f"group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, heads=1 + group % 2)
+    for n_kv in (1, 2, 15, 31, 32, 33, 64, 255, 256, 257, 1000, 5000):
+        yield f"cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
+        if n_kv >= 40:
+            yield f"cells {n_kv}, prefill", replace(plain, tokens=40, n_kv=n_kv, empty=0, window=20)
+    ropes = {
+        "none": None,
+        "normal": Rope(64, neox=False),
+        "neox": neox(64),
+        "normal 40 of 64": Rope(40, neox=False),
+        "neox 40 of 64": neox(40),
+        "neox 2 of 64": neox(2),
+        "yarn": Rope(64, neox=True, freq_scale=0.25, ext_factor=1.0, n_ctx_orig=512),
+        "attn factor": Rope(64, neox=False, attn_factor=1.5),
+    }
+    for name, rope in ropes.items():
+        for order in ("contiguous", "shuffled", "sparse", "interleaved"):
+            for start in (0, 61, 999_900):
+                for tokens in (1, 30):
+                    label = f"rope {name} {order} from {start} tokens {tokens}"
+                    yield label, replace(plain, rope=rope, order=order, start=start, tokens=tokens)
+    for exact in ("none", "store", "some", "batch"):
+        for sinks, window in ((0, 0), (4, 0), (0, 32), (4, 32), (70, 100), (0, 10_000)):
+            for tokens in (1, 12, 50):
+                label = f"exact {exact} sinks {sinks} window {window} tokens {tokens}"
+                yield label, replace(plain, exact=exact, sinks=sinks, window=window, tokens=tokens, n_kv=300)
+    for window in (1, 40, 64, 100, 250):
+        yield f"edge {window}", replace(plain, tokens=300, n_kv=1700, window=window, k=1, v=1, exact="store")
+    for mask in ("causal", "holes", "dead", "none"):
+        for tokens in (1, 4, 40):
+            empty = 0 if mask == "none" else 70
+            yield f"mask {mask} tokens {tokens}", replace(plain, mask=mask, tokens=tokens, empty=empty)
+    for streams in (2, 3):
+        for tokens in (1, 6, 20):
+            yield f"streams {streams} tokens {tokens}", replace(plain, streams=streams, tokens=tokens, order="shuffled")
+    for name, extra in {
+        "softcap": {"softcap": 3.0, "dk": 128, "rope": neox(128)},
+        "softcap, head_dim 64": {"softcap": 3.0},
+        "sink logits": {"sink_logits": True},
+        "alibi": {"max_bias": 8.0},
+        "alibi, 6 heads": {"max_bias": 8.0, "heads": 3},
+    }.items():
+        for tokens in (1, 20):
+            yield f"{name} tokens {tokens}", replace(plain, tokens=tokens, n_kv=600, **extra)
+    for tokens in (1, 33):
+        yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
+        yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
+
+
+def check_attention(case: object) -> float:
+    """NMSE of a case; an assertion says what else is wrong."""
+    from attention_case import Inputs, expected, run
+
+    x = Inputs(case)
+    first, second = run(x), run(x)
+    assert np.isfinite(first).all(), f"{(~np.isfinite(first)).mean():.1%} of the result is not finite"
+    assert first.tobytes() == second.tobytes(), "two runs differ"
+    right = expected(x)
+    return float(((first - right) ** 2).sum() / (right**2).sum())
+
+
+def check_rows(n_head: int, d: int, bits: int) -> float:
+    """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal."""
+    import ffi
+    import synthetic
+    from attention_case import calibrated
+    from kvtc_gguf.layout import row_bytes
+
+    calibration, native = calibrated(n_head, d, d)
+    pack = native.pack(0, bits, bits)
+    rng = np.random.default_rng(bits)
+    n, n_rows = 150, 200
+    where = rng.permutation(n_rows)[:n].astype(np.int64)
+    where[::7] = -1
+    different = 0.0
+    for side in (ffi.K, ffi.V):
+        z = synthetic.draw(rng, calibration.layers[0]["kv"[side]], n)
+        z[3] = 0.0
+        right = np.full((n_rows, row_bytes(n_head, d, bits)), 0xFF, np.uint8)
+        right[where[where >= 0]] = ffi.encode_rows(pack, side, z, right.shape[1])[where >= 0]
+        with ffi.graph(64) as g:
+            cache = g.rows(ffi.kvtc_type(bits), n_head * d, np.full_like(right, 0xFF))
+            tensors = g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
+            rows = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, cache, *tensors, side), 1).reshape(right.shape)
+        different = max(different, float((rows != right).mean()))
+        exact = np.full((n_head, n_rows, d), -1.0, np.float16)
+        right = exact.copy()
+        right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
+        with ffi.graph(64) as g:
+            tensors = g.tensor(exact), g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
+            stored = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, *tensors, side), 1, poison=False)
+        assert stored.tobytes() == right.tobytes(), "exact rows differ"
+    return different
+
+
+def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
+    """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick every tenth."""
+    os.environ["KVTC_TEST_DEVICE"] = device
+    import ffi
+
+    print(f"{device}: {ffi.ffi.string(ffi.base.ggml_backend_dev_description(ffi.device()[0])).decode()}")
+    started, failures, count, worst = time.monotonic(), 0, 0, 0.0
+    work = [(name, NMSE, lambda case=case: check_attention(case)) for name, case in cases()]
+    for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256)):
+        for bits in range(1, 7):
+            work.append((f"rows {heads} x {d} kvtc{bits}", 0.0, lambda a=(heads, d, bits): check_rows(*a)))
+    for i, (name, bound, run) in enumerate(work):
+        if only not in name or (quick and i % 10):
+            continue
+        count += 1
+        try:
+            error = run()
+            worst = max(worst, error)
+            problem = None if error <= bound else f"error {error:.2e}"
+        except AssertionError as wrong:
+            problem = str(wrong)
+        if problem:
+            failures += 1
+            print(f"FAILED {name}: {problem}", flush=True)
+    print(f"{count} cases, {failures} failed, largest error {worst:.1e}, {time.monotonic() - started:.0f} s")
+    raise SystemExit(failures > 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
