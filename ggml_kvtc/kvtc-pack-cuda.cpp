@@ -15,6 +15,10 @@ static_assert(sizeof(ggml_kvtc_cuda_limits) == 4*sizeof(int32_t), "limits are fo
 
 namespace {
 
+uint32_t table_bytes(int w) {
+    return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
+}
+
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
               uint32_t payload, ggml_kvtc_cuda_head * head) {
     const int d = side.d;
@@ -34,9 +38,10 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
             n_bounds += 8*(((size_t) 1 << w[g]) - 1);
             tmp.rank  = 8*(g + 1);
         }
+        tmp.n_tables += table_bytes(w[g]);
     }
     uint8_t * widths; uint32_t * bits; uint32_t * levels_at; ggml_fp16_t * levels; uint32_t * bounds_at; float * bounds;
-    float * inv_scale; float * mean; ggml_fp16_t * decode;
+    float * inv_scale; float * mean; ggml_fp16_t * decode; ggml_kvtc_cuda_code * codes; uint8_t * tables;
     tmp.payload   = payload;
     tmp.n_bytes   = ggml_kvtc_head_bytes(side, h, budget, B);
     tmp.gain_base = side.gain[2*h];
@@ -50,17 +55,21 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     tmp.inv_scale = out.put(d, &inv_scale);
     tmp.mean      = out.put(d, &mean);
     tmp.decode    = out.put((size_t) d*d, &decode);
+    tmp.codes     = out.put(G, &codes);
+    tmp.tables    = out.put(tmp.n_tables, &tables);
     if (!out.base) {
         return;
     }
     *head = tmp;
 
-    uint32_t at = 8; // behind the gain code
+    uint32_t at    = 8; // behind the gain code
+    uint32_t table = 0;
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
         bits     [g] = at;
         levels_at[g] = first_level[g];
         bounds_at[g] = first_bound[g];
+        codes    [g] = { (uint16_t) (at/8), (uint16_t) w[g], table };
         at += 8*w[g];
         if (w[g] == 0) {
             continue;
@@ -75,6 +84,17 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
                 bounds[first_bound[g] + i*8 + c] = (level[c*n + i] + level[c*n + i + 1])*0.5f;
             }
         }
+        auto * entry = (ggml_fp16_t *) (tables + table);
+        if (w[g] <= 3) {
+            for (int i = 0; i < 4*n*n; ++i) {
+                const int c = i/(n*n)*2;
+                entry[2*i]     = ggml_fp32_to_fp16(level[c*n + i%n]);
+                entry[2*i + 1] = ggml_fp32_to_fp16(level[(c + 1)*n + i/n%n]);
+            }
+        } else {
+            std::copy_n(levels + first_level[g], 8*n, entry);
+        }
+        table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];
     const float   floor = 1e-3f**std::max_element(scale, scale + d);
@@ -82,9 +102,8 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         inv_scale[i] = 1.0f/std::max(scale[i], floor);
         mean     [i] = side.mean[(size_t) h*d + i];
         for (int c = 0; c < d; ++c) {
-            // K: row i gives channel i from the slots of its components;  V: row c gives what component c adds
-            const int component = which == GGML_KVTC_K ? ggml_kvtc_cuda_slot_component(c) : c;
-            const ggml_fp16_t x = ggml_fp32_to_fp16(side.decode[((size_t) h*d + i)*d + component]);
+            // K: row i gives channel i;  V: row c gives what component c adds
+            const ggml_fp16_t x = ggml_fp32_to_fp16(side.decode[((size_t) h*d + i)*d + c]);
             decode[which == GGML_KVTC_K ? (size_t) i*d + c : (size_t) c*d + i] = x;
         }
     }
@@ -172,16 +191,8 @@ void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[4]) {
     for (int s = 0; s < 2; ++s) {
         const auto * heads = (const ggml_kvtc_cuda_head *) ((const char *) data + pack->side[s].heads);
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
-            const uint8_t * widths = (const uint8_t *) data + heads[h].widths;
-            int32_t entries = 0;
-            for (uint32_t g = 0; g < pack->side[s].d/8; ++g) {
-                const int w = widths[g];
-                if (w > 0) {
-                    entries += s == GGML_KVTC_V ? 1 << w : w <= 3 ? 4*4 << 2*w : 8*2 << w;
-                }
-            }
             limits[s]     = std::max(limits[s], (int32_t) heads[h].n_bytes);
-            limits[2 + s] = std::max(limits[2 + s], entries);
+            limits[2 + s] = std::max(limits[2 + s], (int32_t) heads[h].n_tables);
         }
     }
 }

@@ -5,8 +5,7 @@
 //   | header | K head 0 … | V head 0 … | freq | per head: widths, levels, bounds, matrices, … |
 //   +--------+------------+------------+------+-----------------------------------------------+
 //
-// Tables and matrices are f16, as the calibration file has them. What a kernel wants in another order (rotation pairs side by
-// side, tables of two components) it makes in shared memory when it starts.
+// Tables and matrices are f16, as the calibration file has them.
 #pragma once
 
 #include <stdint.h>
@@ -27,15 +26,20 @@ struct ggml_kvtc_cuda_head {
     uint32_t bounds;     // f32 per group of width w > 0: [2^w - 1][8], midpoints of neighbouring levels
     uint32_t inv_scale;  // f32 [d]
     uint32_t mean;       // f32 [d]
-    uint32_t decode;     // f16 K: [d channels][d slots], slots in the order below;  V: [d components][d channels]
-    uint32_t pad[2];
+    uint32_t decode;     // f16 K: [d channels][d components];  V: [d components][d channels]
+    uint32_t codes;      // ggml_kvtc_cuda_code [d/8]
+    uint32_t tables;     // of all groups, one after the other: for widths up to 3, [4][4^w] pairs of two components' f16, the
+                         // index being code | next code << w; for wider groups [8][2^w] f16
+    uint32_t n_tables;   // bytes of these, a multiple of 16
+    uint32_t pad[3];
 };
 
-// Components of K's matrix go to the slots of an mma operand so that a thread's four are neighbours: in each 16, slots 2q, 2q+1,
-// 2q+8, 2q+9 (thread q of 4) hold components 4q, 4q+1, 4q+2, 4q+3.
-static inline int ggml_kvtc_cuda_slot_component(int slot) {
-    return slot/16*16 + slot%8/2*4 + slot%16/8*2 + slot%2;
-}
+// How to read one group.
+struct ggml_kvtc_cuda_code {
+    uint16_t byte;       // first byte, counted from the payload's start
+    uint16_t width;
+    uint32_t table;      // byte offset in the head's tables
+};
 
 struct ggml_kvtc_cuda_side {
     uint32_t bits;       // 0: this side is of another type
@@ -59,7 +63,6 @@ struct ggml_kvtc_cuda_pack {
 
 // Sizes that a kernel's launch needs and the host cannot read from a pack on the device: the most of any head.
 struct ggml_kvtc_cuda_limits {
-    int32_t bytes  [2];  // payload (n_bytes), K and V
-    int32_t entries[2];  // K: bytes of its tables (groups up to 3 bits: 4 * 4^w words of two components, wider ones 8 * 2^w f16)
-                         // V: sum of 2^w over the groups of w > 0
+    int32_t bytes [2];  // payload (n_bytes), K and V
+    int32_t tables[2];  // n_tables
 };

@@ -117,7 +117,7 @@ struct ggml_kvtc_attn_params {
     int32_t n_sink;
     int32_t n_window;
     int32_t n_slots;
-    int32_t limits[4]; // of the pack on a CUDA device: largest payload of a head and size of its tables, K, V, K, V; else zeros
+    int32_t limits[4]; // of the pack on a CUDA device: the largest payload of a head, K and V, and the largest tables; else zeros
 };
 
 // Attention over a cache of which at least one side is of a kvtc type.

@@ -50,6 +50,16 @@ __device__ __forceinline__ const T * at(const char * pack, uint32_t offset) {
     return (const T *) (pack + offset);
 }
 
+__device__ __forceinline__ uint32_t pack_half2(float lo, float hi) {
+    const half2 h = __floats2half2_rn(lo, hi);
+    return *(const uint32_t *) &h;
+}
+
+__device__ __forceinline__ uint32_t mul_half2(uint32_t x, half2 y) {
+    const half2 h = __hmul2(*(const half2 *) &x, y);
+    return *(const uint32_t *) &h;
+}
+
 //
 // which keys count exactly, for the queries at positions [min_pos, max_pos]
 //
@@ -70,15 +80,13 @@ __device__ __forceinline__ bool is_exact(const attn_args & a, int query, int pos
     return query - pos < a.n_window || pos < a.n_sink;
 }
 
-// four neighbouring components of a key that counts exactly
-__device__ __forceinline__ uint2 load_exact(const attn_args & a, int side, int d, int head, int slot, int c) {
+// eight neighbouring components of a key that counts exactly
+__device__ __forceinline__ uint4 load_exact(const attn_args & a, int side, int d, int head, int slot, int c) {
     if (slot >= 0) {
-        return *(const uint2 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*d + c);
+        return *(const uint4 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*d + c);
     }
     const float * z = (const float *) (a.batch[side] - (slot + 2)*a.nb_batch1[side] + head*a.nb_batch2[side]) + c;
-    const half2 lo = __floats2half2_rn(z[0], z[1]);
-    const half2 hi = __floats2half2_rn(z[2], z[3]);
-    return make_uint2(*(const uint32_t *) &lo, *(const uint32_t *) &hi);
+    return make_uint4(pack_half2(z[0], z[1]), pack_half2(z[2], z[3]), pack_half2(z[4], z[5]), pack_half2(z[6], z[7]));
 }
 
 __device__ __forceinline__ float alibi_slope(const attn_args & a, int head) {
@@ -102,7 +110,7 @@ __device__ __forceinline__ int pair_channel(int c, int rope_type, int n_rot) {
 
 // (cos, sin) of position * frequency; exact at any position, since the product is taken modulo one turn in integers
 __device__ __forceinline__ float2 get_rotation(int pos, uint64_t freq) {
-    const int   turn  = (int) (uint32_t) ((freq*(uint64_t) (int64_t) pos) >> 32);
+    const int   turn  = (int) ((uint32_t) pos*(uint32_t) (freq >> 32) + __umulhi((uint32_t) pos, (uint32_t) freq));
     const float angle = (float) turn*(6.283185307179586f/4294967296.0f);
     return make_float2(__cosf(angle), __sinf(angle));
 }
@@ -126,8 +134,25 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 #endif
 }
 
+// the same with an addend of its own: pairs of columns (x, y) that are equal for all rows
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float2 & c) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %10, %11};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y));
+#else
+    d[0] = d[2] = c.x;
+    d[1] = d[3] = c.y;
+    mma(d, a, b0, b1);
+#endif
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void * row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void * row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
 }
 
@@ -136,16 +161,6 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
-}
-
-__device__ __forceinline__ uint32_t pack_half2(float lo, float hi) {
-    const half2 h = __floats2half2_rn(lo, hi);
-    return *(const uint32_t *) &h;
-}
-
-__device__ __forceinline__ uint32_t mul_half2(uint32_t x, half2 y) {
-    const half2 h = __hmul2(*(const half2 *) &x, y);
-    return *(const uint32_t *) &h;
 }
 
 __device__ __forceinline__ int warp_min(int x) {
@@ -181,11 +196,13 @@ __device__ __forceinline__ void copy_async(void * dst, const void * src) {
     if constexpr (n == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(src) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(src) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(to), "l"(src), "n"(n) : "memory");
     }
 #else
     if constexpr (n == 16) {
         *(uint4 *) dst = *(const uint4 *) src;
+    } else if constexpr (n == 8) {
+        *(uint2 *) dst = *(const uint2 *) src;
     } else {
         *(uint32_t *) dst = *(const uint32_t *) src;
     }

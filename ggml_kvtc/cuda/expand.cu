@@ -7,8 +7,6 @@ namespace kvtc {
 
 namespace {
 
-constexpr int WARPS = 8;
-
 __device__ __forceinline__ void get_query_range(const attn_args & a, int stream, int & min_pos, int & max_pos) {
     // every thread of the block takes part
     __shared__ int lo;
@@ -61,14 +59,15 @@ __global__ void copy_queries(const attn_args a, int d, float * out) {
     out[i] = c < n_rot ? x*pack.rope_mscale : x;
 }
 
-template <int D>
-__launch_bounds__(32*WARPS, 1)
-__global__ void rebuild_keys(const attn_args a, const columns c, int at_table, int at_stage, int stride, half * out) {
+template <int D, bool in_shared>
+__launch_bounds__(256, 1)
+__global__ void rebuild_keys(const attn_args a, const columns c, const expand_plan p, half * out) {
     constexpr int KS = D/16;
     constexpr int LD = D + 8;
     extern __shared__ __align__(16) uint8_t smem[];
     const int lane   = threadIdx.x % 32;
     const int warp   = threadIdx.x / 32;
+    const int n_warp = blockDim.x / 32;
     const int q4     = lane % 4;
     const int r8     = lane / 4;
     const int head   = blockIdx.y;
@@ -77,30 +76,39 @@ __global__ void rebuild_keys(const attn_args a, const columns c, int at_table, i
     const char * base = find_pack(a.pack);
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
-    const int n_rot = pack.rope_type == GGML_KVTC_ROPE_NONE ? 0 : pack.rope_n_rot;
+    const int rope_type = (int) pack.rope_type;
+    const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
 
-    half       * matrix = (half *)       (smem);
-    float      * mean   = (float *)      (smem + D*LD*2);
-    uint64_t   * freq   = (uint64_t *)   (smem + D*LD*2 + D*4);
-    group_code * codes  = (group_code *) (smem + D*LD*2 + D*8);
-    uint8_t    * table  = smem + at_table;
-    uint8_t    * stage  = smem + at_stage + warp*16*stride;
+    float    * mean   = (float *)    (smem + p.at_mean);
+    uint64_t * freq   = (uint64_t *) (smem + p.at_freq);
+    auto     * codes  = (ggml_kvtc_cuda_code *) (smem + p.at_codes);
+    uint8_t  * tables = smem + p.at_table;
+    uint8_t  * stage  = smem + p.at_stage + warp*16*p.stride;
+    half     * tile   = (half *) (smem + p.at_tile) + warp*16*LD;
+    const half * matrix = in_shared ? (const half *) smem : at<half>(base, kh.decode);
 
     int min_pos;
     int max_pos;
     get_query_range(a, stream, min_pos, max_pos);
-    for (int i = threadIdx.x; i < D*(D/8); i += blockDim.x) {
-        const int row = i/(D/8);
-        copy_async<16>(matrix + row*LD + i%(D/8)*8, at<half>(base, kh.decode) + pair_channel(row, pack.rope_type, n_rot)*D + i%(D/8)*8);
+    if constexpr (in_shared) {
+        for (int i = threadIdx.x; i < D*(D/8); i += blockDim.x) {
+            const int row = i/(D/8);
+            copy_async<16>((half *) smem + row*LD + i%(D/8)*8, at<half>(base, kh.decode) + pair_channel(row, rope_type, n_rot)*D + i%(D/8)*8);
+        }
+    }
+    for (int i = threadIdx.x; i < (int) kh.n_tables/16; i += blockDim.x) {
+        copy_async<16>(tables + 16*i, base + kh.tables + 16*i);
+    }
+    for (int i = threadIdx.x; i < D/8; i += blockDim.x) {
+        copy_async<8>(codes + i, base + kh.codes + 8*i);
     }
     copy_commit();
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
-        mean[i] = at<float>(base, kh.mean)[pair_channel(i, pack.rope_type, n_rot)];
+        mean[i] = at<float>(base, kh.mean)[pair_channel(i, rope_type, n_rot)];
         if (i < D/2) {
             freq[i] = i < n_rot/2 ? at<uint64_t>(base, pack.freq)[i] : 0;
         }
     }
-    make_key_tables(base, kh, D, 0, codes, table);
     copy_wait<0>();
     __syncthreads();
 
@@ -109,48 +117,33 @@ __global__ void rebuild_keys(const attn_args a, const columns c, int at_table, i
     const uint8_t * rows = a.rows[0] + stream*a.nb_stream[0] + kh.payload;
     const bool words = a.nb_row[0] % 4 == 0;
 
-    for (int col0 = (blockIdx.x*WARPS + warp)*16; col0 < n_col; col0 += gridDim.x*WARPS*16) {
+    for (int col0 = (blockIdx.x*n_warp + warp)*16; col0 < n_col; col0 += gridDim.x*n_warp*16) {
         const column_cell mine = get_cell(a, c, stream, col0 + lane%16, min_pos, max_pos);
-        __syncwarp();
-        for (int j = 0; j < 16; ++j) {
+        for (int j = lane/8; j < 16; j += 4) {
             const uint8_t * src = rows + __shfl_sync(0xffffffff, mine.cell, j)*a.nb_row[0];
             if (words) {
-                for (int i = lane; i < ((int) kh.n_bytes + 3)/4; i += 32) {
-                    ((uint32_t *) (stage + j*stride))[i] = ((const uint32_t *) src)[i];
+                for (int i = lane%8; i < ((int) kh.n_bytes + 3)/4; i += 8) {
+                    ((uint32_t *) (stage + j*p.stride))[i] = ((const uint32_t *) src)[i];
                 }
             } else {
-                for (int i = lane; i < (int) kh.n_bytes; i += 32) {
-                    stage[j*stride + i] = src[i];
+                for (int i = lane%8; i < (int) kh.n_bytes; i += 8) {
+                    stage[j*p.stride + i] = src[i];
                 }
             }
         }
         __syncwarp();
-
+        const uint8_t * row = stage + lane%16*p.stride;
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, row, codes, tables, get_gain(kh, row[0]), mine.slot, tile);
         uint32_t z[KS][4];
-        int pos [2];
+        int pos[2];
+#pragma unroll
+        for (int s = 0; s < KS; ++s) {
+            ldmatrix_x4(z[s], tile + lane%16*LD + 16*s + lane/16*8);
+        }
+        __syncwarp();
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int j    = r8 + 8*e;
-            const int slot = __shfl_sync(0xffffffff, mine.slot, j);
-            pos[e] = __shfl_sync(0xffffffff, mine.pos, j);
-            const float g    = get_gain(kh, stage[j*stride]);
-            const half2 gain = __floats2half2_rn(g, g);
-#pragma unroll
-            for (int s = 0; s < KS; ++s) {
-                uint32_t lo;
-                uint32_t hi;
-                if (slot != -1) {
-                    const uint2 x = load_exact(a, GGML_KVTC_K, D, head, slot, 16*s + 4*q4);
-                    lo = x.x;
-                    hi = x.y;
-                } else {
-                    decode_key(stage + j*stride, codes[4*s + q4], table, lo, hi);
-                    lo = mul_half2(lo, gain);
-                    hi = mul_half2(hi, gain);
-                }
-                z[s][e]     = lo;
-                z[s][e + 2] = hi;
-            }
+            pos[e] = __shfl_sync(0xffffffff, mine.pos, r8 + 8*e);
         }
 #pragma unroll
         for (int n = 0; n < KS; ++n) {
@@ -164,9 +157,9 @@ __global__ void rebuild_keys(const attn_args a, const columns c, int at_table, i
 #pragma unroll
             for (int s = 0; s < KS; ++s) {
                 uint32_t b[4];
-                ldmatrix_x4(b, matrix + (16*n + lane%16)*LD + 16*s + lane/16*8);
-                mma(k[0], z[s], b[0], b[2]);
-                mma(k[1], z[s], b[1], b[3]);
+                load_matrix<D, in_shared>(b, matrix, 16*n, 16*s, rope_type, n_rot);
+                mma(k[0], z[s], b[0], b[1]);
+                mma(k[1], z[s], b[2], b[3]);
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
@@ -175,10 +168,15 @@ __global__ void rebuild_keys(const attn_args a, const columns c, int at_table, i
                     const float x = k[j][2*e];
                     const float y = k[j][2*e + 1];
                     const float2 cs = get_rotation(pos[e], freq[8*n + 4*j + q4]);
-                    *(uint32_t *) (dst + (int64_t) (col0 + r8 + 8*e)*D + 16*n + 8*j + 2*q4) = pack_half2(x*cs.x - y*cs.y, x*cs.y + y*cs.x);
+                    *(uint32_t *) (tile + (r8 + 8*e)*LD + 16*n + 8*j + 2*q4) = pack_half2(x*cs.x - y*cs.y, x*cs.y + y*cs.x);
                 }
             }
         }
+        __syncwarp();
+        for (int i = lane; i < 16*(D/8); i += 32) { // whole rows: 16 bytes a thread
+            *(uint4 *) (dst + (int64_t) (col0 + i/(D/8))*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
+        }
+        __syncwarp();
     }
 }
 
@@ -193,8 +191,7 @@ __global__ void rebuild_values(const attn_args a, int d, const columns c, half *
 
     const char * base = find_pack(a.pack);
     const ggml_kvtc_cuda_head & vh = get_head(base, GGML_KVTC_V, head);
-    const auto * widths    = at<uint8_t> (base, vh.widths);
-    const auto * bits_at   = at<uint32_t>(base, vh.bits);
+    const auto * codes     = at<ggml_kvtc_cuda_code>(base, vh.codes);
     const auto * levels_at = at<uint32_t>(base, vh.levels_at);
     const auto * levels    = at<half>    (base, vh.levels);
     half * dst = out + ((int64_t) stream*a.n_head_kv + head)*c.n_all*d;
@@ -205,17 +202,15 @@ __global__ void rebuild_values(const attn_args a, int d, const columns c, half *
         const column_cell x = get_cell(a, c, stream, (int) (i/G), min_pos, max_pos);
         uint4 result = make_uint4(0, 0, 0, 0);
         if (x.slot != -1) {
-            const uint2 lo = load_exact(a, GGML_KVTC_V, d, head, x.slot, 8*g);
-            const uint2 hi = load_exact(a, GGML_KVTC_V, d, head, x.slot, 8*g + 4);
-            result = make_uint4(lo.x, lo.y, hi.x, hi.y);
-        } else if (widths[g] > 0) {
-            const int       w    = widths[g];
+            result = load_exact(a, GGML_KVTC_V, d, head, x.slot, 8*g);
+        } else if (codes[g].width > 0) {
             const uint8_t * row  = a.rows[1] + stream*a.nb_stream[1] + x.cell*a.nb_row[1] + vh.payload;
             const float     gain = get_gain(vh, row[0]);
+            const int       w    = codes[g].width;
             const half    * level = levels + levels_at[g];
             uint64_t word = 0;
             for (int b = 0; b < w; ++b) {
-                word |= (uint64_t) row[bits_at[g]/8 + b] << 8*b;
+                word |= (uint64_t) row[codes[g].byte + b] << 8*b;
             }
             uint32_t v[4];
 #pragma unroll
@@ -312,14 +307,11 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
 
 template <int D>
 void launch_keys(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * out, cudaStream_t stream) {
-    const int stride   = (s.bytes[0] + 4)/16*16 + 16;
-    const int at_table = D*(D + 8)*2 + D*8 + D/4*8;
-    const int at_stage = at_table + (s.entries[0] + 15)/16*16;
-    const size_t shared = at_stage + WARPS*16*stride;
-    const auto kernel = rebuild_keys<D>;
-    allow_shared_memory((const void *) kernel, shared);
-    const int blocks = std::max(1, std::min(ceil_div(c.n_all, 16*WARPS), 2*gpu.n_sm/(a.n_head_kv*a.n_stream)));
-    kernel<<<dim3(blocks, a.n_head_kv, a.n_stream), 32*WARPS, shared, stream>>>(a, c, at_table, at_stage, stride, out);
+    const expand_plan p = make_expand_plan(s, gpu);
+    const auto kernel = p.in_shared ? rebuild_keys<D, true> : rebuild_keys<D, false>;
+    allow_shared_memory((const void *) kernel, p.shared);
+    const int blocks = std::max(1, std::min(ceil_div(c.n_all, 16*p.n_warp), 2*gpu.n_sm/(a.n_head_kv*a.n_stream)));
+    kernel<<<dim3(blocks, a.n_head_kv, a.n_stream), 32*p.n_warp, p.shared, stream>>>(a, c, p, out);
     CUDA_CHECK(cudaGetLastError());
 }
 

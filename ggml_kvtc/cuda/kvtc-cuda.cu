@@ -32,7 +32,7 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
     for (int i = 0; i < 2; ++i) {
         s.row_bytes[i] = (int) dst->src[1 + i]->nb[1];
         s.bytes    [i] = params.limits[i];
-        s.entries  [i] = params.limits[2 + i];
+        s.tables   [i] = params.limits[2 + i];
     }
     return s;
 }

@@ -13,7 +13,7 @@ struct attn_shape {
     int d, n_kv, n_tokens, group, n_head_kv, n_stream;
     int row_bytes[2]; // K, V
     int bytes    [2]; // most of a head's payload
-    int entries  [2]; // of its tables, see ggml_kvtc_cuda_limits
+    int tables   [2]; // of its tables, in bytes
 };
 
 struct gpu_shape {
@@ -33,12 +33,12 @@ struct decode_plan {
     int n_split;
     int n_row_block;
     int n_warp;
-    int unit;              // bytes copied at once: 16, 4 or 1
+    int unit;              // bytes copied at once: 8, 4 or 1
     int stride[2];         // bytes of a staged row
     int n_stage;
-    int rep;               // copies of the values' tables, see tables.cuh
     int n_fine;            // positions in the table of rotations
-    int at_mean, at_queries, at_freq, at_fine, at_codes, at_k_table, at_v_table, at_stage;
+    int in_shared;         // the decode matrix is in shared memory
+    int at_mean, at_queries, at_freq, at_fine, at_codes, at_table[2], at_stage, at_tile;
     size_t shared;
 };
 
@@ -51,43 +51,44 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
     const int n_row = s.n_tokens*s.group;
     p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
     p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
-    p.unit = 16;
+    p.unit = 8;
     for (int i = 0; i < 2; ++i) {
         while (s.row_bytes[i] % p.unit != 0) {
-            p.unit = p.unit == 16 ? 4 : 1;
+            p.unit = p.unit == 8 ? 4 : 1;
         }
     }
     for (int i = 0; i < 2; ++i) {
-        // payloads start at multiples of 4, so a copy may start up to 12 bytes early; one byte more is read than codes need
-        const int most = ceil_div(s.bytes[i] + p.unit - std::min(4, p.unit), p.unit)*p.unit + 1;
-        p.stride[i] = ceil_div(most, 16)*16;
-        p.stride[i] += p.stride[i]/16 % 2 == 0 ? 16 : 0; // an odd number of 16 bytes: rows start in different banks
+        // payloads start at multiples of 4, so a copy may start early; an odd number of words or pairs of words spreads rows
+        // over the banks
+        const int step = std::max(4, p.unit);
+        const int n    = ceil_div(s.bytes[i] + p.unit - std::min(4, p.unit), step);
+        p.stride[i] = step*(n + (n % 2 == 0 ? 1 : 0));
     }
 
-    struct option { int n_warp, rep, n_fine, n_stage; };
+    struct option { int n_warp, n_fine, n_stage, in_shared; };
     const option options[] = {
-        { 8, 4, 64, 2 }, { 8, 1, 64, 2 }, { 8, 1, 32, 2 }, { 4, 1, 64, 2 }, { 4, 1, 32, 2 }, { 4, 1, 0, 2 }, { 4, 1, 0, 1 }, { 2, 1, 0, 1 }, { 1, 1, 0, 1 },
+        { 8, 64, 2, 1 }, { 8, 32, 2, 1 }, { 4, 64, 2, 1 }, { 4, 32, 2, 1 }, { 4, 16, 1, 1 }, { 4, 32, 2, 0 }, { 4, 0, 1, 0 }, { 2, 0, 1, 0 }, { 1, 0, 1, 0 },
     };
     for (const option & o : options) {
         int used = 0;
         const auto take = [&used](int n) { const int from = used; used += (n + 15)/16*16; return from; };
-        p.n_warp  = o.n_warp;
-        p.rep     = o.rep;
-        p.n_fine  = o.n_fine;
-        p.n_stage = o.n_stage;
-        take(s.d*(s.d + 8)*2); // the decode matrix
-        p.at_mean    = take(s.d*4);
-        p.at_queries = take(8*p.nq*(s.d + 8)*4);
-        p.at_freq    = take(s.d/2*8);
-        p.at_fine    = take(p.n_fine*(s.d/2 + 4)*4);
-        p.at_codes   = take((s.d/4 + s.d/8)*8);
-        p.at_k_table = take(s.entries[0]);
-        p.at_v_table = take(s.entries[1]*32*p.rep);
-        p.at_stage   = take(p.n_warp*p.n_stage*p.slab*(p.stride[0] + p.stride[1]));
-        take(16);
+        p.n_warp    = o.n_warp;
+        p.n_fine    = o.n_fine;
+        p.n_stage   = o.n_stage;
+        p.in_shared = o.in_shared;
+        take(o.in_shared*s.d*(s.d + 8)*2); // the decode matrix
+        p.at_mean     = take(s.d*4);
+        p.at_queries  = take(8*p.nq*(s.d + 8)*4);
+        p.at_freq     = take(s.d/2*8);
+        p.at_fine     = take(p.n_fine*(s.d/2 + 4)*8);
+        p.at_codes    = take(2*(s.d/8)*8);
+        p.at_table[0] = take(s.tables[0]);
+        p.at_table[1] = take(s.tables[1]);
+        p.at_stage    = take(p.n_warp*p.n_stage*p.slab*(p.stride[0] + p.stride[1]) + 16); // read past the end, see tables.cuh
+        p.at_tile     = take(p.n_warp*p.slab*(s.d + 8)*2);
         const int merge = p.n_warp*8*p.nq*(s.d + 8 + 2)*4;
         p.shared = std::max(used, merge);
-        if (p.shared <= gpu.shared) {
+        if ((size_t) p.shared <= gpu.shared) {
             const int blocks = s.n_head_kv*ceil_div(n_row, 8*p.nq)*s.n_stream;
             const int fit    = std::max<int>(1, (int) (gpu.shared/p.shared));
             p.n_row_block     = ceil_div(n_row, 8*p.nq);
@@ -105,6 +106,40 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 //
 // prefill: cells are expanded to f16 in chunks, and a flash attention kernel reads those
 //
+
+struct expand_plan {
+    int n_warp;
+    int in_shared; // the decode matrix is in shared memory
+    int stride;    // bytes of a staged row
+    int at_mean, at_freq, at_codes, at_table, at_stage, at_tile;
+    size_t shared;
+};
+
+inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu) {
+    expand_plan p;
+    p.stride = 4*(ceil_div(s.bytes[0], 4)/2*2 + 1);
+    for (p.in_shared = 1; ; p.in_shared = 0) {
+        for (p.n_warp = 8; p.n_warp > 0; p.n_warp /= 2) {
+            int used = 0;
+            const auto take = [&used](int n) { const int from = used; used += (n + 15)/16*16; return from; };
+            take(p.in_shared*s.d*(s.d + 8)*2);
+            p.at_mean  = take(s.d*4);
+            p.at_freq  = take(s.d/2*8);
+            p.at_codes = take(s.d/8*8);
+            p.at_table = take(s.tables[0]);
+            p.at_stage = take(p.n_warp*16*p.stride + 16);
+            p.at_tile  = take(p.n_warp*16*(s.d + 8)*2);
+            p.shared   = used;
+            if (p.shared <= gpu.shared && (p.n_warp >= 4 || !p.in_shared)) {
+                return p;
+            }
+        }
+        if (!p.in_shared) {
+            p.n_warp = 0; // no room: make_decode_plan has none either
+            return p;
+        }
+    }
+}
 
 struct prefill_plan {
     int n_cols;         // query rows of a block

@@ -1,71 +1,67 @@
-// Codes to coefficients. Each block makes the tables of its kv head in shared memory, in the order its mma operands want.
-//
-//   K: thread q of a quad decodes components 4q … 4q+3 of every 16, that is half a group. Groups of up to 3 bits have tables of
-//      two neighbouring components at once (4^w words of two f16 for each pair), wider ones 8 tables of 2^w f16.
-//   V: thread r of 8 decodes component r of every group. Entry `code` of component r is word code*8*rep + r*rep + (0 … rep-1) of
-//      the group's table: with rep = 4 every thread of a warp reads a bank of its own, whatever the codes are.
+// Codes to coefficients: a warp decodes a slab of rows from shared memory to shared memory. A thread takes one row, so that all
+// threads read the same group: its width is known to all, and its tables are so small that lookups rarely share a bank.
 #pragma once
 
 #include "device.cuh"
 
 namespace kvtc {
 
-struct group_code {
-    uint32_t bits;  // first bit, from the start of a staged row; width << 16
-    uint32_t table; // byte offset of its table
-};
-
-__device__ __forceinline__ uint32_t key_table_bytes(int w) {
-    return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
-}
-
-// descriptors of half groups [d/8][2] and tables; every thread of the block takes part, the caller synchronizes
-__device__ __forceinline__ void make_key_tables(const char * pack, const ggml_kvtc_cuda_head & head, int d, int skew, group_code * codes, uint8_t * tables) {
-    const auto * widths    = at<uint8_t> (pack, head.widths);
-    const auto * bits      = at<uint32_t>(pack, head.bits);
-    const auto * levels_at = at<uint32_t>(pack, head.levels_at);
-    const auto * levels    = at<half>    (pack, head.levels);
-    uint32_t offset = 0;
-    for (int g = 0; g < d/8; ++g) {
-        const int w = widths[g];
-        const half * level = levels + levels_at[g];
-        if (threadIdx.x < 2) {
-            codes[2*g + threadIdx.x] = { (bits[g] + 8*skew + 4*w*threadIdx.x) | (uint32_t) w << 16, offset + threadIdx.x*key_table_bytes(w)/2 };
-        }
-        if (w > 3) {
-            for (int i = threadIdx.x; i < 8 << w; i += blockDim.x) {
-                ((half *) (tables + offset))[i] = level[i];
-            }
-        } else if (w > 0) {
-            const int n = 1 << w;
-            for (int i = threadIdx.x; i < 4*n*n; i += blockDim.x) {
-                const int pair = i/(n*n);
-                ((half2 *) (tables + offset))[i] = __halves2half2(level[2*pair*n + i%n], level[(2*pair + 1)*n + i/n%n]);
-            }
-        }
-        offset += key_table_bytes(w);
+// n codes of W bits from byte `byte` of a row on; rows start at multiples of 4 and may be read 12 bytes past their end
+template <int W>
+__device__ __forceinline__ void load_bits(const uint8_t * row, int byte, uint32_t & lo, uint32_t & hi) {
+    const uint32_t * word  = (const uint32_t *) (row + (byte & ~3));
+    const int        shift = (byte & 3)*8;
+    if constexpr (W <= 4) {
+        lo = (byte & 3) + W <= 4 ? word[0] >> shift : __funnelshift_r(word[0], word[1], shift);
+        hi = 0;
+    } else {
+        const uint32_t middle = word[1];
+        lo = __funnelshift_r(word[0], middle, shift);
+        hi = __funnelshift_r(middle, word[2], shift);
     }
 }
 
-// descriptors of groups [d/8] and tables
-__device__ __forceinline__ void make_value_tables(const char * pack, const ggml_kvtc_cuda_head & head, int d, int skew, int rep, group_code * codes, uint8_t * tables) {
-    const auto * widths    = at<uint8_t> (pack, head.widths);
-    const auto * bits      = at<uint32_t>(pack, head.bits);
-    const auto * levels_at = at<uint32_t>(pack, head.levels_at);
-    const auto * levels    = at<half>    (pack, head.levels);
-    uint32_t offset = 0;
-    for (int g = 0; g < d/8; ++g) {
-        const int w = widths[g];
-        const half * level = levels + levels_at[g];
-        if (threadIdx.x == 0) {
-            codes[g] = { (bits[g] + 8*skew) | (uint32_t) w << 16, offset };
+// 8 components
+template <int W>
+__device__ __forceinline__ uint4 decode_group(const uint8_t * row, int byte, const uint8_t * table) {
+    uint32_t lo;
+    uint32_t hi;
+    load_bits<W>(row, byte, lo, hi);
+    uint32_t x[4];
+    if constexpr (W <= 3) {
+        constexpr uint32_t mask = (1u << 2*W) - 1;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            x[p] = ((const uint32_t *) table)[p*(mask + 1) + (lo >> 2*W*p & mask)];
         }
-        if (w > 0) {
-            for (int i = threadIdx.x; i < 8*rep << w; i += blockDim.x) {
-                ((uint32_t *) (tables + offset))[i] = __half_as_ushort(level[(i/rep%8 << w) + i/(8*rep)]);
+    } else {
+        constexpr uint32_t mask = (1u << W) - 1;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            uint32_t v[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int      c    = 2*p + e;
+                const uint32_t code = W*c >= 32 ? hi >> (W*c - 32) : W*c + W <= 32 ? lo >> W*c : __funnelshift_r(lo, hi, W*c);
+                v[e] = ((const uint16_t *) table)[c*(mask + 1) + (code & mask)];
             }
-            offset += 32*rep << w;
+            x[p] = v[0] | v[1] << 16;
         }
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __forceinline__ uint4 decode_group(const uint8_t * row, const ggml_kvtc_cuda_code & code, const uint8_t * tables) {
+    const uint8_t * table = tables + code.table;
+    switch (code.width) {
+        case 1:  return decode_group<1>(row, code.byte, table);
+        case 2:  return decode_group<2>(row, code.byte, table);
+        case 3:  return decode_group<3>(row, code.byte, table);
+        case 4:  return decode_group<4>(row, code.byte, table);
+        case 5:  return decode_group<5>(row, code.byte, table);
+        case 6:  return decode_group<6>(row, code.byte, table);
+        case 8:  return decode_group<8>(row, code.byte, table);
+        default: return make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -73,36 +69,65 @@ __device__ __forceinline__ float get_gain(const ggml_kvtc_cuda_head & head, uint
     return code == 0 ? 0.0f : head.gain_base*exp2f((float) code/GGML_KVTC_GAIN_STEPS);
 }
 
-// four components of a key's row: lo holds the first two
-__device__ __forceinline__ void decode_key(const uint8_t * row, const group_code & code, const uint8_t * tables, uint32_t & lo, uint32_t & hi) {
-    const int w     = code.bits >> 16;
-    const int byte  = (code.bits & 0xffff) >> 3;
-    const int shift = code.bits & 7;
-    if (w == 0) {
-        lo = hi = 0;
-    } else if (w <= 3) {
-        uint32_t x = row[byte];
-        if (w == 3) {
-            x |= (uint32_t) row[byte + 1] << 8;
+// Coefficients of SLAB rows as f16 [row][LD]. row: this thread's. The gain is applied, unless it is 1 for all rows of every slab
+// (values: it is part of their weights). Exact rows take the place of codes where slot != -1.
+template <int D, int LD, int SLAB, bool with_gain>
+__device__ __forceinline__ void decode_slab(const attn_args & a, int side, int head, const uint8_t * row, const ggml_kvtc_cuda_code * codes, const uint8_t * tables,
+                                            float gain, int slot, half * tile) {
+    const int    lane = threadIdx.x % 32;
+    const half2  g2   = __floats2half2_rn(gain, gain);
+    uint4      * out  = (uint4 *) (tile + lane%SLAB*LD);
+#pragma unroll 2
+    for (int g = lane/SLAB; g < D/8; g += 32/SLAB) {
+        uint4 x = decode_group(row, codes[g], tables);
+        if (with_gain) {
+            x = make_uint4(mul_half2(x.x, g2), mul_half2(x.y, g2), mul_half2(x.z, g2), mul_half2(x.w, g2));
         }
-        x >>= shift;
-        const uint32_t   mask  = (1u << 2*w) - 1;
-        const uint32_t * table = (const uint32_t *) (tables + code.table);
-        lo = table[x & mask];
-        hi = table[mask + 1 + (x >> 2*w & mask)];
+        out[g] = x;
+    }
+    if (__any_sync(0xffffffff, slot != -1)) {
+        __syncwarp();
+        constexpr int N = SLAB*(D/8)/32; // pieces of 16 bytes for each thread, neighbours from one row
+        constexpr int U = N % 8 == 0 ? 8 : N % 5 == 0 ? 5 : N % 6 == 0 ? 6 : 4;
+        static_assert(N % U == 0, "rows do not divide evenly");
+#pragma unroll 1
+        for (int i0 = 0; i0 < N; i0 += U) {
+            uint4 x[U];
+            int   at[U];
+#pragma unroll
+            for (int i = 0; i < U; ++i) { // all are on their way before the first is written
+                const int piece = (i0 + i)*32 + lane;
+                const int key   = piece/(D/8);
+                const int from  = __shfl_sync(0xffffffff, slot, key);
+                at[i] = from == -1 ? -1 : key*LD + piece%(D/8)*8;
+                if (from != -1) {
+                    x[i] = load_exact(a, side, D, head, from, piece%(D/8)*8);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < U; ++i) {
+                if (at[i] >= 0) {
+                    *(uint4 *) (tile + at[i]) = x[i];
+                }
+            }
+        }
+    }
+    __syncwarp();
+}
+
+// 16 channels times 16 components of the decode matrix, whose rows lie in the order of pairs in shared memory (D + 8 apart), but
+// not in the pack: b[0], b[1] are the B operand of the first 8 channels, b[2], b[3] that of the others
+template <int D, bool in_shared>
+__device__ __forceinline__ void load_matrix(uint32_t (&b)[4], const half * matrix, int channel, int component, int rope_type, int n_rot) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (in_shared) {
+        ldmatrix_x4(b, matrix + (channel + lane%8 + lane/16*8)*(D + 8) + component + lane/8%2*8);
     } else {
-        uint32_t x = row[byte] | (uint32_t) row[byte + 1] << 8;
-        if (w > 4) {
-            x |= (uint32_t) row[byte + 2] << 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = pair_channel(channel + i/2*8 + lane/4, rope_type, n_rot);
+            b[i] = *(const uint32_t *) (matrix + c*D + component + i%2*8 + lane%4*2);
         }
-        if (w > 6) {
-            x |= (uint32_t) row[byte + 3] << 24;
-        }
-        x >>= shift;
-        const uint32_t   mask  = (1u << w) - 1;
-        const uint16_t * table = (const uint16_t *) (tables + code.table);
-        lo = table[x & mask]                       | (uint32_t) table[(1 << w) + (x >> w & mask)] << 16;
-        hi = table[(2 << w) + (x >> 2*w & mask)] | (uint32_t) table[(3 << w) + (x >> 3*w & mask)] << 16;
     }
 }
 

@@ -115,7 +115,7 @@ struct test_kvtc_set_rows : public kvtc_test_case {
 
     void make_data() override {
         kvtc_test::rng_t rng(7);
-        const auto & side = *kvtc_test::get_calibration(c.heads, c.d).find(0, (ggml_kvtc_side) c.side);
+        const auto & side = kvtc_test::get_side(c.heads, c.d, c.side);
 
         // z has the calibration's variances, by its own or by those of the encode matrix's rows
         const int n_heads = c.heads + (c.memory == 2 ? 3 : 0);
@@ -371,13 +371,13 @@ struct test_kvtc_attn : public kvtc_test_case {
         std::vector<float> z[2];
         std::vector<ggml_fp16_t> exact;
         for (float & x : q) {
-            x = 2.0f*kvtc_test::normal(rng);
+            x = kvtc_test::normal(rng); // flat enough that every token counts
         }
         for (float & x : sinks) {
-            x = 1.0f + 2.0f*kvtc_test::normal(rng);
+            x = 6.0f + 2.0f*kvtc_test::normal(rng); // about the logarithm of the other weights' sum
         }
         for (int i = 0; i < 2; ++i) {
-            const auto & side = *kvtc_test::get_calibration(c.heads, c.d).find(0, (ggml_kvtc_side) i);
+            const auto & side = kvtc_test::get_side(c.heads, c.d, i);
             z[i].resize((size_t) c.d*c.tokens*c.streams*(c.heads + n_heads));
             for (size_t j = 0; j < z[i].size(); ++j) {
                 z[i][j] = kvtc_test::normal(rng)*side.scale[j % c.d];

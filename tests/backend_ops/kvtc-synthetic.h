@@ -100,7 +100,7 @@ inline ggml_kvtc_side_calibration make_side(rng_t & rng, int H, int d, bool keep
         }
         for (int c = 0; c < d; ++c) {
             side.scale[(size_t) h*d + c] *= std::sqrt(d/total);
-            side.mean [(size_t) h*d + c]  = 0.1f*normal(rng);
+            side.mean [(size_t) h*d + c]  = 0.03f*normal(rng);
         }
         // gain codes around 64 stand for 1
         side.gain.push_back(0.25f*(1.0f + 0.1f*h));
@@ -116,8 +116,10 @@ inline ggml_kvtc_side_calibration make_side(rng_t & rng, int H, int d, bool keep
                 side.book[((size_t) h*G + g)*9 + w] = (int64_t) side.levels.size();
                 for (int c = 0; c < 8; ++c) {
                     std::vector<float> levels(1 << w);
-                    for (float & level : levels) {
-                        level = as_f16(1.2f*side.scale[(size_t) h*d + g*8 + c]*normal(rng));
+                    // around 0, as codes of random rows are: sums over many tokens stay small, and a single wrong one shows
+                    for (size_t i = 0; i < levels.size(); i += 2) {
+                        levels[i]     = as_f16(1.2f*side.scale[(size_t) h*d + g*8 + c]*normal(rng));
+                        levels[i + 1] = -levels[i];
                     }
                     std::sort(levels.begin(), levels.end());
                     side.levels.insert(side.levels.end(), levels.begin(), levels.end());
@@ -145,6 +147,10 @@ inline const ggml_kvtc_calibration & get_calibration(int H, int d) {
         cal->layers[GGML_KVTC_V][0] = make_side(rng, H, d, true,  cal->bits);
     }
     return *cal;
+}
+
+inline const ggml_kvtc_side_calibration & get_side(int H, int d, int side) {
+    return get_calibration(H, d).layers[side].at(0);
 }
 
 // A pack for the CPU and, behind it at the next multiple of 64, one for CUDA devices: the same graph runs on two backends with
