@@ -69,7 +69,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         bits     [g] = at;
         levels_at[g] = first_level[g];
         bounds_at[g] = first_bound[g];
-        codes    [g] = { (uint16_t) (at/8), (uint16_t) w[g], table };
+        codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
         at += 8*w[g];
         if (w[g] == 0) {
             continue;

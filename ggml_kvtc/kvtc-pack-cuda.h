@@ -37,7 +37,8 @@ struct ggml_kvtc_cuda_head {
 // How to read one group.
 struct ggml_kvtc_cuda_code {
     uint16_t byte;       // first byte, counted from the payload's start
-    uint16_t width;
+    uint8_t  width;
+    uint8_t  run;        // groups of this width from here on
     uint32_t table;      // byte offset in the head's tables
 };
 

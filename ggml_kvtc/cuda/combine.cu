@@ -68,6 +68,7 @@ __global__ void combine_rows(const attn_args a, const float * values, const floa
     const int    channel = threadIdx.x%(D/8)*8;
     const int    slice   = threadIdx.x/(D/8);
     float acc[R][8] = {};
+#pragma unroll 4
     for (int c = slice; c < D; c += N_SLICE<D>) {
         const uint4   x = *(const uint4 *) (matrix + c*D + channel);
         const half2 * h = (const half2 *) &x;

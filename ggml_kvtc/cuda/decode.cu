@@ -100,10 +100,14 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
         }
         queries[i/D*LD + i%D] = x;
     }
-    for (int i = threadIdx.x; i < p.n_fine*(D/2); i += blockDim.x) {
-        const int pair = i%(D/2);
-        const float2 cs = get_rotation(i/(D/2), pair < n_rp ? pack_freq[pair] : 0);
-        fine[i/(D/2)*(D/2 + 4) + pair] = make_uint2(pack_half2(cs.x, cs.y), pack_half2(-cs.y, cs.x));
+    const int pair = threadIdx.x%(D/2);
+    const uint64_t pair_freq = pair < n_rp ? pack_freq[pair] : 0;
+    for (int i = threadIdx.x/(D/2); i < p.n_fine && n_rp > 0; i += max(1, (int) blockDim.x/(D/2))) {
+        if (threadIdx.x/(D/2) >= max(1, blockDim.x/(D/2))) {
+            break; // the rest of the threads
+        }
+        const float2 cs = get_rotation(i, pair_freq);
+        fine[i*(D/2 + 4) + pair] = make_uint2(pack_half2(cs.x, cs.y), pack_half2(-cs.y, cs.x));
     }
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
@@ -173,35 +177,35 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
         source[s] = a.rows[s] + stream*a.nb_stream[s] + h.payload - skew[s];
         n_copy[s] = (skew[s] + (int) h.n_bytes + p.unit - 1)/p.unit;
     }
-    const auto copy_rows = [&](auto unit, int first, int buffer) { // 8 threads a row
+    const auto copy_rows = [&](auto unit, int first, int buffer) { // a power of two of threads takes a row
         constexpr int n = decltype(unit)::value;
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const int     bytes = (int) a.nb_row[s];
-            const uint8_t * src = source[s] + lane%8*n;
-            uint8_t       * dst = stage + buffer*SLAB*(p.stride[0] + p.stride[1]) + s*SLAB*p.stride[0] + lane/8*p.stride[s] + lane%8*n;
+            const int       shift = p.lanes[s];
+            const int       c     = lane & ((1 << shift) - 1);
+            const int       bytes = (int) a.nb_row[s];
+            const uint8_t * src = source[s] + c*n;
+            uint8_t       * dst = stage + buffer*SLAB*(p.stride[0] + p.stride[1]) + s*SLAB*p.stride[0] + c*n;
 #pragma unroll 4
-            for (int j = lane/8; j < SLAB; j += 4) {
+            for (int j = lane >> shift; j < SLAB; j += 32 >> shift) {
                 const uint8_t * from = src + (int64_t) min(first + j, a.n_kv - 1)*bytes;
-                for (int c = lane%8; c < n_copy[s]; c += 8) {
-                    if constexpr (n == 1) {
-                        dst[c - lane%8] = from[c - lane%8];
-                    } else {
-                        copy_async<n>(dst + (c - lane%8)*n, from + (c - lane%8)*n);
+                if constexpr (n == 1) {
+                    for (int i = c; i < n_copy[s]; i += 1 << shift) {
+                        dst[j*p.stride[s] + i - c] = from[i - c];
                     }
+                } else if (c < n_copy[s]) {
+                    copy_async<n>(dst + j*p.stride[s], from);
                 }
-                dst += 4*p.stride[s];
             }
         }
         copy_commit();
     };
     const auto fetch = [&](int first, int buffer) {
-        if (p.unit == 8) {
-            copy_rows(std::integral_constant<int, 8>(), first, buffer);
-        } else if (p.unit == 4) {
-            copy_rows(std::integral_constant<int, 4>(), first, buffer);
-        } else {
-            copy_rows(std::integral_constant<int, 1>(), first, buffer);
+        switch (p.unit) {
+            case 16: copy_rows(std::integral_constant<int, 16>(), first, buffer); break;
+            case  8: copy_rows(std::integral_constant<int,  8>(), first, buffer); break;
+            case  4: copy_rows(std::integral_constant<int,  4>(), first, buffer); break;
+            default: copy_rows(std::integral_constant<int,  1>(), first, buffer); break;
         }
     };
     struct ahead { // what is read from global memory a slab ahead

@@ -61,7 +61,7 @@ __global__ void copy_queries(const attn_args a, int d, float * out) {
 
 template <int D, bool in_shared>
 __launch_bounds__(256, 1)
-__global__ void rebuild_keys(const attn_args a, const columns c, const expand_plan p, half * out) {
+__global__ void rebuild_rows(const attn_args a, const columns c, const expand_plan p, half * keys, half * values) {
     constexpr int KS = D/16;
     constexpr int LD = D + 8;
     extern __shared__ __align__(16) uint8_t smem[];
@@ -76,13 +76,14 @@ __global__ void rebuild_keys(const attn_args a, const columns c, const expand_pl
     const char * base = find_pack(a.pack);
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
+    const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
 
     float    * mean   = (float *)    (smem + p.at_mean);
     uint64_t * freq   = (uint64_t *) (smem + p.at_freq);
     auto     * codes  = (ggml_kvtc_cuda_code *) (smem + p.at_codes);
-    uint8_t  * tables = smem + p.at_table;
+    uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
     uint8_t  * stage  = smem + p.at_stage + warp*16*p.stride;
     half     * tile   = (half *) (smem + p.at_tile) + warp*16*LD;
     const half * matrix = in_shared ? (const half *) smem : at<half>(base, kh.decode);
@@ -96,11 +97,15 @@ __global__ void rebuild_keys(const attn_args a, const columns c, const expand_pl
             copy_async<16>((half *) smem + row*LD + i%(D/8)*8, at<half>(base, kh.decode) + pair_channel(row, rope_type, n_rot)*D + i%(D/8)*8);
         }
     }
-    for (int i = threadIdx.x; i < (int) kh.n_tables/16; i += blockDim.x) {
-        copy_async<16>(tables + 16*i, base + kh.tables + 16*i);
-    }
-    for (int i = threadIdx.x; i < D/8; i += blockDim.x) {
-        copy_async<8>(codes + i, base + kh.codes + 8*i);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
+        for (int i = threadIdx.x; i < (int) h.n_tables/16; i += blockDim.x) {
+            copy_async<16>(tables[s] + 16*i, base + h.tables + 16*i);
+        }
+        for (int i = threadIdx.x; i < D/8; i += blockDim.x) {
+            copy_async<8>(codes + s*(D/8) + i, base + h.codes + 8*i);
+        }
     }
     copy_commit();
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
@@ -112,28 +117,48 @@ __global__ void rebuild_keys(const attn_args a, const columns c, const expand_pl
     copy_wait<0>();
     __syncthreads();
 
-    half * dst = out + ((int64_t) stream*a.n_head_kv + head)*c.n_all*D;
-    const int n_col = get_n_column(c, stream);
-    const uint8_t * rows = a.rows[0] + stream*a.nb_stream[0] + kh.payload;
-    const bool words = a.nb_row[0] % 4 == 0;
+    const int64_t first = ((int64_t) stream*a.n_head_kv + head)*c.n_all*D;
+    const int     n_col = get_n_column(c, stream);
 
-    for (int col0 = (blockIdx.x*n_warp + warp)*16; col0 < n_col; col0 += gridDim.x*n_warp*16) {
-        const column_cell mine = get_cell(a, c, stream, col0 + lane%16, min_pos, max_pos);
+    // the warp's rows of one side, from global memory to the stage
+    const auto fetch = [&](int side, const ggml_kvtc_cuda_head & h, int cell) {
+        const uint8_t * rows = a.rows[side] + stream*a.nb_stream[side] + h.payload;
+        const bool words = a.nb_row[side] % 4 == 0;
+#pragma unroll
         for (int j = lane/8; j < 16; j += 4) {
-            const uint8_t * src = rows + __shfl_sync(0xffffffff, mine.cell, j)*a.nb_row[0];
+            const uint8_t * src = rows + __shfl_sync(0xffffffff, cell, j)*a.nb_row[side];
             if (words) {
-                for (int i = lane%8; i < ((int) kh.n_bytes + 3)/4; i += 8) {
-                    ((uint32_t *) (stage + j*p.stride))[i] = ((const uint32_t *) src)[i];
+                for (int i = lane%8; i < ((int) h.n_bytes + 3)/4; i += 8) {
+                    copy_async<4>(stage + j*p.stride + 4*i, src + 4*i);
                 }
             } else {
-                for (int i = lane%8; i < (int) kh.n_bytes; i += 8) {
+                for (int i = lane%8; i < (int) h.n_bytes; i += 8) {
                     stage[j*p.stride + i] = src[i];
                 }
             }
         }
+        copy_commit();
+        copy_wait<0>();
         __syncwarp();
+    };
+    // the tile to 16 columns: 16 bytes a thread
+    const auto write = [&](half * dst) {
+        for (int i = lane; i < 16*(D/8); i += 32) {
+            *(uint4 *) (dst + i/(D/8)*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
+        }
+        __syncwarp();
+    };
+
+    for (int col0 = (blockIdx.x*n_warp + warp)*16; col0 < n_col; col0 += gridDim.x*n_warp*16) {
+        const column_cell mine = get_cell(a, c, stream, col0 + lane%16, min_pos, max_pos);
         const uint8_t * row = stage + lane%16*p.stride;
-        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, row, codes, tables, get_gain(kh, row[0]), mine.slot, tile);
+
+        fetch(GGML_KVTC_V, vh, mine.cell);
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_V, head, row, codes + D/8, tables[1], get_gain(vh, row[0]), mine.slot, tile);
+        write(values + first + (int64_t) col0*D);
+
+        fetch(GGML_KVTC_K, kh, mine.cell);
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, row, codes, tables[0], get_gain(kh, row[0]), mine.slot, tile);
         uint32_t z[KS][4];
         int pos[2];
 #pragma unroll
@@ -173,59 +198,7 @@ __global__ void rebuild_keys(const attn_args a, const columns c, const expand_pl
             }
         }
         __syncwarp();
-        for (int i = lane; i < 16*(D/8); i += 32) { // whole rows: 16 bytes a thread
-            *(uint4 *) (dst + (int64_t) (col0 + i/(D/8))*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
-        }
-        __syncwarp();
-    }
-}
-
-// one thread for each group of a column
-__global__ void rebuild_values(const attn_args a, int d, const columns c, half * out) {
-    const int G      = d/8;
-    const int head   = blockIdx.y;
-    const int stream = blockIdx.z;
-    int min_pos;
-    int max_pos;
-    get_query_range(a, stream, min_pos, max_pos);
-
-    const char * base = find_pack(a.pack);
-    const ggml_kvtc_cuda_head & vh = get_head(base, GGML_KVTC_V, head);
-    const auto * codes     = at<ggml_kvtc_cuda_code>(base, vh.codes);
-    const auto * levels_at = at<uint32_t>(base, vh.levels_at);
-    const auto * levels    = at<half>    (base, vh.levels);
-    half * dst = out + ((int64_t) stream*a.n_head_kv + head)*c.n_all*d;
-    const int n_col = get_n_column(c, stream);
-
-    for (int64_t i = (int64_t) blockIdx.x*blockDim.x + threadIdx.x; i < (int64_t) n_col*G; i += (int64_t) gridDim.x*blockDim.x) {
-        const int g = (int) (i%G);
-        const column_cell x = get_cell(a, c, stream, (int) (i/G), min_pos, max_pos);
-        uint4 result = make_uint4(0, 0, 0, 0);
-        if (x.slot != -1) {
-            result = load_exact(a, GGML_KVTC_V, d, head, x.slot, 8*g);
-        } else if (codes[g].width > 0) {
-            const uint8_t * row  = a.rows[1] + stream*a.nb_stream[1] + x.cell*a.nb_row[1] + vh.payload;
-            const float     gain = get_gain(vh, row[0]);
-            const int       w    = codes[g].width;
-            const half    * level = levels + levels_at[g];
-            uint64_t word = 0;
-            for (int b = 0; b < w; ++b) {
-                word |= (uint64_t) row[codes[g].byte + b] << 8*b;
-            }
-            uint32_t v[4];
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                float y[2];
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int l = 2*p + e;
-                    y[e] = gain*__half2float(level[(l << w) + (int) (word >> l*w & ((1u << w) - 1))]);
-                }
-                v[p] = pack_half2(y[0], y[1]);
-            }
-            result = make_uint4(v[0], v[1], v[2], v[3]);
-        }
-        *(uint4 *) (dst + i*8) = result;
+        write(keys + first + (int64_t) col0*D);
     }
 }
 
@@ -276,15 +249,14 @@ __global__ void write_either(const attn_args a, int n_block, int n_max, const in
     }
 }
 
+// a block for each PREFILL_ALIGN columns and some of the tokens
 __global__ void copy_mask(const attn_args a, const columns c, const int * counts, int n_block, int split, bool always, half * out) {
     const int stream = blockIdx.z;
-    const int token  = blockIdx.y;
     const int col    = blockIdx.x*blockDim.x + threadIdx.x;
-    if (!c.list && !always) {
-        const int range = blockIdx.x*blockDim.x/split; // a split is a multiple of a block
-        if (!needs_mask(counts + stream*n_block, a.n_kv, c.first + range*split, c.first + min(c.n_all, (range + 1)*split))) {
-            return;
-        }
+    const int range  = blockIdx.x*blockDim.x/split; // a split is a multiple of a block
+    if (!c.list && !always &&
+            !needs_mask(counts + stream*n_block, a.n_kv, c.first + range*split, c.first + min(c.n_all, (range + 1)*split), threadIdx.x, blockDim.x)) {
+        return;
     }
     int min_pos;
     int max_pos;
@@ -292,26 +264,30 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
     if (col >= c.n_all) {
         return;
     }
-    half value = __ushort_as_half(0xfc00);
-    const int  cell  = c.list ? (c.first + col < c.list_end[stream] ? c.list[(int64_t) stream*c.n_list + c.first + col] : -1) : c.first + col;
-    if (cell >= 0 && cell < a.n_kv) {
-        const int2 info = a.info[(int64_t) stream*a.n_kv + cell];
-        const bool some = info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER;
-        const bool ex   = some && is_exact(a, a.query_pos[stream*a.n_tokens + token], info.x);
-        if (c.list ? ex : !ex) {
+    int cell = c.first + col;
+    if (c.list) {
+        cell = c.first + col < c.list_end[stream] ? c.list[(int64_t) stream*c.n_list + c.first + col] : -1;
+    }
+    const bool inside = cell >= 0 && cell < a.n_kv;
+    const int2 info   = inside ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
+    const bool some   = info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER;
+    for (int token = blockIdx.y; token < a.n_tokens; token += gridDim.y) {
+        const bool ex = some && is_exact(a, a.query_pos[stream*a.n_tokens + token], info.x);
+        half value = __ushort_as_half(0xfc00);
+        if (inside && (c.list ? ex : !ex)) {
             value = a.mask ? a.mask[stream%a.n_mask*a.ne_m3 + token*a.ne_m1 + cell] : __ushort_as_half(0);
         }
+        out[((int64_t) stream*a.n_tokens + token)*c.n_all + col] = value;
     }
-    out[((int64_t) stream*a.n_tokens + token)*c.n_all + col] = value;
 }
 
 template <int D>
-void launch_keys(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * out, cudaStream_t stream) {
+void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     const expand_plan p = make_expand_plan(s, gpu);
-    const auto kernel = p.in_shared ? rebuild_keys<D, true> : rebuild_keys<D, false>;
+    const auto kernel = p.in_shared ? rebuild_rows<D, true> : rebuild_rows<D, false>;
     allow_shared_memory((const void *) kernel, p.shared);
     const int blocks = std::max(1, std::min(ceil_div(c.n_all, 16*p.n_warp), 2*gpu.n_sm/(a.n_head_kv*a.n_stream)));
-    kernel<<<dim3(blocks, a.n_head_kv, a.n_stream), 32*p.n_warp, p.shared, stream>>>(a, c, p, out);
+    kernel<<<dim3(blocks, a.n_head_kv, a.n_stream), 32*p.n_warp, p.shared, stream>>>(a, c, p, keys, values);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -323,21 +299,15 @@ void expand_queries(const attn_args & a, int d, float * out, cudaStream_t stream
     CUDA_CHECK(cudaGetLastError());
 }
 
-void expand_keys(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * out, cudaStream_t stream) {
+void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     switch (s.d) {
-        case  64: return launch_keys< 64>(a, s, gpu, c, out, stream);
-        case  80: return launch_keys< 80>(a, s, gpu, c, out, stream);
-        case  96: return launch_keys< 96>(a, s, gpu, c, out, stream);
-        case 128: return launch_keys<128>(a, s, gpu, c, out, stream);
-        case 256: return launch_keys<256>(a, s, gpu, c, out, stream);
+        case  64: return launch_rows< 64>(a, s, gpu, c, keys, values, stream);
+        case  80: return launch_rows< 80>(a, s, gpu, c, keys, values, stream);
+        case  96: return launch_rows< 96>(a, s, gpu, c, keys, values, stream);
+        case 128: return launch_rows<128>(a, s, gpu, c, keys, values, stream);
+        case 256: return launch_rows<256>(a, s, gpu, c, keys, values, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", s.d);
     }
-}
-
-void expand_values(const attn_args & a, int d, const columns & c, half * out, cudaStream_t stream) {
-    const int blocks = std::min(ceil_div(c.n_all*(d/8), 256), 1024);
-    rebuild_values<<<dim3(blocks, a.n_head_kv, a.n_stream), 256, 0, stream>>>(a, d, c, out);
-    CUDA_CHECK(cudaGetLastError());
 }
 
 void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream) {
@@ -351,7 +321,7 @@ void list_either(const attn_args & a, int n_max, int * counts, int * list, int *
 
 void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool always, half * out, cudaStream_t stream) {
     const int n_block = ceil_div(a.n_kv, COUNT_CELLS);
-    copy_mask<<<dim3(c.n_all/PREFILL_ALIGN, a.n_tokens, a.n_stream), PREFILL_ALIGN, 0, stream>>>(a, c, counts, n_block, split, always, out);
+    copy_mask<<<dim3(c.n_all/PREFILL_ALIGN, std::min(a.n_tokens, 16), a.n_stream), PREFILL_ALIGN, 0, stream>>>(a, c, counts, n_block, split, always, out);
     CUDA_CHECK(cudaGetLastError());
 }
 

@@ -28,11 +28,8 @@ __device__ __forceinline__ int get_n_column(const columns & c, int stream) {
 // queries: f32 [stream][token][head][d], rotation pairs side by side
 void expand_queries(const attn_args & a, int d, float * out, cudaStream_t stream);
 
-// keys: f16 [stream][head][column][d] rotated, pairs side by side
-void expand_keys(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * out, cudaStream_t stream);
-
-// values' coefficients: f16 [stream][head][column][d]
-void expand_values(const attn_args & a, int d, const columns & c, half * out, cudaStream_t stream);
+// keys, rotated, pairs side by side, and values' coefficients: f16 [stream][head][column][d]
+void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
 
 // cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], then the list, in order
 void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream);
@@ -40,13 +37,13 @@ void list_either(const attn_args & a, int n_max, int * counts, int * list, int *
 // mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own
 void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool always, half * out, cudaStream_t stream);
 
-// Does a range of cells need a mask of its own? It has keys of two kinds, or ends beyond the cells.
-__device__ __forceinline__ bool needs_mask(const int * counts, int n_kv, int first, int end) {
+// Does a range of cells need a mask of its own? It has keys of two kinds, or ends beyond the cells. All threads of a block ask.
+__device__ __forceinline__ bool needs_mask(const int * counts, int n_kv, int first, int end, int thread, int n_threads) {
     bool found = end > n_kv;
-    for (int i = first/COUNT_CELLS; i <= (min(end, n_kv) - 1)/COUNT_CELLS; ++i) {
+    for (int i = first/COUNT_CELLS + thread; i <= (min(end, n_kv) - 1)/COUNT_CELLS; i += n_threads) {
         found = found || counts[i] > 0;
     }
-    return found;
+    return __syncthreads_or(found);
 }
 
 } // namespace kvtc

@@ -33,7 +33,8 @@ struct decode_plan {
     int n_split;
     int n_row_block;
     int n_warp;
-    int unit;              // bytes copied at once: 8, 4 or 1
+    int unit;              // bytes copied at once: 16, 8, 4 or 1
+    int lanes[2];          // log2 of the threads that copy a row together
     int stride[2];         // bytes of a staged row
     int n_stage;
     int n_fine;            // positions in the table of rotations
@@ -51,18 +52,24 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
     const int n_row = s.n_tokens*s.group;
     p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
     p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
-    p.unit = 8;
+    // one copy for each thread of a row, so the unit grows with the payload; payloads start at multiples of 4
+    const auto n_copy = [&s](int i, int unit) { return ceil_div(s.bytes[i] + unit - std::min(4, unit), unit); };
+    p.unit = 16;
     for (int i = 0; i < 2; ++i) {
-        while (s.row_bytes[i] % p.unit != 0) {
-            p.unit = p.unit == 8 ? 4 : 1;
+        while (s.row_bytes[i] % p.unit != 0 || (p.unit == 8 && n_copy(i, 8) > 32)) {
+            p.unit = p.unit > 4 ? p.unit/2 : 1;
         }
     }
+    if (p.unit == 4 && std::max(n_copy(0, 4), n_copy(1, 4)) > 32) {
+        p.unit = 1;
+    }
     for (int i = 0; i < 2; ++i) {
-        // payloads start at multiples of 4, so a copy may start early; an odd number of words or pairs of words spreads rows
-        // over the banks
+        for (p.lanes[i] = 0; p.lanes[i] < 5 && 1 << p.lanes[i] < n_copy(i, p.unit); ) {
+            p.lanes[i]++;
+        }
+        // an odd number of units spreads rows over the banks; words may be read past the end of the codes
         const int step = std::max(4, p.unit);
-        const int n    = ceil_div(s.bytes[i] + p.unit - std::min(4, p.unit), step);
-        p.stride[i] = step*(n + (n % 2 == 0 ? 1 : 0));
+        p.stride[i] = (ceil_div(n_copy(i, p.unit)*p.unit, step) | 1)*step;
     }
 
     struct option { int n_warp, n_fine, n_stage, in_shared; };
@@ -111,13 +118,13 @@ struct expand_plan {
     int n_warp;
     int in_shared; // the decode matrix is in shared memory
     int stride;    // bytes of a staged row
-    int at_mean, at_freq, at_codes, at_table, at_stage, at_tile;
+    int at_mean, at_freq, at_codes, at_table[2], at_stage, at_tile;
     size_t shared;
 };
 
 inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu) {
     expand_plan p;
-    p.stride = 4*(ceil_div(s.bytes[0], 4)/2*2 + 1);
+    p.stride = 4*(ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) | 1);
     for (p.in_shared = 1; ; p.in_shared = 0) {
         for (p.n_warp = 8; p.n_warp > 0; p.n_warp /= 2) {
             int used = 0;
@@ -125,8 +132,9 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
             take(p.in_shared*s.d*(s.d + 8)*2);
             p.at_mean  = take(s.d*4);
             p.at_freq  = take(s.d/2*8);
-            p.at_codes = take(s.d/8*8);
-            p.at_table = take(s.tables[0]);
+            p.at_codes = take(2*(s.d/8)*8);
+            p.at_table[0] = take(s.tables[0]);
+            p.at_table[1] = take(s.tables[1]);
             p.at_stage = take(p.n_warp*16*p.stride + 16);
             p.at_tile  = take(p.n_warp*16*(s.d + 8)*2);
             p.shared   = used;
@@ -148,10 +156,13 @@ struct prefill_plan {
     int n_list;         // most keys that are exact for some queries only: they have columns of their own
     int n_token_block, n_head_block; // blocks of queries: tokens, heads of a group
     int n_split;        // ranges of a chunk
+    int n_merge;        // chunks whose sums are merged at once
     int split;          // cells of a range
 };
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
+constexpr int    PREFILL_MERGE   = 8;
+constexpr size_t PREFILL_SUMS    = 72*1024*1024;  // partial sums of chunks that wait to be merged
 constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // keys, values and masks of a chunk
 
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_slots, bool alibi, int n_cols) {
@@ -181,6 +192,8 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     }
     p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
     p.n_split = ceil_div(p.chunk, p.split);
+    const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
+    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, PREFILL_SUMS/sums));
     return p;
 }
 

@@ -52,7 +52,7 @@ static __global__ void attend_chunk(const chunk_args a) {
         if (from >= to) {
             return;
         }
-        const bool own = a.c.list || !a.mask || needs_mask(a.counts + stream*a.n_block, a.n_kv, a.c.first + from, a.c.first + to);
+        const bool own = a.c.list || !a.mask || needs_mask(a.counts + stream*a.n_block, a.n_kv, a.c.first + from, a.c.first + to, threadIdx.y*32 + threadIdx.x, nthreads);
         const half * mask = own ? a.own_mask + (int64_t) stream*a.n_tokens.z*a.c.n_all : a.mask + stream%a.n_mask*a.ne_m3;
         const int    head_q = head*a.group + zt*NC2;
         const float2 * q = a.q + ((int64_t) stream*a.n_tokens.z*a.n_head + head_q)*(D/2);

@@ -9,9 +9,14 @@ namespace kvtc {
 
 namespace {
 
-// fold the splits of a chunk into one partial sum for each row
+struct waiting { // chunks whose sums lie one after the other
+    int     n;
+    columns c[PREFILL_MERGE];
+};
+
+// fold the splits of these chunks into one partial sum for each row
 template <int D>
-__global__ void merge_chunk(const chunk_args a, int n_cols, int n_cols2, int n_grid, bool first, float * values, float2 * meta) {
+__global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, int n_cols2, int n_grid, bool first, float * values, float2 * meta) {
     const int64_t row    = blockIdx.x;
     const int     head   = (int) (row%a.n_head);
     const int     token  = (int) (row/a.n_head%a.n_tokens.z);
@@ -20,33 +25,28 @@ __global__ void merge_chunk(const chunk_args a, int n_cols, int n_cols2, int n_g
     const int     n_col1 = n_cols/n_cols2;
     const int     col    = token%n_col1*n_cols2 + g%n_cols2;
     const int64_t block0 = ((((int64_t) stream*a.n_head_kv + head/a.group)*a.n_head_block + g/n_cols2)*a.n_token_block + token/n_col1)*a.n_split;
-    const int     n_split = min(a.n_split, (get_n_column(a.c, stream) + a.split - 1)/a.split);
+    const int64_t size   = (int64_t) n_grid*n_cols*(2 + D/2); // of a chunk's sums
+    const int     c      = threadIdx.x;
 
-    const float2 before = first ? make_float2(-INFINITY, 0.0f) : meta[row];
-    float top = before.x;
-    for (int s = 0; s < n_split; ++s) {
-        top = fmaxf(top, LOG2E*a.out[(n_grid + block0 + s)*n_cols + col].x);
-    }
-    const int c = threadIdx.x;
-    float total = 0.0f;
-    float value = 0.0f;
-    if (top != -INFINITY) {
-        if (!first) {
-            const float f = exp2f(before.x - top);
-            total = f*before.y;
-            value = f*values[row*D + c];
-        }
-        for (int s = 0; s < n_split; ++s) {
-            const float2 m = a.out[(n_grid + block0 + s)*n_cols + col];
-            const float  f = exp2f(LOG2E*m.x - top);
-            total += f*m.y;
-            value += f*((const float *) (a.out + (int64_t) n_grid*2*n_cols))[((block0 + s)*n_cols + col)*D + c];
-        }
-    }
+    float2 before = first ? make_float2(-INFINITY, 0.0f) : meta[row];
+    float  value  = first ? 0.0f : values[row*D + c];
     __syncthreads(); // meta has been read
+    for (int i = 0; i < w.n; ++i) {
+        const int n_split = min(a.n_split, (get_n_column(w.c[i], stream) + a.split - 1)/a.split);
+        const float2 * sums = a.out + i*size;
+        for (int s = 0; s < n_split; ++s) {
+            const float2 m   = sums[(n_grid + block0 + s)*n_cols + col];
+            const float  x   = ((const float *) (sums + (int64_t) n_grid*2*n_cols))[((block0 + s)*n_cols + col)*D + c];
+            const float  top = fmaxf(before.x, LOG2E*m.x);
+            const float  f   = before.x == -INFINITY ? 0.0f : exp2f(before.x - top);
+            const float  g   = exp2f(LOG2E*m.x - top);
+            value  = f*value + g*x;
+            before = make_float2(top, f*before.y + g*m.y);
+        }
+    }
     values[row*D + c] = value;
     if (c == 0) {
-        meta[row] = make_float2(top, total);
+        meta[row] = before;
     }
 }
 
@@ -61,13 +61,13 @@ void attend(const chunk_args & a, int d, const prefill_plan & p, int n_grid, int
     }
 }
 
-void merge(const chunk_args & a, int d, const prefill_plan & p, int n_grid, bool first, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
+void merge(const chunk_args & a, const waiting & w, int d, const prefill_plan & p, int n_grid, bool first, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: merge_chunk< 64><<<n_row,  64, 0, stream>>>(a, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case  80: merge_chunk< 80><<<n_row,  80, 0, stream>>>(a, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case  96: merge_chunk< 96><<<n_row,  96, 0, stream>>>(a, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case 128: merge_chunk<128><<<n_row, 128, 0, stream>>>(a, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case 256: merge_chunk<256><<<n_row, 256, 0, stream>>>(a, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case  64: merge_chunks< 64><<<n_row,  64, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case  80: merge_chunks< 80><<<n_row,  80, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case  96: merge_chunks< 96><<<n_row,  96, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case 128: merge_chunks<128><<<n_row, 128, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case 256: merge_chunks<256><<<n_row, 256, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
     CUDA_CHECK(cudaGetLastError());
@@ -87,6 +87,7 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     const int     n_grid  = p.n_split*p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream;
     const int     n_block = ceil_div(s.n_kv, COUNT_CELLS);
     const int64_t n_row   = (int64_t) s.n_stream*s.n_tokens*a.n_head;
+    const int64_t n_sums  = (int64_t) n_grid*p.n_cols*(2 + s.d/2);
     const int64_t n_keys  = (int64_t) s.n_stream*s.n_head_kv*p.chunk*s.d;
 
     ggml_cuda_pool_alloc<float>  q     (ctx.pool(), n_row*s.d);
@@ -95,7 +96,7 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     ggml_cuda_pool_alloc<half>   mask  (ctx.pool(), (int64_t) s.n_stream*s.n_tokens*p.chunk);
     ggml_cuda_pool_alloc<int>    counts(ctx.pool(), s.n_stream*n_block);
     ggml_cuda_pool_alloc<int>    list  (ctx.pool(), s.n_stream*(p.n_list + 1));
-    ggml_cuda_pool_alloc<float2> out   (ctx.pool(), (int64_t) n_grid*p.n_cols*(2 + s.d/2));
+    ggml_cuda_pool_alloc<float2> out   (ctx.pool(), n_sums*p.n_merge);
     int * list_end = list.get() + (int64_t) s.n_stream*p.n_list;
 
     expand_queries(a, s.d, q.get(), stream);
@@ -130,16 +131,27 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     c.log2_heads = (uint32_t) a.log2_heads;
     c.out        = out.get();
 
-    bool first = true;
+    bool    first = true;
+    waiting wait  = {};
+    const auto flush = [&]() {
+        if (wait.n > 0) {
+            c.out = out.get();
+            merge(c, wait, s.d, p, n_grid, first, n_row, values, meta, stream);
+            wait.n = 0;
+            first  = false;
+        }
+    };
     const auto run = [&](const columns & columns) {
-        expand_keys  (a, s, gpu, columns, k.get(), stream);
-        expand_values(a, s.d, columns, v.get(), stream);
-        expand_mask  (a, columns, counts.get(), p.split, !plain_mask, mask.get(), stream);
+        expand_cells(a, s, gpu, columns, k.get(), v.get(), stream);
+        expand_mask (a, columns, counts.get(), p.split, !plain_mask, mask.get(), stream);
         c.c    = columns;
         c.mask = plain_mask && !columns.list ? a.mask + columns.first : nullptr;
+        c.out  = out.get() + wait.n*n_sums;
         attend(c, s.d, p, n_grid, cc, stream);
-        merge (c, s.d, p, n_grid, first, n_row, values, meta, stream);
-        first = false;
+        wait.c[wait.n++] = columns;
+        if (wait.n == p.n_merge) {
+            flush();
+        }
     };
     for (int at = 0; at < s.n_kv; at += p.chunk) {
         run({ at, std::min(p.chunk, ceil_div(s.n_kv - at, PREFILL_ALIGN)*PREFILL_ALIGN), nullptr, nullptr, 0 });
@@ -149,6 +161,7 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
             run({ at, std::min(p.chunk, p.n_list - at), list.get(), list_end, p.n_list });
         }
     }
+    flush();
 }
 
 } // namespace kvtc

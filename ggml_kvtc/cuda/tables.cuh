@@ -51,22 +51,37 @@ __device__ __forceinline__ uint4 decode_group(const uint8_t * row, int byte, con
     return make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-__device__ __forceinline__ uint4 decode_group(const uint8_t * row, const ggml_kvtc_cuda_code & code, const uint8_t * tables) {
-    const uint8_t * table = tables + code.table;
-    switch (code.width) {
-        case 1:  return decode_group<1>(row, code.byte, table);
-        case 2:  return decode_group<2>(row, code.byte, table);
-        case 3:  return decode_group<3>(row, code.byte, table);
-        case 4:  return decode_group<4>(row, code.byte, table);
-        case 5:  return decode_group<5>(row, code.byte, table);
-        case 6:  return decode_group<6>(row, code.byte, table);
-        case 8:  return decode_group<8>(row, code.byte, table);
-        default: return make_uint4(0, 0, 0, 0);
-    }
-}
-
 __device__ __forceinline__ float get_gain(const ggml_kvtc_cuda_head & head, uint8_t code) {
     return code == 0 ? 0.0f : head.gain_base*exp2f((float) code/GGML_KVTC_GAIN_STEPS);
+}
+
+// n groups of W bits, of which this thread takes every step-th. Loads of several groups are on their way together: the compiler
+// would not move them over a store.
+template <int W, bool with_gain>
+__device__ __forceinline__ void decode_run(const uint8_t * row, int byte, const uint8_t * table, int n, int step, half2 gain, uint4 * out) {
+    constexpr int U     = W <= 4 ? 4 : 2;
+    constexpr int bytes = W <= 3 ? 16 << 2*W : 16 << W; // of a group's table
+    const auto decode = [&](int i) {
+        const uint4 x = decode_group<W>(row, byte + i*W, table + i*bytes);
+        return with_gain ? make_uint4(mul_half2(x.x, gain), mul_half2(x.y, gain), mul_half2(x.z, gain), mul_half2(x.w, gain)) : x;
+    };
+    int i = step == 1 ? 0 : threadIdx.x % 32 / 16;
+#pragma unroll 1
+    for (; i + (U - 1)*step < n; i += U*step) {
+        uint4 x[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            x[u] = decode(i + u*step);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            out[i + u*step] = x[u];
+        }
+    }
+#pragma unroll 1
+    for (; i < n; i += step) {
+        out[i] = decode(i);
+    }
 }
 
 // Coefficients of SLAB rows as f16 [row][LD]. row: this thread's. The gain is applied, unless it is 1 for all rows of every slab
@@ -74,16 +89,29 @@ __device__ __forceinline__ float get_gain(const ggml_kvtc_cuda_head & head, uint
 template <int D, int LD, int SLAB, bool with_gain>
 __device__ __forceinline__ void decode_slab(const attn_args & a, int side, int head, const uint8_t * row, const ggml_kvtc_cuda_code * codes, const uint8_t * tables,
                                             float gain, int slot, half * tile) {
+    constexpr int step = 32/SLAB;
     const int    lane = threadIdx.x % 32;
     const half2  g2   = __floats2half2_rn(gain, gain);
     uint4      * out  = (uint4 *) (tile + lane%SLAB*LD);
-#pragma unroll 2
-    for (int g = lane/SLAB; g < D/8; g += 32/SLAB) {
-        uint4 x = decode_group(row, codes[g], tables);
-        if (with_gain) {
-            x = make_uint4(mul_half2(x.x, g2), mul_half2(x.y, g2), mul_half2(x.z, g2), mul_half2(x.w, g2));
+#pragma unroll 1
+    for (int g = 0; g < D/8; ) {
+        const ggml_kvtc_cuda_code code = codes[g];
+        const uint8_t * table = tables + code.table;
+        switch (code.width) {
+            case 1: decode_run<1, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 2: decode_run<2, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 3: decode_run<3, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 4: decode_run<4, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 5: decode_run<5, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 6: decode_run<6, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 8: decode_run<8, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            default:
+                for (int i = 0; i < code.run; ++i) {
+                    out[g + i] = make_uint4(0, 0, 0, 0);
+                }
+                break;
         }
-        out[g] = x;
+        g += code.run;
     }
     if (__any_sync(0xffffffff, slot != -1)) {
         __syncwarp();
