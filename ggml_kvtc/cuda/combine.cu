@@ -1,5 +1,5 @@
 // Merges the partial sums of the splits, turns coefficients into channels by the values' matrix, and divides by the sum of
-// weights. The matrix is read once for R rows: one for a few, eight where there are many.
+// weights. Few rows: a block for each, whose threads share its components. Many: 8 channels of a row for each thread.
 #include "combine.cuh"
 
 namespace kvtc {
@@ -9,111 +9,136 @@ namespace {
 template <int D> constexpr int N_SLICE   = 256/(D/8);      // slices of components
 template <int D> constexpr int N_THREADS = N_SLICE<D>*(D/8);
 
-template <int D, int R>
-__launch_bounds__(N_THREADS<D>)
-__global__ void combine_rows(const attn_args a, const float * values, const float2 * meta, int n_split, char * dst, int64_t nb1, int64_t nb2, int64_t nb3) {
-    __shared__ float sums [R][D];
-    __shared__ float seen [R]; // weight of the tokens over that of the tokens and the sink logit, times 1/sum
-    __shared__ float part [N_SLICE<D>][D];
-
-    // rows of a block: the heads of one kv head, token after token
-    const int     head_kv = blockIdx.y;
-    const int     per_kv  = a.n_tokens*a.n_stream*a.group;
-    const int     first   = blockIdx.x*R;
-    const int     n       = min(R, per_kv - first);
-    const auto    row_of  = [&](int r) { return (int64_t) ((first + r)/a.group)*a.n_head + head_kv*a.group + (first + r)%a.group; };
-
-    const char * pack = find_pack(a.pack);
-    const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, head_kv);
-
-    for (int i = threadIdx.x; i < R*D; i += N_THREADS<D>) {
-        const int r = i/D;
-        float value = 0.0f;
-        if (r < n) {
-            const int64_t row = row_of(r);
-            float top = -INFINITY;
-            for (int s = 0; s < n_split; ++s) {
-                top = fmaxf(top, meta[row*n_split + s].x);
-            }
-            float total = 0.0f;
-            for (int s = 0; s < n_split && top != -INFINITY; ++s) {
-                const float2 m = meta[row*n_split + s];
-                const float  f = exp2f(m.x - top);
-                total += f*m.y;
-                value += f*values[(row*n_split + s)*D + i%D];
-            }
-            float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
-            float sink  = 0.0f;
-            if (a.sinks) {
-                const float logit = a.sinks[row%a.n_head]*LOG2E;
-                if (logit > top) {
-                    scale = exp2f(top - logit);
-                    sink  = 1.0f;
-                } else {
-                    sink = exp2f(logit - top);
-                }
-            }
-            const float all = scale*total + sink;
-            const float inv = all > 0.0f ? scale/all : 0.0f;
-            value *= inv;
-            if (i%D == 0) {
-                seen[r] = total*inv;
-            }
-        }
-        sums[r][i%D] = value;
+// merged and normalized coefficients of one row, and the share of the tokens in the sum of weights (sink logits have the rest)
+template <int D>
+__device__ __forceinline__ void merge_row(const attn_args & a, const float * values, const float2 * meta, int n_split, int64_t row, int thread, int n_threads, float * sums, float & seen) {
+    float top = -INFINITY;
+    for (int s = 0; s < n_split; ++s) {
+        top = fmaxf(top, meta[row*n_split + s].x);
     }
+    float total = 0.0f;
+    for (int s = 0; s < n_split && top != -INFINITY; ++s) {
+        total += exp2f(meta[row*n_split + s].x - top)*meta[row*n_split + s].y;
+    }
+    float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
+    float sink  = 0.0f;
+    if (a.sinks) {
+        const float logit = a.sinks[row%a.n_head]*LOG2E;
+        scale = logit > top ? exp2f(top - logit) : 1.0f;
+        sink  = logit > top ? 1.0f : exp2f(logit - top);
+    }
+    const float all = scale*total + sink;
+    const float inv = all > 0.0f ? scale/all : 0.0f;
+    for (int c = thread; c < D; c += n_threads) {
+        float value = 0.0f;
+        for (int s = 0; s < n_split && top != -INFINITY; ++s) {
+            value += exp2f(meta[row*n_split + s].x - top)*values[(row*n_split + s)*D + c];
+        }
+        sums[c] = value*inv;
+    }
+    seen = total*inv;
+}
+
+// the rows of one kv head, token after token
+__device__ __forceinline__ int64_t get_row(const attn_args & a, int head_kv, int i) {
+    return (int64_t) (i/a.group)*a.n_head + head_kv*a.group + i%a.group;
+}
+
+struct output {
+    char  * dst;
+    int64_t nb1, nb2, nb3;
+
+    __device__ float * at(const attn_args & a, int64_t row) const {
+        const int64_t token = row/a.n_head;
+        return (float *) (dst + row%a.n_head*nb1 + token%a.n_tokens*nb2 + token/a.n_tokens*nb3);
+    }
+};
+
+template <int D>
+__device__ __forceinline__ void add_component(const half * matrix, int c, int channel, float x, float (&acc)[8]) {
+    const uint4   m = *(const uint4 *) (matrix + c*D + channel);
+    const half2 * h = (const half2 *) &m;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const float2 y = __half22float2(h[j]);
+        acc[2*j]     += x*y.x;
+        acc[2*j + 1] += x*y.y;
+    }
+}
+
+template <int D>
+__launch_bounds__(N_THREADS<D>)
+__global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
+    __shared__ float sums[D];
+    __shared__ float part[N_SLICE<D>][D];
+    const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
+    float seen;
+    merge_row<D>(a, values, meta, n_split, row, threadIdx.x, N_THREADS<D>, sums, seen);
     __syncthreads();
 
+    const char * pack    = find_pack(a.pack);
+    const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * matrix  = at<half>(pack, head.decode); // [component][channel]
     const int    channel = threadIdx.x%(D/8)*8;
     const int    slice   = threadIdx.x/(D/8);
-    float acc[R][8] = {};
-#pragma unroll 4
+    float acc[8] = {};
+#pragma unroll 8
     for (int c = slice; c < D; c += N_SLICE<D>) {
-        const uint4   x = *(const uint4 *) (matrix + c*D + channel);
-        const half2 * h = (const half2 *) &x;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float2 m = __half22float2(h[j]);
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-                acc[r][2*j]     += sums[r][c]*m.x;
-                acc[r][2*j + 1] += sums[r][c]*m.y;
-            }
-        }
+        add_component<D>(matrix, c, channel, sums[c], acc);
     }
-    for (int r = 0; r < n; ++r) {
-        __syncthreads();
 #pragma unroll
-        for (int k = 0; k < R; ++k) { // registers have no run-time index
-            if (k == r) {
+    for (int j = 0; j < 8; ++j) {
+        part[slice][channel + j] = acc[j];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < D; i += N_THREADS<D>) {
+        float sum = 0.0f;
+        for (int s = 0; s < N_SLICE<D>; ++s) {
+            sum += part[s][i];
+        }
+        out.at(a, row)[i] = sum + at<float>(pack, head.mean)[i]*seen;
+    }
+}
+
+template <int D>
+__launch_bounds__(N_THREADS<D>)
+__global__ void combine_many(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
+    __shared__ float sums[N_SLICE<D>][D + 1];
+    const int lane  = threadIdx.x%(D/8);
+    const int slice = threadIdx.x/(D/8);
+    const int i     = blockIdx.x*N_SLICE<D> + slice;
+    const bool inside = i < a.n_tokens*a.n_stream*a.group;
+    const int64_t row = inside ? get_row(a, blockIdx.y, i) : 0;
+    float seen = 0.0f;
+    if (inside) {
+        merge_row<D>(a, values, meta, n_split, row, lane, D/8, sums[slice], seen);
+    }
+    __syncthreads();
+    if (!inside) {
+        return;
+    }
+    const char * pack   = find_pack(a.pack);
+    const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
+    const half * matrix = at<half>(pack, head.decode);
+    float acc[8] = {};
+#pragma unroll 8
+    for (int c = 0; c < D; ++c) {
+        add_component<D>(matrix, c, 8*lane, sums[slice][c], acc);
+    }
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    part[slice][channel + j] = acc[k][j];
-                }
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < D; i += N_THREADS<D>) {
-            float sum = 0.0f;
-            for (int s = 0; s < N_SLICE<D>; ++s) {
-                sum += part[s][i];
-            }
-            const int64_t row    = row_of(r);
-            const int64_t token  = row/a.n_head;
-            float * out = (float *) (dst + row%a.n_head*nb1 + token%a.n_tokens*nb2 + token/a.n_tokens*nb3);
-            out[i] = sum + at<float>(pack, head.mean)[i]*seen[r];
-        }
+    for (int j = 0; j < 8; ++j) {
+        out.at(a, row)[8*lane + j] = acc[j] + at<float>(pack, head.mean)[8*lane + j]*seen;
     }
 }
 
 template <int D>
 void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, char * dst, int64_t nb1, int64_t nb2, int64_t nb3, cudaStream_t stream) {
-    const int per_kv = a.n_tokens*a.n_stream*a.group;
+    const int    per_kv = a.n_tokens*a.n_stream*a.group;
+    const output out    = { dst, nb1, nb2, nb3 };
     if (per_kv <= 64) {
-        combine_rows<D, 1><<<dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, dst, nb1, nb2, nb3);
+        combine_few<D><<<dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, out);
     } else {
-        combine_rows<D, 8><<<dim3((per_kv + 7)/8, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, dst, nb1, nb2, nb3);
+        combine_many<D><<<dim3((per_kv + N_SLICE<D> - 1)/N_SLICE<D>, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, out);
     }
     CUDA_CHECK(cudaGetLastError());
 }

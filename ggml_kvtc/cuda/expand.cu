@@ -60,7 +60,7 @@ __global__ void copy_queries(const attn_args a, int d, float * out) {
 }
 
 template <int D, bool in_shared>
-__launch_bounds__(256, 1)
+__launch_bounds__(256, D <= 128 ? 2 : 1)
 __global__ void rebuild_rows(const attn_args a, const columns c, const expand_plan p, half * keys, half * values) {
     constexpr int KS = D/16;
     constexpr int LD = D + 8;
@@ -84,7 +84,7 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
     uint64_t * freq   = (uint64_t *) (smem + p.at_freq);
     auto     * codes  = (ggml_kvtc_cuda_code *) (smem + p.at_codes);
     uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
-    uint8_t  * stage  = smem + p.at_stage + warp*16*p.stride;
+    uint8_t  * stage[2] = { smem + p.at_stage + 2*warp*16*p.stride, smem + p.at_stage + (2*warp + 1)*16*p.stride };
     half     * tile   = (half *) (smem + p.at_tile) + warp*16*LD;
     const half * matrix = in_shared ? (const half *) smem : at<half>(base, kh.decode);
 
@@ -129,17 +129,14 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
             const uint8_t * src = rows + __shfl_sync(0xffffffff, cell, j)*a.nb_row[side];
             if (words) {
                 for (int i = lane%8; i < ((int) h.n_bytes + 3)/4; i += 8) {
-                    copy_async<4>(stage + j*p.stride + 4*i, src + 4*i);
+                    copy_async<4>(stage[side] + j*p.stride + 4*i, src + 4*i);
                 }
             } else {
                 for (int i = lane%8; i < (int) h.n_bytes; i += 8) {
-                    stage[j*p.stride + i] = src[i];
+                    stage[side][j*p.stride + i] = src[i];
                 }
             }
         }
-        copy_commit();
-        copy_wait<0>();
-        __syncwarp();
     };
     // the tile to 16 columns: 16 bytes a thread
     const auto write = [&](half * dst) {
@@ -151,14 +148,17 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
 
     for (int col0 = (blockIdx.x*n_warp + warp)*16; col0 < n_col; col0 += gridDim.x*n_warp*16) {
         const column_cell mine = get_cell(a, c, stream, col0 + lane%16, min_pos, max_pos);
-        const uint8_t * row = stage + lane%16*p.stride;
-
-        fetch(GGML_KVTC_V, vh, mine.cell);
-        decode_slab<D, LD, 16, true>(a, GGML_KVTC_V, head, row, codes + D/8, tables[1], get_gain(vh, row[0]), mine.slot, tile);
-        write(values + first + (int64_t) col0*D);
-
+        const uint8_t * k_row = stage[0] + lane%16*p.stride;
+        const uint8_t * v_row = stage[1] + lane%16*p.stride;
         fetch(GGML_KVTC_K, kh, mine.cell);
-        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, row, codes, tables[0], get_gain(kh, row[0]), mine.slot, tile);
+        fetch(GGML_KVTC_V, vh, mine.cell);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_V, head, v_row, codes + D/8, tables[1], get_gain(vh, v_row[0]), mine.slot, tile);
+        write(values + first + (int64_t) col0*D);
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, k_row, codes, tables[0], get_gain(kh, k_row[0]), mine.slot, tile);
         uint32_t z[KS][4];
         int pos[2];
 #pragma unroll

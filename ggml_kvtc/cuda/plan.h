@@ -135,7 +135,7 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
             p.at_codes = take(2*(s.d/8)*8);
             p.at_table[0] = take(s.tables[0]);
             p.at_table[1] = take(s.tables[1]);
-            p.at_stage = take(p.n_warp*16*p.stride + 16);
+            p.at_stage = take(2*p.n_warp*16*p.stride + 16);
             p.at_tile  = take(p.n_warp*16*(s.d + 8)*2);
             p.shared   = used;
             if (p.shared <= gpu.shared && (p.n_warp >= 4 || !p.in_shared)) {

@@ -31,17 +31,30 @@ __global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, in
     float2 before = first ? make_float2(-INFINITY, 0.0f) : meta[row];
     float  value  = first ? 0.0f : values[row*D + c];
     __syncthreads(); // meta has been read
-    for (int i = 0; i < w.n; ++i) {
-        const int n_split = min(a.n_split, (get_n_column(w.c[i], stream) + a.split - 1)/a.split);
-        const float2 * sums = a.out + i*size;
-        for (int s = 0; s < n_split; ++s) {
-            const float2 m   = sums[(n_grid + block0 + s)*n_cols + col];
-            const float  x   = ((const float *) (sums + (int64_t) n_grid*2*n_cols))[((block0 + s)*n_cols + col)*D + c];
-            const float  top = fmaxf(before.x, LOG2E*m.x);
-            const float  f   = before.x == -INFINITY ? 0.0f : exp2f(before.x - top);
-            const float  g   = exp2f(LOG2E*m.x - top);
-            value  = f*value + g*x;
-            before = make_float2(top, f*before.y + g*m.y);
+    const auto add = [&](float2 m, float x) {
+        const float top = fmaxf(before.x, LOG2E*m.x);
+        const float f   = before.x == -INFINITY ? 0.0f : exp2f(before.x - top);
+        const float g   = exp2f(LOG2E*m.x - top);
+        value  = f*value + g*x;
+        before = make_float2(top, f*before.y + g*m.y);
+    };
+    for (int s = 0; s < a.n_split; ++s) {
+        float2 m[PREFILL_MERGE];
+        float  x[PREFILL_MERGE];
+#pragma unroll
+        for (int i = 0; i < PREFILL_MERGE; ++i) { // all loads before the first use
+            m[i] = make_float2(-INFINITY, 0.0f);
+            if (i < w.n && s*a.split < get_n_column(w.c[i], stream)) {
+                const float2 * sums = a.out + i*size;
+                m[i] = sums[(n_grid + block0 + s)*n_cols + col];
+                x[i] = ((const float *) (sums + (int64_t) n_grid*2*n_cols))[((block0 + s)*n_cols + col)*D + c];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PREFILL_MERGE; ++i) {
+            if (m[i].x != -INFINITY) {
+                add(m[i], x[i]);
+            }
         }
     }
     values[row*D + c] = value;

@@ -189,7 +189,7 @@ def main(
     cache_ram: int = typer.Option(32, help="MiB of prompt cache; bounded, so that the first pass can fill it", min=0),
     text: Path | None = typer.Option(None, "-f", "--file", help="text of the prompts [default: as bench.demo]"),
     tie: float = typer.Option(0.5, help="difference of log probabilities (nats) that counts as a tie", min=0),
-    max_ties: float = typer.Option(0.5, help="share of answers that may part from the fresh server's at a tie", min=0),
+    max_ties: float = typer.Option(0.8, help="share of answers that may part from the fresh server's at a tie", min=0),
     server_arg: list[str] = typer.Option([], help="one more argument of the server; may be repeated"),
 ) -> None:
     """Send mixed requests to llama-server for minutes; fail on a crash, growth of memory, or an answer that changed."""
