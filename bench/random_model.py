@@ -1,7 +1,7 @@
 """Models of known shapes with random weights, for speed: ``python -m bench.random_model llama-8b out.gguf``.
 
-Q4_0 weights and, beside the model, a calibration with random bases whose widths fall along the components as those of real
-models do. Right for timing and memory, meaningless for quality.
+Q4_0 weights and, beside the model, a calibration with random bases whose widths fall along the components as those of
+real models do. Right for timing and memory, meaningless for quality.
 """
 
 from __future__ import annotations

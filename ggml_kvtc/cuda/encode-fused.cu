@@ -27,19 +27,23 @@ struct fused_args {
     int           d, n_head;
 };
 
-// Sums of a vector's squares in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
-__device__ __forceinline__ double ordered_sum(const double * x, int d, double * lanes) {
-    if (threadIdx.x < LANES) {
+// Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
+__device__ __forceinline__ double2 ordered_sums(const double (&x)[2][GGML_KVTC_MAX_DIM], int d, double (&lanes)[2][LANES]) {
+    if (threadIdx.x < 2*LANES) {
+        const double * from = x[threadIdx.x/LANES];
         double sum = 0.0;
-        for (int c = threadIdx.x; c < d; c += LANES) {
-            sum += x[c];
+#pragma unroll 8
+        for (int c = threadIdx.x%LANES; c < d; c += LANES) {
+            sum += from[c];
         }
-        lanes[threadIdx.x] = sum;
+        lanes[threadIdx.x/LANES][threadIdx.x%LANES] = sum;
     }
     __syncthreads();
-    double total = 0.0;
+    double2 total = make_double2(0.0, 0.0);
+#pragma unroll
     for (int l = 0; l < LANES; ++l) {
-        total += lanes[l];
+        total.x += lanes[0][l];
+        total.y += lanes[1][l];
     }
     __syncthreads();
     return total;
@@ -50,94 +54,125 @@ __global__ void transform_and_write(const fused_args a, int side) {
     __shared__ __align__(16) float x[GGML_KVTC_MAX_DIM];
     __shared__ float  z[GGML_KVTC_MAX_DIM];
     __shared__ double terms[2][GGML_KVTC_MAX_DIM];
-    __shared__ double lanes[LANES];
+    __shared__ double lanes[2][LANES];
+    constexpr int N = GGML_KVTC_MAX_DIM/THREADS; // components of a thread
     const int h     = blockIdx.x;
     const int token = blockIdx.y;
     const int d     = a.d;
     const int lane  = threadIdx.x % 32;
+    const int warp  = threadIdx.x / 32;
+    const int l     = threadIdx.x % LANES;
 
     for (int c = threadIdx.x; c < d; c += THREADS) {
         x[c] = *(const float *) (a.x + token*a.nb_x1 + h*a.nb_x2 + c*sizeof(float));
     }
-    __syncthreads();
-    const float * encode = a.encode + (int64_t) h*d*d;
-    for (int c = threadIdx.x/32; c < d; c += WARPS) {
-        float sum = 0.0f;
-        for (int i = 4*lane; i < d; i += 4*32) {
-            const float4 e = *(const float4 *) (encode + c*d + i);
-            const float4 y = *(const float4 *) (x + i);
-            sum += e.x*y.x + e.y*y.y + e.z*y.z + e.w*y.w;
-        }
-        sum = warp_reduce_sum(sum);
-        if (lane == 0) {
-            z[c] = sum + a.bias[h*d + c];
-            *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[c];
-        }
+    // all that coding needs of the pack is on its way while the product is taken
+    const int64_t row = a.idxs[token];
+    const char * pack = find_pack(a.pack);
+    const ggml_kvtc_cuda_head & head = get_head(pack, side, h);
+    ggml_kvtc_cuda_code code_of[N];
+    float         inv_scale[N];
+    float         bias     [N];
+    const float * bound    [N];
+    const half  * level_of [N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int c = min(threadIdx.x + i*THREADS, d - 1);
+        code_of  [i] = at<ggml_kvtc_cuda_code>(pack, head.codes)[c/LANES];
+        inv_scale[i] = at<float>(pack, head.inv_scale)[c];
+        bias     [i] = a.bias[h*d + c];
+        bound    [i] = at<float>(pack, head.bounds) + at<uint32_t>(pack, head.bounds_at)[c/LANES] + l;
+        level_of [i] = at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[c/LANES] + (l << code_of[i].width);
     }
     __syncthreads();
 
-    const int64_t row = a.idxs[token];
+    const float * encode = a.encode + (int64_t) h*d*d;
+    constexpr int U = 8; // rows of a warp whose loads are on their way together; d is a multiple of 16
+    for (int c0 = warp; c0 < d; c0 += U*WARPS) {
+        float sum[U] = {};
+        for (int i = 4*lane; i < d; i += 4*32) {
+            const float4 y = *(const float4 *) (x + i);
+            float4 e[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                e[u] = *(const float4 *) (encode + min(c0 + u*WARPS, d - 1)*d + i);
+            }
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                sum[u] += e[u].x*y.x + e[u].y*y.y + e[u].z*y.z + e[u].w*y.w;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            sum[u] = warp_reduce_sum(sum[u]);
+            if (lane == u && c0 + u*WARPS < d) {
+                z[c0 + u*WARPS] = sum[u];
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int c = threadIdx.x + i*THREADS;
+        if (c < d) {
+            const float y = z[c] + bias[i];
+            const float u = y*inv_scale[i];
+            *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = y;
+            z[c] = y;
+            terms[0][c] = (double) u*u;
+            terms[1][c] = (double) y*y;
+        }
+    }
+    __syncthreads();
     if (row < 0) {
         return;
     }
-    const char * pack = find_pack(a.pack);
-    const ggml_kvtc_cuda_head & head = get_head(pack, side, h);
     uint8_t * out = a.rows + row*a.nb_row + head.payload;
+    const double2 squares = ordered_sums(terms, d, lanes); // of the whitened and of the plain vector
+    const double  norm = sqrt(squares.x/d);
+    const bool    zero = !(norm >= 1e-9 && isfinite(norm));
+    const float   inv  = zero ? 0.0f : (float) (1.0/norm);
 
-    for (int c = threadIdx.x; c < d; c += THREADS) {
-        const float u = z[c]*at<float>(pack, head.inv_scale)[c];
-        terms[0][c] = (double) u*u;
-        terms[1][c] = (double) z[c]*z[c];
-    }
-    __syncthreads();
-    const double norm  = sqrt(ordered_sum(terms[0], d, lanes)/d);
-    const double power = ordered_sum(terms[1], d, lanes);
-    const bool   zero  = !(norm >= 1e-9 && isfinite(norm));
-    const float  inv   = zero ? 0.0f : (float) (1.0/norm);
-
-    for (int c0 = 0; c0 < d; c0 += THREADS) { // d is a multiple of 16, a warp's last groups may be beyond it
-        const int  c      = c0 + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < N; ++i) { // a warp's last groups may be beyond d
+        const int  c      = threadIdx.x + i*THREADS;
         const bool inside = c < d;
-        const int  g      = (inside ? c : 0)/LANES;
-        const int  l      = threadIdx.x % LANES;
-        const int  w      = inside ? at<uint8_t>(pack, head.widths)[g] : 0;
-        int    code  = 0;
-        float  level = 0.0f;
+        const int  w      = inside ? code_of[i].width : 0;
+        int   code  = 0;
+        float level = 0.0f;
         if (!zero && w > 0) {
-            const float   y     = z[c]*inv;
-            const float * bound = at<float>(pack, head.bounds) + at<uint32_t>(pack, head.bounds_at)[g] + l;
+            const float y = z[c]*inv;
             for (int step = 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
-                if (y > bound[(code + step - 1)*LANES]) {
+                if (y > bound[i][(code + step - 1)*LANES]) {
                     code += step;
                 }
             }
-            level = __half2float(at<half>(pack, head.levels)[at<uint32_t>(pack, head.levels_at)[g] + (l << w) + code]);
+            level = __half2float(level_of[i][code]);
         }
         const uint64_t word = (uint64_t) code << l*w;
         uint32_t lo = (uint32_t) word;
         uint32_t hi = (uint32_t) (word >> 32);
-        for (int i = LANES/2; i > 0; i /= 2) {
-            lo |= __shfl_xor_sync(0xffffffff, lo, i, LANES);
-            hi |= __shfl_xor_sync(0xffffffff, hi, i, LANES);
+        for (int k = LANES/2; k > 0; k /= 2) {
+            lo |= __shfl_xor_sync(0xffffffff, lo, k, LANES);
+            hi |= __shfl_xor_sync(0xffffffff, hi, k, LANES);
         }
         if (inside) {
             terms[0][c] = (double) z[c]*level;
             terms[1][c] = (double) level*level;
             if (l < w) {
-                out[at<uint32_t>(pack, head.bits)[g]/8 + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
+                out[code_of[i].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
             }
         }
     }
     __syncthreads();
-    const double dot  = ordered_sum(terms[0], d, lanes);
-    const double self = ordered_sum(terms[1], d, lanes);
+    const double2 sums = ordered_sums(terms, d, lanes); // with the levels, and of the levels' squares
     if (threadIdx.x == 0) {
         double gain = 0.0;
         if (!zero) {
             if (head.keep_norm) {
-                gain = self > 0.0 ? sqrt(power/self) : 0.0;
+                gain = sums.y > 0.0 ? sqrt(squares.y/sums.y) : 0.0;
             } else {
-                gain = dot > 0.0 ? power/dot : 0.0;
+                gain = sums.x > 0.0 ? squares.y/sums.x : 0.0;
             }
         }
         out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;

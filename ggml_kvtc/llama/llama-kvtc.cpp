@@ -120,36 +120,40 @@ void llama_kvtc::check_layer(const config & cfg, const llama_kvtc_layer & l) con
     }
 }
 
-// Does the layer's device have kernels for its types and shapes? Asked with the nodes that its graphs will hold.
+// Does the layer's device have kernels for its types and shapes? Asked with nodes such as its graphs will hold.
 void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const {
-    ggml_context_ptr ctx { ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }) };
     const int64_t n_head    = cfg.hparams.n_head(l.il);
     const int64_t n_head_kv = cfg.hparams.n_head_kv(l.il);
     const int64_t n_kv      = cells[0].size();
-    ggml_tensor * pack = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, 64);
-    ggml_tensor * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
-    ggml_tensor * info = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2*n_kv + 1);
-    ggml_tensor * view[2];
-    bool supported = true;
-    for (int s = 0; s < 2; ++s) {
-        const int64_t d = s == GGML_KVTC_K ? cfg.hparams.n_embd_head_k(l.il) : cfg.hparams.n_embd_head_v(l.il);
-        ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, d*n_head_kv, n_kv);
-        view[s] = ggml_view_4d(ctx.get(), cache, d, n_kv, n_head_kv, 1, cache->nb[1], ggml_row_size(cache->type, d), cache->nb[1]*n_kv, 0);
-        if (ggml_kvtc_is_type(cache->type)) {
-            ggml_tensor * z = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, 1, n_head_kv);
-            supported = supported && ggml_backend_dev_supports_op(dev, ggml_kvtc_set_rows(ctx.get(), cache, z, idxs, pack, (ggml_kvtc_side) s));
-        }
-    }
+    const int64_t d[2]      = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
     ggml_kvtc_attn_params p = {};
     std::copy(l.limits, l.limits + 4, p.limits);
-    if (cfg.hparams.attn_soft_cap) {
-        p.logit_softcap = cfg.hparams.f_attn_logit_softcapping;
+
+    // The pack is laid out for CUDA. Devices of other kinds may not know that: those behind RPC say yes to everything.
+    bool supported = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "CUDA") == 0;
+    for (int64_t n_tokens : { 1, 16, 512 }) { // a sequence, a few, a prompt
+        ggml_context_ptr ctx { ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }) };
+        ggml_tensor * pack = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, 64);
+        ggml_tensor * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, n_tokens);
+        ggml_tensor * info = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2*n_kv + n_tokens);
+        ggml_tensor * view[2];
+        ggml_tensor * z[2] = {};
+        for (int s = 0; s < 2; ++s) {
+            ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, d[s]*n_head_kv, n_kv);
+            view[s] = ggml_view_4d(ctx.get(), cache, d[s], n_kv, n_head_kv, 1, cache->nb[1], ggml_row_size(cache->type, d[s]), cache->nb[1]*n_kv, 0);
+            if (ggml_kvtc_is_type(cache->type)) {
+                z[s] = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[s], n_tokens, n_head_kv);
+                supported = supported && ggml_backend_dev_supports_op(dev, ggml_kvtc_set_rows(ctx.get(), cache, z[s], idxs, pack, (ggml_kvtc_side) s));
+            }
+        }
+        ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[0], n_tokens, n_head);
+        supported = supported && ggml_backend_dev_supports_op(dev,
+            ggml_kvtc_attn(ctx.get(), q, view[0], view[1], nullptr, nullptr, pack, info, nullptr, z[0], z[1], p));
     }
-    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, view[0]->ne[0], 1, n_head);
-    if (!supported || !ggml_backend_dev_supports_op(dev, ggml_kvtc_attn(ctx.get(), q, view[0], view[1], nullptr, nullptr, pack, info, nullptr, nullptr, nullptr, p))) {
-        fail("no kernels on device " + std::string(ggml_backend_dev_name(dev)) + " for K " + ggml_type_name(l.cache[0]->type) + ", V " +
-             ggml_type_name(l.cache[1]->type) + " and head_dim " + std::to_string(view[0]->ne[0]) + "/" + std::to_string(view[1]->ne[0]) +
-             ": use --no-kv-offload, or other cache types");
+    if (!supported) {
+        fail("no kernels for K " + std::string(ggml_type_name(l.cache[0]->type)) + ", V " + ggml_type_name(l.cache[1]->type) + " of head_dim " +
+             std::to_string(d[0]) + (d[0] == d[1] ? "" : "/" + std::to_string(d[1])) + " on device " + ggml_backend_dev_name(dev) +
+             ": use --no-kv-offload (or -ngl 0), or another cache type");
     }
 }
 
@@ -191,7 +195,6 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
             pack.resize(ggml_kvtc_cuda_pack_size(calibration.get(), l.il, bits[0], bits[1]));
             ggml_kvtc_cuda_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());
             ggml_kvtc_cuda_pack_limits(pack.data(), out.limits);
-            check_device(cfg, dev, out);
         } else {
             pack.resize(ggml_kvtc_pack_size(calibration.get(), l.il, bits[0], bits[1]));
             ggml_kvtc_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());
@@ -205,6 +208,9 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
             }
         }
         out.pack = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, pack.size());
+        if (out.on_device) {
+            check_device(cfg, dev, out);
+        }
         if (n_exact > 0) {
             ctx = context_of(buft, true);
             out.exact = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n_exact);
