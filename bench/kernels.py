@@ -1,0 +1,181 @@
+"""Times of the attention operation on a device: ``python -m bench.kernels llama-8b --depths 1024,131072 -o out.csv``.
+
+KVTC_ATTN and llama.cpp's FLASH_ATTN_EXT on caches of random content, several copies in turn so that no cache stays in
+the device's L2. Every row has the bytes that the operation must read, the operations that rebuild its keys, and its
+time over the floor that these set. The libraries are those of $KVTC_LIB_DIR, the device is $KVTC_TEST_DEVICE (CUDA0).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from kvtc_gguf.format import Calibration
+from kvtc_gguf.layout import row_bytes
+from kvtc_gguf.reference_rope import Rope
+from rich.console import Console
+
+from bench.random_model import BITS, SHAPES, Shape, make_side
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+STOCK = {"f16": (1, 1, 2), "q8_0": (8, 32, 34), "q4_0": (2, 32, 18)}  # ggml type, values and bytes of a block
+SINKS, WINDOW, SLOTS = 4, 128, 196
+BLOCK = 2048  # rows of random content, repeated
+COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "rebuild_tflop_per_s", "over_floor")
+FLASH = """struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context *, struct ggml_tensor * q,
+    struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask, float scale, float max_bias,
+    float logit_softcap);"""
+
+
+def load_libraries() -> Any:
+    """The tests' binding of ggml; it reads the device's name when it is imported."""
+    os.environ.setdefault("KVTC_TEST_DEVICE", "CUDA0")
+    sys.path[:0] = [str(TESTS / "native"), str(TESTS / "python")]
+    import ffi
+
+    ffi.ffi.cdef(FLASH)
+    return ffi
+
+
+def causal(tokens: int, depth: int) -> np.ndarray:
+    """Mask f16 [tokens, depth] of the last `tokens` cells."""
+    mask = np.zeros((tokens, depth), np.float16)
+    for t in range(tokens):
+        mask[t, depth - tokens + t + 1 :] = -np.inf
+    return mask
+
+
+def time_nodes(ffi: Any, graph: Any, nodes: list[Any], repeats: int = 20) -> float:
+    """Seconds of one node: the median over repeated runs of all of them."""
+    backend = ffi.device()[1]
+    compute = ffi.base.ggml_new_graph(graph.ctx)
+    for node in nodes:
+        ffi.base.ggml_build_forward_expand(compute, node)
+    buffer = ffi.base.ggml_backend_alloc_ctx_tensors(graph.ctx, backend)
+    try:
+        for tensor, data in graph.waiting:
+            ffi.base.ggml_backend_tensor_set(tensor, ffi.pointer(data), 0, data.size)
+        seconds = []
+        for _ in range(repeats + 4):  # the first ones warm up
+            started = time.perf_counter()
+            ffi.base.ggml_backend_graph_compute(backend, compute)
+            ffi.base.ggml_backend_synchronize(backend)
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds[4:])) / len(nodes)
+    finally:
+        ffi.base.ggml_backend_buffer_free(buffer)
+
+
+def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens: int, copies: int) -> float:
+    """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact."""
+    import synthetic
+
+    rng = np.random.default_rng(0)
+    d, heads = shape.head_dim, shape.n_head_kv
+    sides = {side: make_side(rng, shape, side) for side in "kv"}
+    calibration = Calibration(
+        "0" * 16, shape.architecture, 1, list(BITS), {0: sides}, "random", 0, "bench", "2026-01-01"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pack = ffi.native(calibration, Path(folder)).pack(0, *bits)
+    ffi.set_rope(pack, Rope(d, neox=shape.architecture != "llama", freq_base=shape.rope_base), d)
+    cells = np.stack([np.arange(depth), np.full(depth, -1)], axis=1).astype(np.int32)
+    old = max(SINKS, depth - tokens - WINDOW)
+    cells[:SINKS, 1] = np.arange(SINKS)
+    cells[old : depth - tokens, 1] = SINKS + np.arange(depth - tokens - old)
+    cells[depth - tokens :, 1] = -2 - np.arange(tokens)
+    rows = []
+    for side, b in enumerate(bits):
+        z = synthetic.draw(rng, sides["kv"[side]], BLOCK)
+        block = ffi.encode_rows(pack, side, z, row_bytes(heads, d, b))
+        rows.append(np.tile(block, (-(-depth // BLOCK), 1))[:depth])
+    with ffi.graph(4) as g:
+        mask, packed = g.tensor(causal(tokens, depth)), g.pack(pack)
+        info = g.tensor(np.concatenate([cells.reshape(-1), np.arange(depth - tokens, depth, dtype=np.int32)]))
+        exact = g.tensor(rng.standard_normal(2 * SLOTS * heads * d).astype(np.float16))
+        batch = [g.tensor(rng.standard_normal((heads, tokens, d)).astype(np.float32)) for _ in bits]
+        numbers = {"scale": d**-0.5, "n_sink": SINKS, "n_window": WINDOW, "n_slots": SLOTS, "limits": ffi.limits(pack)}
+        params = ffi.ffi.new("struct ggml_kvtc_attn_params *", numbers)
+        nodes = []
+        for _ in range(copies):
+            views = []
+            for content, b in zip(rows, bits, strict=True):
+                kind = ffi.kvtc_type(b)
+                cache = g.rows(kind, heads * d, content)
+                strides = content.shape[1], ffi.base.ggml_row_size(kind, d), content.size
+                views.append(ffi.base.ggml_view_4d(g.ctx, cache, d, depth, heads, 1, *strides, 0))
+            q = g.tensor(rng.standard_normal((1, shape.n_head, tokens, d)).astype(np.float32))
+            tensors = q, *views, mask, ffi.ffi.NULL, packed, info, exact, *batch
+            nodes.append(ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0]))
+        return time_nodes(ffi, g, nodes)
+
+
+def time_stock(ffi: Any, shape: Shape, name: str, depth: int, tokens: int, copies: int) -> float:
+    """Seconds of FLASH_ATTN_EXT with K and V of an ordinary type."""
+    rng = np.random.default_rng(0)
+    d, heads = shape.head_dim, shape.n_head_kv
+    kind, values, size = STOCK[name]
+    block = rng.integers(0, 256, (BLOCK, heads * d // values, size), np.uint8)
+    block[:, :, :2] = rng.normal(0, 0.01, block.shape[:2]).astype(np.float16)[:, :, None].view(np.uint8)
+    content = np.tile(block.reshape(BLOCK, -1), (-(-depth // BLOCK), 1))[:depth]
+    row = ffi.base.ggml_row_size(kind, d)
+    with ffi.graph(4) as g:
+        mask, nodes = g.tensor(causal(tokens, depth)), []
+        for _ in range(copies):
+            views = []
+            for _ in range(2):
+                cache = g.rows(kind, heads * d, content)
+                strides = row * heads, row, row * heads * depth
+                views.append(ffi.base.ggml_view_4d(g.ctx, cache, d, depth, heads, 1, *strides, 0))
+            q = g.tensor(rng.standard_normal((1, shape.n_head, tokens, d)).astype(np.float32))
+            nodes.append(ffi.base.ggml_flash_attn_ext(g.ctx, q, *views, mask, d**-0.5, 0.0, 0.0))
+        return time_nodes(ffi, g, nodes)
+
+
+def main(
+    shape: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")],
+    depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072",
+    tokens: Annotated[str, typer.Option(help="Tokens of a batch, separated by commas.")] = "1,512",
+    types: Annotated[str, typer.Option(help="f16, q8_0, q4_0 or k<a>v<b>.")] = "f16,q8_0,q4_0,k2v4,k3v4,k1v3,k4v4",
+    bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory, for the floor.")] = 3000.0,
+    rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products, for the floor.")] = 600.0,
+    output: Annotated[Path | None, typer.Option("-o", help="CSV to write.")] = None,
+) -> None:
+    """Time the attention operation by depth."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"unknown shape {shape}: use one of {', '.join(SHAPES)}")
+    ffi, s, rows = load_libraries(), SHAPES[shape], []
+    for n_tokens in map(int, tokens.split(",")):
+        for depth in map(int, depths.split(",")):
+            copies = 2 if n_tokens > 16 else max(2, min(16, (1 << 19) // depth))
+            for name in types.split(","):
+                values = s.n_head_kv * s.head_dim * depth
+                rebuild = 0
+                if name in STOCK:
+                    seconds = time_stock(ffi, s, name, depth, n_tokens, copies)
+                    size = 2 * values * STOCK[name][2] // STOCK[name][1]
+                else:
+                    bits = int(name[1]), int(name[3])
+                    seconds = time_kvtc(ffi, s, bits, depth, n_tokens, copies)
+                    size, rebuild = values * sum(bits) // 8, 2 * values * s.head_dim
+                floor = max(size / bandwidth / 1e9, rebuild / rate / 1e12)
+                rows.append((shape, name, n_tokens, depth, seconds * 1e6, size / seconds / 1e9,
+                             rebuild / seconds / 1e12, seconds / floor))  # fmt: skip
+                times = f"{seconds * 1e6:.1f} µs, {seconds / floor:.1f} x floor"
+                Console().print(f"{name} {n_tokens} tokens, {depth} cells: {times}")
+    if output:
+        partial = output.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        partial.replace(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
