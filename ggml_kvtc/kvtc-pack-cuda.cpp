@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-static_assert(sizeof(ggml_kvtc_cuda_limits) == 4*sizeof(int32_t), "limits are four numbers");
+static_assert(sizeof(ggml_kvtc_cuda_limits) == 6*sizeof(int32_t), "limits are six numbers");
 
 namespace {
 
@@ -184,15 +184,22 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     }
 }
 
-void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[4]) {
+void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
     const auto * pack = (const ggml_kvtc_cuda_pack *) data;
     GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
-    std::fill(limits, limits + 4, 0);
+    std::fill(limits, limits + 6, 0);
     for (int s = 0; s < 2; ++s) {
         const auto * heads = (const ggml_kvtc_cuda_head *) ((const char *) data + pack->side[s].heads);
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
             limits[s]     = std::max(limits[s], (int32_t) heads[h].n_bytes);
             limits[2 + s] = std::max(limits[2 + s], (int32_t) heads[h].n_tables);
+            const auto * codes = (const ggml_kvtc_cuda_code *) ((const char *) data + heads[h].codes);
+            int32_t n_pairs = 0;
+            for (uint32_t g = 0; g < pack->side[s].d/8; ++g) {
+                const int w = codes[g].width;
+                n_pairs += w == 0 ? 0 : w <= 4 ? (w <= 2 ? 20 : 16) << 2*w : 16 << w; // as pair_bytes in cuda/pairs.cuh
+            }
+            limits[4 + s] = std::max(limits[4 + s], n_pairs);
         }
     }
 }

@@ -66,4 +66,5 @@ struct ggml_kvtc_cuda_pack {
 struct ggml_kvtc_cuda_limits {
     int32_t bytes [2];  // payload (n_bytes), K and V
     int32_t tables[2];  // n_tables
+    int32_t pairs [2];  // the same with pairs for widths up to 4
 };

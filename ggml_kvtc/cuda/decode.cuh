@@ -10,4 +10,7 @@ namespace kvtc {
 // row = (stream*n_tokens + token)*n_head + head
 void decode(const attn_args & a, int d, const decode_plan & p, float * values, float2 * meta, cudaStream_t stream);
 
+// the same on sm_90a
+void decode_sm90(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream);
+
 } // namespace kvtc

@@ -12,8 +12,9 @@ constexpr int MAX_TOKENS = 16;
 constexpr int THREADS    = 256;
 constexpr int WARPS      = THREADS/32;
 constexpr int LANES      = GGML_KVTC_GROUP;
+constexpr int NARROW     = 16; // levels of a component that are loaded before they are needed, all at once
 
-struct fused_args {
+struct fused_side {
     const char  * x;             // f32 [d, token, head]
     int64_t       nb_x1, nb_x2;
     const float * encode;        // [head][d][d]
@@ -24,7 +25,12 @@ struct fused_args {
     const char  * pack;
     uint8_t     * rows;
     int64_t       nb_row;
-    int           d, n_head;
+};
+
+struct fused_args {
+    fused_side side[2]; // keys and values, or one of them
+    int        index[2];
+    int        d, n_head;
 };
 
 // Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
@@ -50,15 +56,18 @@ __device__ __forceinline__ double2 ordered_sums(const double (&x)[2][GGML_KVTC_M
 }
 
 __launch_bounds__(THREADS)
-__global__ void transform_and_write(const fused_args a, int side) {
+__global__ void transform_and_write(const fused_args args) {
+    const fused_side & a    = args.side [blockIdx.z];
+    const int          side = args.index[blockIdx.z];
     __shared__ __align__(16) float x[GGML_KVTC_MAX_DIM];
     __shared__ float  z[GGML_KVTC_MAX_DIM];
     __shared__ double terms[2][GGML_KVTC_MAX_DIM];
     __shared__ double lanes[2][LANES];
+    __shared__ __align__(16) half levels[GGML_KVTC_MAX_DIM][NARROW];
     constexpr int N = GGML_KVTC_MAX_DIM/THREADS; // components of a thread
     const int h     = blockIdx.x;
     const int token = blockIdx.y;
-    const int d     = a.d;
+    const int d     = args.d;
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
     const int l     = threadIdx.x % LANES;
@@ -83,6 +92,22 @@ __global__ void transform_and_write(const fused_args a, int side) {
         bias     [i] = a.bias[h*d + c];
         bound    [i] = at<float>(pack, head.bounds) + at<uint32_t>(pack, head.bounds_at)[c/LANES] + l;
         level_of [i] = at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[c/LANES] + (l << code_of[i].width);
+    }
+    float midpoints[N][NARROW - 1];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int w = threadIdx.x + i*THREADS < d ? code_of[i].width : 0;
+        const int n = w >= 1 && w <= 4 ? 1 << w : 0;
+#pragma unroll
+        for (int k = 0; k < NARROW - 1; ++k) {
+            midpoints[i][k] = k < n - 1 ? bound[i][k*LANES] : INFINITY;
+        }
+#pragma unroll
+        for (int k = 0; k < NARROW; k += 2) { // levels come in pairs
+            if (k < n) {
+                *(half2 *) &levels[threadIdx.x + i*THREADS][k] = *(const half2 *) (level_of[i] + k);
+            }
+        }
     }
     __syncthreads();
 
@@ -142,12 +167,18 @@ __global__ void transform_and_write(const fused_args a, int side) {
         float level = 0.0f;
         if (!zero && w > 0) {
             const float y = z[c]*inv;
-            for (int step = 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
+            if (w <= 4) {
+#pragma unroll
+                for (int k = 0; k < NARROW - 1; ++k) {
+                    code += y > midpoints[i][k]; // bounds never fall: as many are below y as the search steps over
+                }
+            }
+            for (int step = w <= 4 ? 0 : 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
                 if (y > bound[i][(code + step - 1)*LANES]) {
                     code += step;
                 }
             }
-            level = __half2float(level_of[i][code]);
+            level = __half2float(w <= 4 ? levels[c][code] : level_of[i][code]);
         }
         const uint64_t word = (uint64_t) code << l*w;
         uint32_t lo = (uint32_t) word;
@@ -178,7 +209,7 @@ __global__ void transform_and_write(const fused_args a, int side) {
         out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;
     }
     const ggml_kvtc_cuda_side & s = ((const ggml_kvtc_cuda_pack *) pack)->side[side];
-    const int end = (int) ((h + 1 < a.n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
+    const int end = (int) ((h + 1 < args.n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
     for (int i = (int) head.n_bytes + threadIdx.x; i < end; i += THREADS) {
         out[i] = 0;
     }
@@ -202,53 +233,96 @@ bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
 }
 
+struct fused_nodes {
+    const ggml_tensor * product;
+    const ggml_tensor * sum;
+    ggml_tensor       * write;
+    int last;
+};
+
+// product, sum and write of codes from node i on, if a kernel may do them at once
+bool find_write(const ggml_cgraph * graph, int i, fused_nodes & f) {
+    if (i >= graph->n_nodes) {
+        return false;
+    }
+    f.product = graph->nodes[i];
+    if (f.product->op != GGML_OP_MUL_MAT || f.product->src[0]->type != GGML_TYPE_F32 || f.product->ne[1] > MAX_TOKENS) {
+        return false;
+    }
+    const int i_sum = next_node(graph, i);
+    f.last = next_node(graph, i_sum);
+    if (f.last >= graph->n_nodes) {
+        return false;
+    }
+    f.sum   = graph->nodes[i_sum];
+    f.write = graph->nodes[f.last];
+    if (f.sum->op != GGML_OP_ADD || f.sum->src[0] != f.product || f.write->op != GGML_OP_KVTC_SET_ROWS || f.write->src[1] != f.sum ||
+            !ggml_kvtc_is_type(f.write->type)) {
+        return false;
+    }
+    const ggml_tensor * encode = f.product->src[0];
+    const ggml_tensor * x      = f.product->src[1];
+    const ggml_tensor * bias   = f.sum->src[1];
+    const int64_t d = encode->ne[0];
+    // nothing else may read the product, which is not written
+    return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
+        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
+        x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) &&
+        bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
+}
+
+fused_side get_side(const fused_nodes & f) {
+    const ggml_tensor * x = f.product->src[1];
+    fused_side a;
+    a.x      = (const char *) x->data;
+    a.nb_x1  = x->nb[1];
+    a.nb_x2  = x->nb[2];
+    a.encode = (const float *) f.product->src[0]->data;
+    a.bias   = (const float *) f.sum->src[1]->data;
+    a.z      = (char *) f.sum->data;
+    a.nb_z1  = f.sum->nb[1];
+    a.nb_z2  = f.sum->nb[2];
+    a.idxs   = (const int64_t *) f.write->src[2]->data;
+    a.pack   = (const char *) f.write->src[3]->data;
+    a.rows   = (uint8_t *) f.write->data;
+    a.nb_row = f.write->nb[1];
+    return a;
+}
+
 } // namespace
 
 } // namespace kvtc
 
 int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     using namespace kvtc;
-    const ggml_tensor * product = graph->nodes[i];
-    if (product->op != GGML_OP_MUL_MAT || product->src[0]->type != GGML_TYPE_F32 || product->ne[1] > MAX_TOKENS) {
-        return 0;
+    ggml_tensor * node = graph->nodes[i];
+    if (node->op == GGML_OP_KVTC_SET_ROWS) { // exact keys and values
+        const int    j    = next_node(graph, i);
+        ggml_tensor * next = j < graph->n_nodes ? graph->nodes[j] : nullptr;
+        if (!next || next->op != GGML_OP_KVTC_SET_ROWS || ggml_kvtc_is_type(node->type) || ggml_kvtc_is_type(next->type) ||
+                !ggml_are_same_shape(node->src[1], next->src[1]) || overlap(node->src[1], next) || overlap(next->src[1], node) || overlap(node, next)) {
+            return 0;
+        }
+        ggml_cuda_kvtc_set_exact(ctx, node, next);
+        return j - i;
     }
-    const int i_sum   = next_node(graph, i);
-    const int i_write = next_node(graph, i_sum);
-    if (i_write >= graph->n_nodes) {
-        return 0;
-    }
-    const ggml_tensor * sum   = graph->nodes[i_sum];
-    ggml_tensor       * write = graph->nodes[i_write];
-    if (sum->op != GGML_OP_ADD || sum->src[0] != product || write->op != GGML_OP_KVTC_SET_ROWS || write->src[1] != sum || !ggml_kvtc_is_type(write->type)) {
-        return 0;
-    }
-    const ggml_tensor * encode = product->src[0];
-    const ggml_tensor * x      = product->src[1];
-    const ggml_tensor * bias   = sum->src[1];
-    const int64_t d = encode->ne[0];
-    // nothing else may read the product, which is not written
-    if (ggml_node_get_use_count(graph, i) != 1 || (product->flags & GGML_TENSOR_FLAG_OUTPUT) ||
-            encode->ne[1] != d || d > GGML_KVTC_MAX_DIM || d % 16 != 0 || !ggml_is_contiguous(encode) || product->ne[3] != 1 || x->ne[2] != encode->ne[2] ||
-            x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || bias->type != GGML_TYPE_F32 || !ggml_is_contiguous(bias) ||
-            bias->ne[0] != d || bias->ne[1] != 1 || bias->ne[2] != encode->ne[2] || overlap(x, sum)) {
+    fused_nodes f;
+    if (!find_write(graph, i, f)) {
         return 0;
     }
     fused_args a;
-    a.x      = (const char *) x->data;
-    a.nb_x1  = x->nb[1];
-    a.nb_x2  = x->nb[2];
-    a.encode = (const float *) encode->data;
-    a.bias   = (const float *) bias->data;
-    a.z      = (char *) sum->data;
-    a.nb_z1  = sum->nb[1];
-    a.nb_z2  = sum->nb[2];
-    a.idxs   = (const int64_t *) write->src[2]->data;
-    a.pack   = (const char *) write->src[3]->data;
-    a.rows   = (uint8_t *) write->data;
-    a.nb_row = write->nb[1];
-    a.d      = (int) d;
-    a.n_head = (int) encode->ne[2];
-    transform_and_write<<<dim3(a.n_head, (int) product->ne[1]), THREADS, 0, ctx.stream()>>>(a, ggml_get_op_params_i32(write, 0));
+    a.d      = (int) f.product->src[0]->ne[0];
+    a.n_head = (int) f.product->src[0]->ne[2];
+    a.side [0] = a.side [1] = get_side(f);
+    a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
+    fused_nodes g;
+    const bool both = find_write(graph, next_node(graph, f.last), g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
+        g.product->ne[1] == f.product->ne[1] && !overlap(f.sum, g.product->src[1]) && !overlap(g.sum, f.product->src[1]) && !overlap(f.sum, g.sum);
+    if (both) {
+        a.side [1] = get_side(g);
+        a.index[1] = ggml_get_op_params_i32(g.write, 0);
+    }
+    transform_and_write<<<dim3(a.n_head, (int) f.product->ne[1], both ? 2 : 1), THREADS, 0, ctx.stream()>>>(a);
     CUDA_CHECK(cudaGetLastError());
-    return i_write - i;
+    return (both ? g.last : f.last) - i;
 }

@@ -121,7 +121,8 @@ __global__ void write_codes(const write_args a, int side) {
     }
 }
 
-__global__ void write_exact(const write_args a) {
+__global__ void write_exact(const write_args keys, const write_args values) {
+    const write_args & a = blockIdx.y == 0 ? keys : values;
     const int i     = blockIdx.x*THREADS + threadIdx.x;
     const int c     = i%a.d;
     const int h     = i/a.d%a.n_head;
@@ -139,11 +140,9 @@ __global__ void write_exact(const write_args a) {
 
 } // namespace kvtc
 
-void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    using namespace kvtc;
+static kvtc::write_args get_args(const ggml_tensor * dst) {
     const ggml_tensor * z = dst->src[1];
-
-    write_args a;
+    kvtc::write_args a;
     a.z        = (const char *) z->data;
     a.nb_z1    = z->nb[1];
     a.nb_z2    = z->nb[2];
@@ -155,7 +154,12 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     a.n_tokens = (int) z->ne[1];
     a.n_head   = (int) z->ne[2];
     a.d        = (int) z->ne[0];
+    return a;
+}
 
+void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    using namespace kvtc;
+    const write_args a = get_args(dst);
     const bool    coded = ggml_kvtc_is_type(dst->type);
     const int64_t n     = (int64_t) a.n_tokens*a.n_head*(coded ? LANES : a.d);
     const int     grid  = (int) ((n + THREADS - 1)/THREADS);
@@ -165,7 +169,17 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     if (coded) {
         write_codes<<<grid, THREADS, 0, ctx.stream()>>>(a, ggml_get_op_params_i32(dst, 0));
     } else {
-        write_exact<<<grid, THREADS, 0, ctx.stream()>>>(a);
+        write_exact<<<grid, THREADS, 0, ctx.stream()>>>(a, a);
     }
     CUDA_CHECK(cudaGetLastError());
+}
+
+void ggml_cuda_kvtc_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * keys, ggml_tensor * values) {
+    using namespace kvtc;
+    const write_args a = get_args(keys);
+    const int64_t n    = (int64_t) a.n_tokens*a.n_head*a.d;
+    if (n > 0) {
+        write_exact<<<dim3((int) ((n + THREADS - 1)/THREADS), 2), THREADS, 0, ctx.stream()>>>(a, get_args(values));
+        CUDA_CHECK(cudaGetLastError());
+    }
 }

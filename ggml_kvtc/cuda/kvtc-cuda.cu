@@ -33,6 +33,7 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
         s.row_bytes[i] = (int) dst->src[1 + i]->nb[1];
         s.bytes    [i] = params.limits[i];
         s.tables   [i] = params.limits[2 + i];
+        s.pairs    [i] = params.limits[4 + i];
     }
     return s;
 }
@@ -143,6 +144,16 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         combine(args, shape.d, values.get(), meta.get(), 1, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
         return;
     }
+#ifdef KVTC_SM90
+    sm90_plan plan90;
+    if (ggml_cuda_info().devices[ctx.device].cc == GGML_CUDA_CC_HOPPER && make_sm90_plan(shape, gpu, plan90)) {
+        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan90.n_split*shape.d);
+        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan90.n_split);
+        decode_sm90(args, shape.d, plan90, values.get(), meta.get(), ctx.stream());
+        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+        return;
+    }
+#endif
     decode_plan plan;
     GGML_ASSERT(make_decode_plan(shape, gpu, plan));
     ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan.n_split*shape.d);

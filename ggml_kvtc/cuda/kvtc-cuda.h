@@ -6,6 +6,8 @@
 struct ggml_backend_cuda_context;
 
 void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// two writes of exact vectors of one shape, neither of which reads what the other writes
+void ggml_cuda_kvtc_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * keys, ggml_tensor * values);
 void ggml_cuda_kvtc_attn    (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // Exact for the two operations; false for every stock operation that touches a kvtc type.
@@ -13,6 +15,6 @@ bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op);
 
 struct ggml_cgraph;
 
-// One kernel for node i, the product with an encode matrix, and the sum and the write that follow it: the number of nodes
-// after i that are done with, or 0.
+// One kernel for node i, the product with an encode matrix, and the sum and the write that follow it, of keys and, if they come
+// next, values; or for two writes of exact vectors. The number of nodes after i that are done with, or 0.
 int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);

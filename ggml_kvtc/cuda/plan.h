@@ -14,6 +14,7 @@ struct attn_shape {
     int row_bytes[2]; // K, V
     int bytes    [2]; // most of a head's payload
     int tables   [2]; // of its tables, in bytes
+    int pairs    [2]; // of the tables of pairs made of them
 };
 
 struct gpu_shape {
@@ -47,11 +48,15 @@ inline int ceil_div(int a, int b) {
     return (a + b - 1)/b;
 }
 
-// Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
-inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode_plan & p) {
-    const int n_row = s.n_tokens*s.group;
-    p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
-    p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
+// How rows of codes are copied to shared memory.
+struct staging {
+    int unit;
+    int lanes[2];
+    int stride[2];
+};
+
+inline staging make_staging(const attn_shape & s) {
+    staging p;
     // one copy for each thread of a row, so the unit grows with the payload; payloads start at multiples of 4
     const auto n_copy = [&s](int i, int unit) { return ceil_div(s.bytes[i] + unit - std::min(4, unit), unit); };
     p.unit = 16;
@@ -70,6 +75,20 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
         // an odd number of units spreads rows over the banks; words may be read past the end of the codes
         const int step = std::max(4, p.unit);
         p.stride[i] = (ceil_div(n_copy(i, p.unit)*p.unit, step) | 1)*step;
+    }
+    return p;
+}
+
+// Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
+inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode_plan & p) {
+    const int n_row = s.n_tokens*s.group;
+    p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
+    p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
+    const staging rows = make_staging(s);
+    p.unit = rows.unit;
+    for (int i = 0; i < 2; ++i) {
+        p.lanes [i] = rows.lanes [i];
+        p.stride[i] = rows.stride[i];
     }
 
     struct option { int n_warp, n_fine, n_stage, in_shared; };
@@ -104,6 +123,69 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
             const int wanted  = std::max(1, gpu.n_sm*fit/blocks);
             p.slabs_per_split = ceil_div(p.n_slab, std::min(most, wanted));
             p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+            return true;
+        }
+    }
+    return false;
+}
+
+//
+// decode on sm_90a: groups of four warps share slabs of 64 cells
+//
+
+constexpr int SM90_GROUPS = 3;
+constexpr int SM90_FINE   = 64; // positions in the table of rotations
+
+struct sm90_plan {
+    int wide_turns;        // the table of rotations has both halves of the matrix
+    int n_slab;
+    int slabs_per_split;
+    int n_split;
+    int unit;              // as in decode_plan
+    int lanes[2];
+    int stride[2];
+    int at_ones, at_queries, at_turned, at_freq, at_fine, at_codes, at_table[2], at_stage[2], at_tile; // the decode matrix is at 0
+    size_t shared;
+};
+
+// False where this kernel does not serve the shape, and decode_plan's does.
+inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_plan & p) {
+    if (s.n_tokens*s.group > 8 || (s.d != 64 && s.d != 128)) {
+        return false;
+    }
+    const staging rows = make_staging(s);
+    if (rows.unit == 1) {
+        return false;
+    }
+    p.unit = rows.unit;
+    for (int i = 0; i < 2; ++i) {
+        p.lanes [i] = rows.lanes [i];
+        p.stride[i] = rows.stride[i];
+    }
+    constexpr int SLAB   = 64;
+    constexpr int n_warp = 4*SM90_GROUPS;
+    const int blocks  = s.n_head_kv*s.n_stream;
+    p.n_slab          = ceil_div(s.n_kv, SLAB);
+    const int most    = ceil_div(p.n_slab, SM90_GROUPS);
+    p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
+    p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+    for (p.wide_turns = 0; p.wide_turns >= 0; --p.wide_turns) {
+        int used = 0;
+        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+        take((s.d/8 + 2)*s.d*16);
+        p.at_table[0] = take(s.pairs[0] + 16, 1024); // zeros at the end, see pairs.cuh
+        p.at_table[1] = take(s.pairs[1] + 16, 1024);
+        p.at_ones     = take(2*8*16);
+        p.at_queries  = take(8*(s.d + 8)*4);
+        p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
+        p.at_freq     = take(s.d/2*8);
+        p.at_fine     = take(SM90_FINE*(s.d/2 + 4)*(p.wide_turns ? 8 : 4));
+        p.at_codes    = take(2*(s.d/8)*32 + 8);
+        p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
+        p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
+        p.at_tile     = take(SM90_GROUPS*SLAB*s.d*2);
+        p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
+        if ((size_t) p.shared <= gpu.shared) {
             return true;
         }
     }

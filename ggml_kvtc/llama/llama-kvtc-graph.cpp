@@ -300,7 +300,7 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         /*.n_slots       =*/ (int32_t) owners.size(),
         /*.limits        =*/ {},
     };
-    std::copy(l.limits, l.limits + 4, p.limits);
+    std::copy(l.limits, l.limits + 6, p.limits);
     ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, kq_mask, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
     ggml_format_name(cur, "kvtc_attn-%d", il);
     cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

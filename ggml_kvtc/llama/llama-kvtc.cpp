@@ -127,7 +127,7 @@ void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const 
     const int64_t n_kv      = cells[0].size();
     const int64_t d[2]      = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
     ggml_kvtc_attn_params p = {};
-    std::copy(l.limits, l.limits + 4, p.limits);
+    std::copy(l.limits, l.limits + 6, p.limits);
 
     // The pack is laid out for CUDA. Devices of other kinds may not know that: those behind RPC say yes to everything.
     bool supported = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "CUDA") == 0;

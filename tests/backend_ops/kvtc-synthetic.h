@@ -157,7 +157,7 @@ inline const ggml_kvtc_side_calibration & get_side(int H, int d, int side) {
 // the same bytes, and each finds its own.
 struct universal_pack {
     std::vector<uint8_t> bytes;
-    int32_t limits[4];
+    int32_t limits[6];
 
     universal_pack(int H, int d, int bits_k, int bits_v, const ggml_kvtc_rope * rope) {
         const ggml_kvtc_calibration & cal = get_calibration(H, d);

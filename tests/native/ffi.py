@@ -171,7 +171,7 @@ def device_part(pack: np.ndarray) -> np.ndarray:
 
 def limits(pack: np.ndarray) -> list[int]:
     """What the parameters of the attention operation say of a pack on a device; zeros without one."""
-    result = ffi.new("int32_t[4]")
+    result = ffi.new("int32_t[6]")
     if DEVICE:
         base.ggml_kvtc_cuda_pack_limits(pointer(device_part(pack)), result)
     return list(result)
