@@ -19,6 +19,24 @@ uint32_t table_bytes(int w) {
     return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
 }
 
+// Where each group has its tables of pairs, and their size in all. The larger come first, so that all are aligned to their size.
+// Small ones have a fifth place: odd groups start one later, so that threads which read neighbouring groups use different banks.
+uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
+    const auto size = [](int w) { return w == 0 ? 0u : w > 4 ? 16u << w : (w <= 2 ? 20u : 16u) << 2*w; };
+    std::vector<int> order(G);
+    for (int g = 0; g < G; ++g) {
+        order[g] = g;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return size(w[a]) > size(w[b]); });
+    uint32_t used = 0;
+    at.resize(G);
+    for (int g : order) {
+        at[g] = used + (g % 2 == 1 && (w[g] == 1 || w[g] == 2) ? size(w[g])/5 : 0);
+        used += size(w[g]);
+    }
+    return (used + 15)/16*16 + 16; // zeros for groups without bits
+}
+
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
               uint32_t payload, ggml_kvtc_cuda_head * head) {
     const int d = side.d;
@@ -39,15 +57,18 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
             tmp.rank  = 8*(g + 1);
         }
         tmp.n_tables += table_bytes(w[g]);
+        tmp.n_wide    = w[g] > 4 ? g + 1 : tmp.n_wide;
     }
-    uint8_t * widths; uint32_t * bits; uint32_t * levels_at; ggml_fp16_t * levels; uint32_t * bounds_at; float * bounds;
+    std::vector<uint32_t> pairs_at;
+    tmp.n_pairs = place_pairs(w, G, pairs_at);
+    uint8_t * widths; uint32_t * levels_at; ggml_fp16_t * levels; uint32_t * bounds_at; float * bounds;
     float * inv_scale; float * mean; ggml_fp16_t * decode; ggml_kvtc_cuda_code * codes; uint8_t * tables;
+    ggml_kvtc_cuda_pair_code * pair_codes; uint8_t * pairs;
     tmp.payload   = payload;
     tmp.n_bytes   = ggml_kvtc_head_bytes(side, h, budget, B);
     tmp.gain_base = side.gain[2*h];
     tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
     tmp.widths    = out.put(G, &widths);
-    tmp.bits      = out.put(G, &bits);
     tmp.levels_at = out.put(G, &levels_at);
     tmp.levels    = out.put(n_levels, &levels);
     tmp.bounds_at = out.put(G, &bounds_at);
@@ -57,6 +78,8 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     tmp.decode    = out.put((size_t) d*d, &decode);
     tmp.codes     = out.put(G, &codes);
     tmp.tables    = out.put(tmp.n_tables, &tables);
+    tmp.pair_codes = out.put(G, &pair_codes);
+    tmp.pairs      = out.put(tmp.n_pairs, &pairs);
     if (!out.base) {
         return;
     }
@@ -66,10 +89,11 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     uint32_t table = 0;
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
-        bits     [g] = at;
         levels_at[g] = first_level[g];
         bounds_at[g] = first_bound[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
+        const bool pair = w[g] > 0 && w[g] <= 4;
+        pair_codes[g] = { w[g] == 0 ? tmp.n_pairs - 16 : pairs_at[g], at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         at += 8*w[g];
         if (w[g] == 0) {
             continue;
@@ -84,16 +108,19 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
                 bounds[first_bound[g] + i*8 + c] = (level[c*n + i] + level[c*n + i + 1])*0.5f;
             }
         }
-        auto * entry = (ggml_fp16_t *) (tables + table);
-        if (w[g] <= 3) {
-            for (int i = 0; i < 4*n*n; ++i) {
+        const auto put_table = [&](uint8_t * to, bool in_pairs) {
+            auto * entry = (ggml_fp16_t *) to;
+            for (int i = 0; in_pairs && i < 4*n*n; ++i) {
                 const int c = i/(n*n)*2;
-                entry[2*i]     = ggml_fp32_to_fp16(level[c*n + i%n]);
-                entry[2*i + 1] = ggml_fp32_to_fp16(level[(c + 1)*n + i/n%n]);
+                entry[2*i]     = levels[first_level[g] + c*n + i%n];
+                entry[2*i + 1] = levels[first_level[g] + (c + 1)*n + i/n%n];
             }
-        } else {
-            std::copy_n(levels + first_level[g], 8*n, entry);
-        }
+            if (!in_pairs) {
+                std::copy_n(levels + first_level[g], 8*n, entry);
+            }
+        };
+        put_table(tables + table, w[g] <= 3);
+        put_table(pairs + pairs_at[g], w[g] <= 4);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];
@@ -137,9 +164,12 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
     put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
     put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
 
-    uint32_t freq = 0;
+    uint32_t freq  = 0;
+    uint32_t turns = 0;
     if (bits_k > 0) {
-        freq = out.reserve(cal.find(il, GGML_KVTC_K)->d/2*sizeof(uint64_t));
+        const int n_pair = cal.find(il, GGML_KVTC_K)->d/2;
+        freq  = out.reserve(n_pair*sizeof(uint64_t));
+        turns = out.reserve((size_t) GGML_KVTC_CUDA_TURNS*n_pair*2*sizeof(ggml_fp16_t));
     }
     const size_t size = (out.used + 63)/64*64;
     if (pack) {
@@ -148,6 +178,7 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         pack->size      = size;
         pack->rope_type = GGML_KVTC_ROPE_NONE;
         pack->freq      = freq;
+        pack->turns     = turns;
     }
     return size;
 }
@@ -182,6 +213,13 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     for (int p = 0; p < rope->n_rot/2 && rope->type != GGML_KVTC_ROPE_NONE; ++p) {
         freq[p] = get_turns(rope->inv_freq[p]);
     }
+    auto * turns = (ggml_fp16_t *) ((char *) data + pack->turns);
+    const int n_pair = (int) pack->side[GGML_KVTC_K].d/2;
+    for (int i = 0; i < GGML_KVTC_CUDA_TURNS*n_pair; ++i) { // pairs that do not rotate have frequency 0
+        const double angle = (double) ((uint64_t) (i/n_pair)*freq[i%n_pair])*3.4061215800304515e-19; // 2*pi/2^64
+        turns[2*i]     = ggml_fp32_to_fp16((float) cos(angle));
+        turns[2*i + 1] = ggml_fp32_to_fp16((float) sin(angle));
+    }
 }
 
 void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
@@ -193,13 +231,7 @@ void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
             limits[s]     = std::max(limits[s], (int32_t) heads[h].n_bytes);
             limits[2 + s] = std::max(limits[2 + s], (int32_t) heads[h].n_tables);
-            const auto * codes = (const ggml_kvtc_cuda_code *) ((const char *) data + heads[h].codes);
-            int32_t n_pairs = 0;
-            for (uint32_t g = 0; g < pack->side[s].d/8; ++g) {
-                const int w = codes[g].width;
-                n_pairs += w == 0 ? 0 : w <= 4 ? (w <= 2 ? 20 : 16) << 2*w : 16 << w; // as pair_bytes in cuda/pairs.cuh
-            }
-            limits[4 + s] = std::max(limits[4 + s], n_pairs);
+            limits[4 + s] = std::max(limits[4 + s], (int32_t) heads[h].n_pairs);
         }
     }
 }

@@ -10,6 +10,7 @@
 
 #include <stdint.h>
 
+#define GGML_KVTC_CUDA_TURNS      64
 #define GGML_KVTC_CUDA_PACK_MAGIC 0x4356544cu // "LTVC"
 
 struct ggml_kvtc_cuda_head {
@@ -19,7 +20,6 @@ struct ggml_kvtc_cuda_head {
     uint32_t keep_norm;  // gain rule: 0 unbiased, 1 norm keeping
     float    gain_base;
     uint32_t widths;     // u8  [d/8]
-    uint32_t bits;       // u32 [d/8] first bit of each group, counted from the payload's start (group 0: 8)
     uint32_t levels_at;  // u32 [d/8] first entry of each group in levels
     uint32_t levels;     // f16 per group of width w > 0: [8][2^w]
     uint32_t bounds_at;  // u32 [d/8] first entry of each group in bounds
@@ -31,7 +31,10 @@ struct ggml_kvtc_cuda_head {
     uint32_t tables;     // of all groups, one after the other: for widths up to 3, [4][4^w] pairs of two components' f16, the
                          // index being code | next code << w; for wider groups [8][2^w] f16
     uint32_t n_tables;   // bytes of these, a multiple of 16
-    uint32_t pad[3];
+    uint32_t pair_codes; // ggml_kvtc_cuda_pair_code [d/8]
+    uint32_t pairs;      // the same tables with pairs for widths up to 4, for kernels that look up without a branch
+    uint32_t n_pairs;    // bytes of these, a multiple of 16
+    uint32_t n_wide;     // groups, the first ones, of which one may have more than 4 bits
 };
 
 // How to read one group.
@@ -40,6 +43,15 @@ struct ggml_kvtc_cuda_code {
     uint8_t  width;
     uint8_t  run;        // groups of this width from here on
     uint32_t table;      // byte offset in the head's tables
+};
+
+// The same for lookups in pairs. Tables are aligned to their size: four for a group, [4^w] pairs each; for more than 4 bits one,
+// [8][2^w] f16. Groups without bits share 16 bytes of zeros.
+struct ggml_kvtc_cuda_pair_code {
+    uint32_t table;      // byte offset of the group's first table in pairs
+    uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
+    uint32_t shift;      // bits from there to the first code | 2*width << 8
+    uint32_t mask;       // of a pair's index, times 4; 0 for more than 4 bits
 };
 
 struct ggml_kvtc_cuda_side {
@@ -59,6 +71,8 @@ struct ggml_kvtc_cuda_pack {
     uint32_t rope_type;  // enum ggml_kvtc_rope_type
     uint32_t rope_n_rot;
     float    rope_mscale;
+    uint32_t turns;      // f16 [GGML_KVTC_CUDA_TURNS][d_k/2] (cos, sin) of the angles at the first positions
+    uint32_t pad[3];
     uint32_t freq;       // u64 [d_k/2] turns per position in units of 2^-64, modulo 1: angle = 2*pi * (position * freq mod 2^64) / 2^64
 };
 
@@ -66,5 +80,5 @@ struct ggml_kvtc_cuda_pack {
 struct ggml_kvtc_cuda_limits {
     int32_t bytes [2];  // payload (n_bytes), K and V
     int32_t tables[2];  // n_tables
-    int32_t pairs [2];  // the same with pairs for widths up to 4
+    int32_t pairs [2];  // n_pairs
 };

@@ -62,8 +62,7 @@ __device__ __forceinline__ bool meet(int group, bool x) {
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 
-// wide_turns: the table of rotations holds (cos, sin) and (-sin, cos), else the first alone
-template <int D, int GROUPS, bool wide_turns>
+template <int D, int GROUPS>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -73,7 +72,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
     using tile_t = core_tile<SLAB>;
-    extern __shared__ __align__(128) uint8_t smem[];
+    extern __shared__ __align__(1024) uint8_t smem[];
 
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
@@ -98,10 +97,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     half     * ones    = (half *)     (smem + p.at_ones);        // [2][8 rows][8]: for all rows
     float    * queries = (float *)    (smem + p.at_queries);
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
-    using turn_t = std::conditional_t<wide_turns, uint2, uint32_t>;
-    auto     * fine    = (turn_t *)   (smem + p.at_fine);        // [position][D/2 + 4]
+    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][D/2 + 4] (cos, sin)
     auto     * codes   = (pair_code *) (smem + p.at_codes);      // [2][D/8]
-    int      * n_wide  = (int *) (codes + 2*(D/8));              // [2]
     uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
     half     * turned  = (half *) (smem + p.at_turned) + group*8*LD; // queries rotated back by the anchor
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
@@ -115,21 +112,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int c = i/(D/8);
         copy_async<16>(matrix + (i%(D/8)*D + c)*8, at<half>(base, kh.decode) + pair_channel(c, rope_type, n_rot)*D + i%(D/8)*8);
     }
-    if (threadIdx.x < 2) {
-        n_wide[threadIdx.x] = 0;
-    }
-    __syncwarp();
-    if (threadIdx.x < 2*(D/8)) { // the first warp
-        const int side = threadIdx.x/(D/8);
-        const int g    = threadIdx.x%(D/8);
-        const ggml_kvtc_cuda_code * pack_codes = at<ggml_kvtc_cuda_code>(base, (side == 0 ? kh : vh).codes);
-        const uint32_t byte = pack_codes[g].byte;
-        const uint32_t w    = pack_codes[g].width;
-        const uint32_t to   = (uint32_t) __cvta_generic_to_shared(tables[side]) + find_pairs(pack_codes, D/8, g);
-        if (w > 4) {
-            atomicMax(&n_wide[side], g/2 + 1);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
+        for (int i = threadIdx.x; i < (int) h.n_pairs/16; i += THREADS) {
+            copy_async<16>(tables[s] + 16*i, base + h.pairs + 16*i);
         }
-        codes[threadIdx.x] = { to, byte & ~3u, 8*(byte & 3) | 2*w << 8, w > 4 ? 0 : ((1u << 2*w) - 1) << 2 };
+    }
+    for (int i = threadIdx.x; i < SM90_FINE*(D/8); i += THREADS) {
+        copy_async<16>(fine + i/(D/8)*(D/2 + 4) + i%(D/8)*4, base + pack.turns + 16*i);
     }
     copy_commit();
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
@@ -149,32 +140,23 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         }
     }
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
-    for (int i = threadIdx.x; i < 8*D; i += THREADS) {
-        const int r     = i/D;
-        const int token = r/a.group;
-        float x = 0.0f;
-        if (r < n_row) {
-            const int channel = pair_channel(i%D, rope_type, n_rot);
-            x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-            x *= i%D < n_rot ? scale*pack.rope_mscale : scale;
-        }
-        queries[i/D*LD + i%D] = x;
+    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
+        const int r       = i/D;
+        const int token   = r/a.group;
+        const int channel = pair_channel(i%D, rope_type, n_rot);
+        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
+        queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
     }
     for (int i = threadIdx.x; i < GROUPS*8*LD/8; i += THREADS) {
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
-    if (n_rp > 0) {
-        const int      pair      = threadIdx.x%(D/2);
-        const uint64_t pair_freq = pair < n_rp ? pack_freq[pair] : 0;
-        for (int i = threadIdx.x/(D/2); i < SM90_FINE; i += THREADS/(D/2)) {
-            const float2 cs = get_rotation(i, pair_freq);
-            if constexpr (wide_turns) {
-                fine[i*(D/2 + 4) + pair] = make_uint2(pack_half2(cs.x, cs.y), pack_half2(-cs.y, cs.x));
-            } else {
-                fine[i*(D/2 + 4) + pair] = pack_half2(cs.x, cs.y);
-            }
-        }
+    if (threadIdx.x < 2*(D/8)) {
+        const int side = threadIdx.x/(D/8);
+        pair_code code = at<pair_code>(base, (side == 0 ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
+        code.table += (uint32_t) __cvta_generic_to_shared(tables[side]);
+        codes[threadIdx.x] = code;
     }
+    const int n_wide[2] = { (int) (kh.n_wide + 1)/2, (int) (vh.n_wide + 1)/2 };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
     //
@@ -216,7 +198,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
         for (int i = 0; i < 8/STEP; ++i) {
             const int r = r0 + i*STEP;
-            if (i*STEP < n_row) { // rows beyond n_row are zeros
+            if (r < n_row) { // the others stay zeros
                 const float2 x = *(const float2 *) (queries + r*LD + 2*pair);
                 *(uint32_t *) (turned + r*LD + 2*pair) = pack_half2(x.x*cs.x + x.y*cs.y, x.y*cs.x - x.x*cs.y);
             }
@@ -295,27 +277,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     fetch(1, slab, slab < slab_end);
     if (slab < slab_end) {
         look(slab, next);
-    }
-    constexpr int N_FILL = (2*(D/8) + N_WARP - 1)/N_WARP; // groups of a warp
-    pair_levels  level[N_FILL];
-    int          width[N_FILL];
-    const char * from [N_FILL];
-#pragma unroll
-    for (int j = 0; j < N_FILL; ++j) {
-        const int i = min(warp + j*N_WARP, 2*(D/8) - 1);
-        const ggml_kvtc_cuda_head & h = i < D/8 ? kh : vh;
-        const ggml_kvtc_cuda_code code = at<ggml_kvtc_cuda_code>(base, h.codes)[i%(D/8)];
-        width[j] = code.width;
-        from [j] = base + h.tables + code.table;
-        load_levels(width[j], from[j], level[j]);
-    }
-    __syncthreads(); // where the tables go is known
-#pragma unroll
-    for (int j = 0; j < N_FILL; ++j) {
-        const int i = warp + j*N_WARP;
-        if (i < 2*(D/8)) {
-            fill_pairs(width[j], from[j], level[j], smem + codes[i].table - (uint32_t) __cvta_generic_to_shared(smem));
-        }
     }
     copy_wait<2>(); // all but these fetches
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
@@ -402,7 +363,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 wgmma_commit();
                 wgmma_wait();
                 const auto multiply = [&](auto near) {
-                    const turn_t * row_fine[2];
+                    const uint32_t * row_fine[2];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         row_fine[i] = fine + max(0, row_pos[i] - anchor)*(D/2 + 4) + q4;
@@ -422,14 +383,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                                 const float x    = k[8*c + 4*j + 2*e];
                                 const float y    = k[8*c + 4*j + 2*e + 1];
                                 if constexpr (decltype(near)::value) {
-                                    const turn_t f  = row_fine[e][pair];
-                                    const half2  xy = __floats2half2_rn(x, y);
-                                    half2 r;
-                                    if constexpr (wide_turns) {
-                                        r = __hfma2(__low2half2(xy), *(const half2 *) &f.x, __hmul2(__high2half2(xy), *(const half2 *) &f.y));
-                                    } else {
-                                        r = __hfma2(xy, __low2half2(*(const half2 *) &f), __hmul2(__floats2half2_rn(-y, x), __high2half2(*(const half2 *) &f)));
-                                    }
+                                    const half2 f = *(const half2 *) &row_fine[e][pair];
+                                    const half2 r = __hfma2(__floats2half2_rn(x, y), __low2half2(f), __hmul2(__floats2half2_rn(-y, x), __high2half2(f)));
                                     kf[2*j + e] = *(const uint32_t *) &r;
                                 } else {
                                     const float2 cs = get_rotation(row_pos[e], freq[pair + q4]);
@@ -576,9 +531,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #endif
 }
 
-template <int D, int GROUPS, bool wide_turns>
+template <int D, int GROUPS>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = decode_cells_sm90<D, GROUPS, wide_turns>;
+    const auto kernel = decode_cells_sm90<D, GROUPS>;
     allow_shared_memory((const void *) kernel, p.shared);
     kernel<<<dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream>>>(a, p, values, meta);
     CUDA_CHECK(cudaGetLastError());
@@ -588,8 +543,8 @@ void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * m
 
 void decode_sm90(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: return p.wide_turns ? launch< 64, SM90_GROUPS, true>(a, p, values, meta, stream) : launch< 64, SM90_GROUPS, false>(a, p, values, meta, stream);
-        case 128: return p.wide_turns ? launch<128, SM90_GROUPS, true>(a, p, values, meta, stream) : launch<128, SM90_GROUPS, false>(a, p, values, meta, stream);
+        case  64: return launch< 64, SM90_GROUPS>(a, p, values, meta, stream);
+        case 128: return launch<128, SM90_GROUPS>(a, p, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

@@ -6,73 +6,12 @@
 
 namespace kvtc {
 
-struct __align__(16) pair_code {
-    uint32_t table; // address in shared memory, a multiple of a table's size: four tables of 4^w pairs; wide: [8][2^w] f16
-    uint32_t word;  // byte offset in the row, a multiple of 4
-    uint32_t shift; // bits from there to the first code | 2*width << 8
-    uint32_t mask;  // of a pair's index, times 4; 0 for more than 4 bits
-};
-
-// Bytes of a group's tables in shared memory; groups without bits share 16 bytes of zeros. Small tables have a fifth place: odd
-// groups start one later, so that the two halves of a warp, which read neighbouring groups, use different banks.
-__device__ __forceinline__ int pair_bytes(int w) {
-    return w == 0 ? 0 : w <= 4 ? (w <= 2 ? 20 : 16) << 2*w : 16 << w;
-}
+using pair_code = ggml_kvtc_cuda_pair_code; // its table is an address in shared memory here
 
 __device__ __forceinline__ uint32_t look_up(uint32_t address) {
     uint32_t x;
     asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
     return x;
-}
-
-// Where group g of a head has its tables, counted from the head's first: the larger the earlier, so that all are aligned to their
-// size. Zeros come last.
-__device__ __forceinline__ int find_pairs(const ggml_kvtc_cuda_code * codes, int n, int g) {
-    const int mine = pair_bytes(codes[g].width);
-    int at = 0;
-    for (int i = 0; i < n; ++i) {
-        const int other = pair_bytes(codes[i].width);
-        at += other > mine || (other == mine && i < g) ? other : 0;
-    }
-    if (g % 2 == 1 && (codes[g].width == 1 || codes[g].width == 2)) {
-        at += mine/5;
-    }
-    return at;
-}
-
-// The levels of a group of 4 bits, on their way to fill_pairs.
-struct pair_levels {
-    uint32_t x[8];
-};
-
-__device__ __forceinline__ void load_levels(int w, const char * from, pair_levels & level) {
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-        level.x[c] = w == 4 ? ((const uint16_t *) from)[c*16 + threadIdx.x%16] : 0;
-    }
-}
-
-// A warp fills the tables of one group; from: the pack's.
-__device__ __forceinline__ void fill_pairs(int w, const char * from, const pair_levels & level, uint8_t * to) {
-    const int lane = threadIdx.x % 32;
-    if (w == 0) {
-        if (lane == 0) {
-            *(uint4 *) to = make_uint4(0, 0, 0, 0);
-        }
-    } else if (w != 4) {
-        for (int i = lane; i < (w <= 4 ? 1 << 2*w : 1 << w); i += 32) {
-            ((uint4 *) to)[i] = ((const uint4 *) from)[i];
-        }
-    } else {
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const uint32_t next = __shfl_sync(0xffffffff, level.x[2*p + 1], 2*j + lane/16);
-                ((uint32_t *) to)[p*256 + 32*j + lane] = level.x[2*p] | next << 16;
-            }
-        }
-    }
 }
 
 // eight codes of more than 4 bits

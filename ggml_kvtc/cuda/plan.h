@@ -1,6 +1,7 @@
 // How the kernels divide their work, and what they keep in shared memory. No CUDA in here: tests run it anywhere.
 #pragma once
 
+#include "kvtc-pack-cuda.h"
 #include "kvtc-pack.h"
 
 #include <algorithm>
@@ -134,10 +135,9 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 //
 
 constexpr int SM90_GROUPS = 3;
-constexpr int SM90_FINE   = 64; // positions in the table of rotations
+constexpr int SM90_FINE   = GGML_KVTC_CUDA_TURNS; // positions in the table of rotations
 
 struct sm90_plan {
-    int wide_turns;        // the table of rotations has both halves of the matrix
     int n_slab;
     int slabs_per_split;
     int n_split;
@@ -169,27 +169,22 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     const int most    = ceil_div(p.n_slab, SM90_GROUPS);
     p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
     p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-    for (p.wide_turns = 0; p.wide_turns >= 0; --p.wide_turns) {
-        int used = 0;
-        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-        take((s.d/8 + 2)*s.d*16);
-        p.at_table[0] = take(s.pairs[0] + 16, 1024); // zeros at the end, see pairs.cuh
-        p.at_table[1] = take(s.pairs[1] + 16, 1024);
-        p.at_ones     = take(2*8*16);
-        p.at_queries  = take(8*(s.d + 8)*4);
-        p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
-        p.at_freq     = take(s.d/2*8);
-        p.at_fine     = take(SM90_FINE*(s.d/2 + 4)*(p.wide_turns ? 8 : 4));
-        p.at_codes    = take(2*(s.d/8)*32 + 8);
-        p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
-        p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-        p.at_tile     = take(SM90_GROUPS*SLAB*s.d*2);
-        p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
-        if ((size_t) p.shared <= gpu.shared) {
-            return true;
-        }
-    }
-    return false;
+    int used = 0;
+    const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+    take((s.d/8 + 2)*s.d*16);
+    p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
+    p.at_table[1] = take(s.pairs[1], 1024);
+    p.at_ones     = take(2*8*16);
+    p.at_queries  = take(8*(s.d + 8)*4);
+    p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
+    p.at_freq     = take(s.d/2*8);
+    p.at_fine     = take(SM90_FINE*(s.d/2 + 4)*4);
+    p.at_codes    = take(2*(s.d/8)*16);
+    p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
+    p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
+    p.at_tile     = take(SM90_GROUPS*SLAB*s.d*2);
+    p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
+    return (size_t) p.shared <= gpu.shared;
 }
 
 //
