@@ -1,5 +1,5 @@
 // Merges the partial sums of the splits, turns coefficients into channels by the values' matrix, and divides by the sum of
-// weights. Few rows: a block for each, whose threads share its components. Many: 8 channels of a row for each thread.
+// weights. Few rows: a block for each, whose threads share its components. Many: a product on tensor cores.
 #include "combine.cuh"
 
 namespace kvtc {
@@ -9,9 +9,9 @@ namespace {
 template <int D> constexpr int N_SLICE   = 256/(D/8);      // slices of components
 template <int D> constexpr int N_THREADS = N_SLICE<D>*(D/8);
 
-// merged and normalized coefficients of one row, and the share of the tokens in the sum of weights (sink logits have the rest)
-template <int D>
-__device__ __forceinline__ void merge_row(const attn_args & a, const float * values, const float2 * meta, int n_split, int64_t row, int thread, int n_threads, float * sums, float & seen) {
+// the largest logit of one row and what its sums are multiplied by; share of the tokens in the sum of weights (sink logits have
+// the rest)
+__device__ __forceinline__ float2 get_norm(const attn_args & a, const float2 * meta, int n_split, int64_t row, float & share) {
     float top = -INFINITY;
     for (int s = 0; s < n_split; ++s) {
         top = fmaxf(top, meta[row*n_split + s].x);
@@ -29,14 +29,21 @@ __device__ __forceinline__ void merge_row(const attn_args & a, const float * val
     }
     const float all = scale*total + sink;
     const float inv = all > 0.0f ? scale/all : 0.0f;
+    share = total*inv;
+    return make_float2(top, top == -INFINITY ? 0.0f : inv);
+}
+
+// merged and normalized coefficients of one row
+template <int D>
+__device__ __forceinline__ void merge_row(const attn_args & a, const float * values, const float2 * meta, int n_split, int64_t row, int thread, int n_threads, float * sums, float & seen) {
+    const float2 norm = get_norm(a, meta, n_split, row, seen);
     for (int c = thread; c < D; c += n_threads) {
         float value = 0.0f;
-        for (int s = 0; s < n_split && top != -INFINITY; ++s) {
-            value += exp2f(meta[row*n_split + s].x - top)*values[(row*n_split + s)*D + c];
+        for (int s = 0; s < n_split && norm.y != 0.0f; ++s) {
+            value += exp2f(meta[row*n_split + s].x - norm.x)*values[(row*n_split + s)*D + c];
         }
-        sums[c] = value*inv;
+        sums[c] = value*norm.y;
     }
-    seen = total*inv;
 }
 
 // the rows of one kv head, token after token
@@ -100,34 +107,99 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     }
 }
 
+constexpr int MANY_WARPS = 8;
+template <int D> constexpr int MANY_ROWS = D <= 128 ? 64 : 32;
+template <int D> constexpr int MANY_K    = D <= 128 ? (D + 31)/32*32 : 64; // components of the matrix in shared memory at once
+
+// The sums as f16 times the matrix: what rounding them changes is below what f16 attention rounds.
 template <int D>
-__launch_bounds__(N_THREADS<D>)
+__launch_bounds__(32*MANY_WARPS)
 __global__ void combine_many(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
-    __shared__ float sums[N_SLICE<D>][D + 1];
-    const int lane  = threadIdx.x%(D/8);
-    const int slice = threadIdx.x/(D/8);
-    const int i     = blockIdx.x*N_SLICE<D> + slice;
-    const bool inside = i < a.n_tokens*a.n_stream*a.group;
-    const int64_t row = inside ? get_row(a, blockIdx.y, i) : 0;
-    float seen = 0.0f;
-    if (inside) {
-        merge_row<D>(a, values, meta, n_split, row, lane, D/8, sums[slice], seen);
+    constexpr int ROWS  = MANY_ROWS<D>;
+    constexpr int K     = MANY_K<D>;
+    constexpr int LD    = (D + 31)/32*32 + 8;
+    constexpr int TILES = ROWS/16;             // of rows: a warp takes one
+    constexpr int PARTS = MANY_WARPS/TILES;    // of the channels
+    constexpr int N     = D/8/PARTS;           // channels of a warp, by 8
+    static_assert(D/8 % PARTS == 0, "channels do not divide evenly");
+    extern __shared__ __align__(16) half many[];
+    half  * sums   = many;                     // [ROWS][LD]
+    half  * matrix = many + ROWS*LD;           // [K][D + 8]
+    __shared__ float  seen[ROWS];
+    __shared__ float2 norm[ROWS];              // largest logit, what a row is multiplied by
+
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int n_row = a.n_tokens*a.n_stream*a.group;
+    const char * pack = find_pack(a.pack);
+    const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
+    const half * from = at<half>(pack, head.decode); // [component][channel]
+
+    if (threadIdx.x < ROWS) {
+        const int i = blockIdx.x*ROWS + threadIdx.x;
+        norm[threadIdx.x] = make_float2(0.0f, 0.0f);
+        seen[threadIdx.x] = 0.0f;
+        if (i < n_row) {
+            float total;
+            norm[threadIdx.x] = get_norm(a, meta, n_split, get_row(a, blockIdx.y, i), total);
+            seen[threadIdx.x] = total;
+        }
     }
     __syncthreads();
-    if (!inside) {
-        return;
+    for (int j = threadIdx.x; j < ROWS*((LD - 8)/4); j += 32*MANY_WARPS) {
+        const int r = j/((LD - 8)/4);
+        const int c = j%((LD - 8)/4)*4;
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (norm[r].y != 0.0f && c < D) {
+            const int64_t row = get_row(a, blockIdx.y, blockIdx.x*ROWS + r);
+            for (int s = 0; s < n_split; ++s) {
+                const float  f = exp2f(meta[row*n_split + s].x - norm[r].x)*norm[r].y;
+                const float4 y = *(const float4 *) (values + (row*n_split + s)*D + c);
+                x = make_float4(x.x + f*y.x, x.y + f*y.y, x.z + f*y.z, x.w + f*y.w);
+            }
+        }
+        *(uint2 *) (sums + r*LD + c) = make_uint2(pack_half2(x.x, x.y), pack_half2(x.z, x.w));
     }
-    const char * pack   = find_pack(a.pack);
-    const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
-    const half * matrix = at<half>(pack, head.decode);
-    float acc[8] = {};
-#pragma unroll 8
-    for (int c = 0; c < D; ++c) {
-        add_component<D>(matrix, c, 8*lane, sums[slice][c], acc);
-    }
+    const int tile = warp%TILES;
+    const int n0   = warp/TILES*N;
+    float acc[N][4] = {};
+    for (int k0 = 0; k0 < D; k0 += K) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < K*(D/8); i += 32*MANY_WARPS) {
+            const int k = i/(D/8);
+            *(uint4 *) (matrix + k*(D + 8) + i%(D/8)*8) = k0 + k < D ? *(const uint4 *) (from + (k0 + k)*D + i%(D/8)*8) : make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        out.at(a, row)[8*lane + j] = acc[j] + at<float>(pack, head.mean)[8*lane + j]*seen;
+        for (int k = 0; k < K; k += 32) {
+            uint32_t x[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                ldmatrix_x4(x[j], sums + (16*tile + lane%16)*LD + k0 + k + 16*j + lane/16*8);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                uint32_t y[4]; // 32 components of 8 channels
+                ldmatrix_x4_trans(y, matrix + (k + lane)*(D + 8) + 8*(n0 + n));
+                mma(acc[n], x[0], y[0], y[1]);
+                mma(acc[n], x[1], y[2], y[3]);
+            }
+        }
+    }
+    const float * mean = at<float>(pack, head.mean);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int r = 16*tile + lane/4 + 8*e;
+        const int i = blockIdx.x*ROWS + r;
+        if (i < n_row) {
+            float * to = out.at(a, get_row(a, blockIdx.y, i));
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int c = 8*(n0 + n) + lane%4*2;
+                to[c]     = acc[n][2*e]     + mean[c]    *seen[r];
+                to[c + 1] = acc[n][2*e + 1] + mean[c + 1]*seen[r];
+            }
+        }
     }
 }
 
@@ -138,7 +210,9 @@ void launch(const attn_args & a, const float * values, const float2 * meta, int 
     if (per_kv <= 64) {
         combine_few<D><<<dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, out);
     } else {
-        combine_many<D><<<dim3((per_kv + N_SLICE<D> - 1)/N_SLICE<D>, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, out);
+        constexpr size_t shared = (MANY_ROWS<D>*((D + 31)/32*32 + 8) + MANY_K<D>*(D + 8))*sizeof(half);
+        allow_shared_memory((const void *) combine_many<D>, shared);
+        combine_many<D><<<dim3((per_kv + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head_kv), 32*MANY_WARPS, shared, stream>>>(a, values, meta, n_split, out);
     }
     CUDA_CHECK(cudaGetLastError());
 }

@@ -178,10 +178,15 @@ __device__ __forceinline__ int warp_max(int x) {
     return ~warp_min(~x); // ~ turns the order round
 }
 
-// more than 48 KiB of shared memory must be asked for
+// More than 48 KiB of shared memory must be asked for. The limit is the kernel's, not the launch's: layers whose tables differ ask
+// for different sizes, and lowering it again would make the nodes of a CUDA graph that were captured with more invalid.
 inline void allow_shared_memory(const void * kernel, size_t bytes) {
     if (bytes > 48*1024) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) bytes));
+        cudaFuncAttributes attributes;
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+        if ((size_t) attributes.maxDynamicSharedSizeBytes < bytes) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) bytes));
+        }
     }
 }
 

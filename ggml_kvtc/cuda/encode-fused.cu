@@ -72,6 +72,19 @@ __global__ void transform_and_write(const fused_args args) {
     const int warp  = threadIdx.x / 32;
     const int l     = threadIdx.x % LANES;
 
+    // the matrix first: it is the most to wait for
+    const float * encode = a.encode + (int64_t) h*d*d;
+    constexpr int U = 16; // rows of a warp whose loads are on their way together; d is a multiple of 16
+    float4 e[U];
+    const auto load = [&](int c0, int i) {
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            e[u] = *(const float4 *) (encode + min(c0 + u*WARPS, d - 1)*d + i);
+        }
+    };
+    if (4*lane < d) {
+        load(warp, 4*lane);
+    }
     for (int c = threadIdx.x; c < d; c += THREADS) {
         x[c] = *(const float *) (a.x + token*a.nb_x1 + h*a.nb_x2 + c*sizeof(float));
     }
@@ -111,16 +124,12 @@ __global__ void transform_and_write(const fused_args args) {
     }
     __syncthreads();
 
-    const float * encode = a.encode + (int64_t) h*d*d;
-    constexpr int U = 8; // rows of a warp whose loads are on their way together; d is a multiple of 16
     for (int c0 = warp; c0 < d; c0 += U*WARPS) {
         float sum[U] = {};
         for (int i = 4*lane; i < d; i += 4*32) {
             const float4 y = *(const float4 *) (x + i);
-            float4 e[U];
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                e[u] = *(const float4 *) (encode + min(c0 + u*WARPS, d - 1)*d + i);
+            if (c0 != warp || i != 4*lane) {
+                load(c0, i);
             }
 #pragma unroll
             for (int u = 0; u < U; ++u) {

@@ -1,4 +1,4 @@
-// The write operation. Eight threads code one head vector, thread l component l of every group; sums run in f64 in the order
+// The write operation. A warp codes one head vector, thread l of eight component l of every fourth group; sums run in f64 in the order
 // that ggml_kvtc/README.md states, so that the bytes are those of the CPU.
 #include "kvtc-cuda.h"
 #include "device.cuh"
@@ -35,99 +35,112 @@ __device__ __forceinline__ uint32_t lane_or(uint32_t x) {
     return x;
 }
 
+// A warp codes a vector: four threads share the groups of a lane, and one of them takes each sum, in order.
 __global__ void write_codes(const write_args a, int side) {
-    const int l      = threadIdx.x % LANES;
-    const int vector = (blockIdx.x*THREADS + threadIdx.x)/LANES;
+    extern __shared__ float scratch[]; // [warp][3][d]: whitened, plain, levels
+    const int lane   = threadIdx.x % 32;
+    const int l      = lane % LANES;
+    const int part   = lane / LANES;
+    const int vector = (blockIdx.x*THREADS + threadIdx.x)/32;
     const int token  = vector/a.n_head;
     const int h      = vector%a.n_head;
-    const bool inside = token < a.n_tokens; // all threads stay for the shuffles
-    const int64_t row = inside ? a.idxs[token] : -1;
-
+    if (token >= a.n_tokens) {
+        return; // the whole warp
+    }
+    const int64_t row = a.idxs[token];
+    if (row < 0) {
+        return;
+    }
     const char * pack = find_pack(a.pack);
     const ggml_kvtc_cuda_head & head = get_head(pack, side, h);
-    const auto * widths    = at<uint8_t> (pack, head.widths);
+    const auto * codes     = at<ggml_kvtc_cuda_code>(pack, head.codes);
     const auto * levels_at = at<uint32_t>(pack, head.levels_at);
     const auto * levels    = at<half>    (pack, head.levels);
     const auto * bounds_at = at<uint32_t>(pack, head.bounds_at);
     const auto * bounds    = at<float>   (pack, head.bounds);
     const auto * inv_scale = at<float>   (pack, head.inv_scale);
-    const auto * z         = (const float *) (a.z + (inside ? token : 0)*a.nb_z1 + h*a.nb_z2);
+    const auto * z         = (const float *) (a.z + token*a.nb_z1 + h*a.nb_z2);
     const int G = a.d/LANES;
+    float * white = scratch + threadIdx.x/32*3*a.d;
+    float * plain = white + a.d;
+    float * level = plain + a.d;
 
-    double whitened = 0.0;
-    double power    = 0.0;
-    for (int g = 0; g < G; ++g) {
-        const int   c = g*LANES + l;
-        const float u = z[c]*inv_scale[c];
-        whitened += (double) u*u;
-        power    += (double) z[c]*z[c];
+    for (int c = lane; c < a.d; c += 32) {
+        const float x = z[c];
+        plain[c] = x;
+        white[c] = x*inv_scale[c];
+        level[c] = 0.0f;
     }
-    const double norm = sqrt(lane_sum(whitened)/a.d);
+    __syncwarp();
+    // sum of x*y over this lane's groups
+    const auto sum_groups = [&](const float * x, const float * y) {
+        double sum = 0.0;
+        for (int g = 0; g < G; ++g) {
+            sum += (double) x[g*LANES + l]*y[g*LANES + l];
+        }
+        return lane_sum(sum);
+    };
+    const double squares  = sum_groups(part == 0 ? white : plain, part == 0 ? white : plain);
+    const double whitened = __shfl_sync(0xffffffff, squares, 0);
+    const double power    = __shfl_sync(0xffffffff, squares, LANES);
+    const double norm = sqrt(whitened/a.d);
     const bool   zero = !(norm >= 1e-9 && isfinite(norm));
     const float  inv  = zero ? 0.0f : (float) (1.0/norm);
 
     uint8_t * out = (uint8_t *) a.dst + row*a.nb_1 + head.payload;
-    double dot  = 0.0;
-    double self = 0.0;
-    int    byte = 1;
-    for (int g = 0; g < G && __any_sync(0xffffffff, widths[g] > 0); ++g) { // heads of a warp differ
-        const int w    = widths[g];
+    for (int g = part; g < (G + 3)/4*4; g += 4) {
+        const int w    = g < G ? codes[g].width : 0;
         int       code = 0;
         if (!zero && w > 0) {
-            const float   x     = z[g*LANES + l];
-            const float   y     = x*inv;
+            const float   y     = plain[g*LANES + l]*inv;
             const float * bound = bounds + bounds_at[g] + l;
             for (int step = 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
                 if (y > bound[(code + step - 1)*LANES]) {
                     code += step;
                 }
             }
-            const float level = __half2float(levels[levels_at[g] + (l << w) + code]);
-            dot  += (double) x*level;
-            self += (double) level*level;
+            level[g*LANES + l] = __half2float(levels[levels_at[g] + (l << w) + code]);
         }
         const uint64_t word = (uint64_t) code << l*w;
         const uint32_t lo   = lane_or((uint32_t) word);
         const uint32_t hi   = lane_or((uint32_t) (word >> 32));
-        if (row >= 0 && l < w) {
-            out[byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
-        }
-        byte += w;
-    }
-
-    power = lane_sum(power);
-    dot   = lane_sum(dot);
-    self  = lane_sum(self);
-    if (row < 0) {
-        return;
-    }
-    double gain = 0.0;
-    if (!zero) {
-        if (head.keep_norm) {
-            gain = self > 0.0 ? sqrt(power/self) : 0.0;
-        } else {
-            gain = dot > 0.0 ? power/dot : 0.0;
+        if (l < w) {
+            out[codes[g].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
         }
     }
-    if (l == 0) {
-        const double steps = gain > 0.0 ? fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0.0;
-        out[0] = (uint8_t) steps;
+    __syncwarp();
+    const double sums = sum_groups(part == 0 ? plain : level, level);
+    const double self = __shfl_sync(0xffffffff, sums, LANES);
+    if (lane == 0) {
+        double gain = 0.0;
+        if (!zero) {
+            if (head.keep_norm) {
+                gain = self > 0.0 ? sqrt(power/self) : 0.0;
+            } else {
+                gain = sums > 0.0 ? power/sums : 0.0;
+            }
+        }
+        out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;
     }
     // the gap to the next head, or the rest of the row: equal content gives equal rows
     const ggml_kvtc_cuda_side & s = ((const ggml_kvtc_cuda_pack *) pack)->side[side];
     const int end = (int) ((h + 1 < a.n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
-    for (int i = (int) head.n_bytes + l; i < end; i += LANES) {
+    for (int i = (int) head.n_bytes + lane; i < end; i += 32) {
         out[i] = 0;
     }
 }
 
-__global__ void write_exact(const write_args keys, const write_args values) {
-    const write_args & a = blockIdx.y == 0 ? keys : values;
-    const int i     = blockIdx.x*THREADS + threadIdx.x;
+struct exact_args {
+    write_args side[2]; // keys and values, or one of them
+};
+
+__global__ void write_exact(const exact_args args) {
+    const write_args & a = args.side[blockIdx.z];
+    const int i     = blockIdx.y*THREADS + threadIdx.x;
     const int c     = i%a.d;
-    const int h     = i/a.d%a.n_head;
-    const int token = i/a.d/a.n_head;
-    if (token >= a.n_tokens) {
+    const int h     = i/a.d;
+    const int token = blockIdx.x;
+    if (h >= a.n_head) {
         return;
     }
     const int64_t row = a.idxs[token];
@@ -157,29 +170,28 @@ static kvtc::write_args get_args(const ggml_tensor * dst) {
     return a;
 }
 
+static void write_exact(const kvtc::write_args & a, const kvtc::write_args & b, int n_side, cudaStream_t stream) {
+    using namespace kvtc;
+    if (a.n_tokens > 0) {
+        write_exact<<<dim3(a.n_tokens, (a.n_head*a.d + THREADS - 1)/THREADS, n_side), THREADS, 0, stream>>>({ { a, b } });
+        CUDA_CHECK(cudaGetLastError());
+    }
+}
+
 void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     using namespace kvtc;
     const write_args a = get_args(dst);
-    const bool    coded = ggml_kvtc_is_type(dst->type);
-    const int64_t n     = (int64_t) a.n_tokens*a.n_head*(coded ? LANES : a.d);
-    const int     grid  = (int) ((n + THREADS - 1)/THREADS);
-    if (grid == 0) {
-        return;
+    if (!ggml_kvtc_is_type(dst->type)) {
+        return write_exact(a, a, 1, ctx.stream());
     }
-    if (coded) {
-        write_codes<<<grid, THREADS, 0, ctx.stream()>>>(a, ggml_get_op_params_i32(dst, 0));
-    } else {
-        write_exact<<<grid, THREADS, 0, ctx.stream()>>>(a, a);
+    constexpr int WARPS = THREADS/32;
+    const int64_t n = (int64_t) a.n_tokens*a.n_head;
+    if (n > 0) {
+        write_codes<<<(int) ((n + WARPS - 1)/WARPS), THREADS, WARPS*3*a.d*sizeof(float), ctx.stream()>>>(a, ggml_get_op_params_i32(dst, 0));
+        CUDA_CHECK(cudaGetLastError());
     }
-    CUDA_CHECK(cudaGetLastError());
 }
 
 void ggml_cuda_kvtc_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * keys, ggml_tensor * values) {
-    using namespace kvtc;
-    const write_args a = get_args(keys);
-    const int64_t n    = (int64_t) a.n_tokens*a.n_head*a.d;
-    if (n > 0) {
-        write_exact<<<dim3((int) ((n + THREADS - 1)/THREADS), 2), THREADS, 0, ctx.stream()>>>(a, get_args(values));
-        CUDA_CHECK(cudaGetLastError());
-    }
+    write_exact(get_args(keys), get_args(values), 2, ctx.stream());
 }

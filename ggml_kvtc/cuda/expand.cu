@@ -16,9 +16,18 @@ __device__ __forceinline__ void get_query_range(const attn_args & a, int stream,
         hi = INT_MIN;
     }
     __syncthreads();
+    int least = INT_MAX;
+    int most  = INT_MIN;
     for (int t = threadIdx.x; t < a.n_tokens; t += blockDim.x) {
-        atomicMin(&lo, a.query_pos[stream*a.n_tokens + t]);
-        atomicMax(&hi, a.query_pos[stream*a.n_tokens + t]);
+        const int pos = a.query_pos[stream*a.n_tokens + t];
+        least = min(least, pos);
+        most  = max(most,  pos);
+    }
+    least = warp_min(least);
+    most  = warp_max(most);
+    if (threadIdx.x % 32 == 0) {
+        atomicMin(&lo, least);
+        atomicMax(&hi, most);
     }
     __syncthreads();
     min_pos = lo;
@@ -45,18 +54,18 @@ __device__ __forceinline__ column_cell get_cell(const attn_args & a, const colum
 }
 
 __global__ void copy_queries(const attn_args a, int d, float * out) {
-    const int64_t i = (int64_t) blockIdx.x*blockDim.x + threadIdx.x;
-    if (i >= (int64_t) a.n_stream*a.n_tokens*a.n_head*d) {
+    const int i = blockIdx.x*blockDim.x + threadIdx.x; // of a token's
+    if (i >= a.n_head*d) {
         return;
     }
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) find_pack(a.pack);
     const int n_rot  = pack.rope_type == GGML_KVTC_ROPE_NONE ? 0 : pack.rope_n_rot;
-    const int c      = (int) (i%d);
-    const int head   = (int) (i/d%a.n_head);
-    const int token  = (int) (i/d/a.n_head%a.n_tokens);
-    const int stream = (int) (i/d/a.n_head/a.n_tokens);
+    const int c      = i%d;
+    const int head   = i/d;
+    const int token  = blockIdx.y;
+    const int stream = blockIdx.z;
     const float x = *(const float *) (a.q + token*a.nb_q1 + head*a.nb_q2 + stream*a.nb_q3 + pair_channel(c, pack.rope_type, n_rot)*sizeof(float));
-    out[i] = c < n_rot ? x*pack.rope_mscale : x;
+    out[((int64_t) stream*a.n_tokens + token)*a.n_head*d + i] = c < n_rot ? x*pack.rope_mscale : x;
 }
 
 template <int D, bool in_shared>
@@ -294,8 +303,7 @@ void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gp
 } // namespace
 
 void expand_queries(const attn_args & a, int d, float * out, cudaStream_t stream) {
-    const int64_t n = (int64_t) a.n_stream*a.n_tokens*a.n_head*d;
-    copy_queries<<<(int) ((n + 255)/256), 256, 0, stream>>>(a, d, out);
+    copy_queries<<<dim3(ceil_div(a.n_head*d, 256), a.n_tokens, a.n_stream), 256, 0, stream>>>(a, d, out);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -321,7 +329,9 @@ void list_either(const attn_args & a, int n_max, int * counts, int * list, int *
 
 void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool always, half * out, cudaStream_t stream) {
     const int n_block = ceil_div(a.n_kv, COUNT_CELLS);
-    copy_mask<<<dim3(c.n_all/PREFILL_ALIGN, std::min(a.n_tokens, 16), a.n_stream), PREFILL_ALIGN, 0, stream>>>(a, c, counts, n_block, split, always, out);
+    // enough blocks to fill a device, since each waits for its loads
+    const int n_part = std::min(a.n_tokens, std::max(16, 1024/(c.n_all/PREFILL_ALIGN)));
+    copy_mask<<<dim3(c.n_all/PREFILL_ALIGN, n_part, a.n_stream), PREFILL_ALIGN, 0, stream>>>(a, c, counts, n_block, split, always, out);
     CUDA_CHECK(cudaGetLastError());
 }
 

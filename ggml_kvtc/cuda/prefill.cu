@@ -14,10 +14,16 @@ struct waiting { // chunks whose sums lie one after the other
     columns c[PREFILL_MERGE];
 };
 
+constexpr int MERGE_THREADS = 256;
+
 // fold the splits of these chunks into one partial sum for each row
 template <int D>
-__global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, int n_cols2, int n_grid, bool first, float * values, float2 * meta) {
-    const int64_t row    = blockIdx.x;
+__global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, int n_cols2, int n_grid, bool first, int64_t n_row, float * values, float2 * meta) {
+    constexpr int LANES  = D/4; // threads of a row, four components each
+    constexpr int ROWS   = MERGE_THREADS/LANES;
+    const int     r      = threadIdx.x/LANES;
+    const bool    inside = r < ROWS && (int64_t) blockIdx.x*ROWS + r < n_row;
+    const int64_t row    = inside ? (int64_t) blockIdx.x*ROWS + r : 0;
     const int     head   = (int) (row%a.n_head);
     const int     token  = (int) (row/a.n_head%a.n_tokens.z);
     const int     stream = (int) (row/a.n_head/a.n_tokens.z);
@@ -26,28 +32,31 @@ __global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, in
     const int     col    = token%n_col1*n_cols2 + g%n_cols2;
     const int64_t block0 = ((((int64_t) stream*a.n_head_kv + head/a.group)*a.n_head_block + g/n_cols2)*a.n_token_block + token/n_col1)*a.n_split;
     const int64_t size   = (int64_t) n_grid*n_cols*(2 + D/2); // of a chunk's sums
-    const int     c      = threadIdx.x;
+    const int     c      = threadIdx.x%LANES*4;
 
     float2 before = first ? make_float2(-INFINITY, 0.0f) : meta[row];
-    float  value  = first ? 0.0f : values[row*D + c];
+    float4 value  = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *(const float4 *) (values + row*D + c);
     __syncthreads(); // meta has been read
-    const auto add = [&](float2 m, float x) {
+    if (!inside) {
+        return;
+    }
+    const auto add = [&](float2 m, const float4 & x) {
         const float top = fmaxf(before.x, LOG2E*m.x);
         const float f   = before.x == -INFINITY ? 0.0f : exp2f(before.x - top);
         const float g   = exp2f(LOG2E*m.x - top);
-        value  = f*value + g*x;
+        value  = make_float4(f*value.x + g*x.x, f*value.y + g*x.y, f*value.z + g*x.z, f*value.w + g*x.w);
         before = make_float2(top, f*before.y + g*m.y);
     };
     for (int s = 0; s < a.n_split; ++s) {
         float2 m[PREFILL_MERGE];
-        float  x[PREFILL_MERGE];
+        float4 x[PREFILL_MERGE];
 #pragma unroll
         for (int i = 0; i < PREFILL_MERGE; ++i) { // all loads before the first use
             m[i] = make_float2(-INFINITY, 0.0f);
             if (i < w.n && s*a.split < get_n_column(w.c[i], stream)) {
                 const float2 * sums = a.out + i*size;
                 m[i] = sums[(n_grid + block0 + s)*n_cols + col];
-                x[i] = ((const float *) (sums + (int64_t) n_grid*2*n_cols))[((block0 + s)*n_cols + col)*D + c];
+                x[i] = *(const float4 *) ((const float *) (sums + (int64_t) n_grid*2*n_cols) + ((block0 + s)*n_cols + col)*D + c);
             }
         }
 #pragma unroll
@@ -57,7 +66,7 @@ __global__ void merge_chunks(const chunk_args a, const waiting w, int n_cols, in
             }
         }
     }
-    values[row*D + c] = value;
+    *(float4 *) (values + row*D + c) = value;
     if (c == 0) {
         meta[row] = before;
     }
@@ -74,16 +83,22 @@ void attend(const chunk_args & a, int d, const prefill_plan & p, int n_grid, int
     }
 }
 
+template <int D>
+void merge(const chunk_args & a, const waiting & w, const prefill_plan & p, int n_grid, bool first, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
+    constexpr int ROWS = MERGE_THREADS/(D/4);
+    merge_chunks<D><<<(int) ((n_row + ROWS - 1)/ROWS), MERGE_THREADS, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, n_row, values, meta);
+    CUDA_CHECK(cudaGetLastError());
+}
+
 void merge(const chunk_args & a, const waiting & w, int d, const prefill_plan & p, int n_grid, bool first, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: merge_chunks< 64><<<n_row,  64, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case  80: merge_chunks< 80><<<n_row,  80, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case  96: merge_chunks< 96><<<n_row,  96, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case 128: merge_chunks<128><<<n_row, 128, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
-        case 256: merge_chunks<256><<<n_row, 256, 0, stream>>>(a, w, p.n_cols, p.n_cols2, n_grid, first, values, meta); break;
+        case  64: return merge< 64>(a, w, p, n_grid, first, n_row, values, meta, stream);
+        case  80: return merge< 80>(a, w, p, n_grid, first, n_row, values, meta, stream);
+        case  96: return merge< 96>(a, w, p, n_grid, first, n_row, values, meta, stream);
+        case 128: return merge<128>(a, w, p, n_grid, first, n_row, values, meta, stream);
+        case 256: return merge<256>(a, w, p, n_grid, first, n_row, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
-    CUDA_CHECK(cudaGetLastError());
 }
 
 } // namespace
