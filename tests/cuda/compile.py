@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "ggml_kvtc"
 # Turing, Ampere, Hopper, Blackwell; ggml builds 12.0 with its architecture's own instructions, as do we.
 ARCHITECTURES = ("75", "80", "90", "120a")
+# Files that exist for one architecture alone, see ggml_kvtc/CMakeLists.txt.
+SINGLE = {"decode-sm90.cu": ("90a",)}
 # What ggml-cuda's own CMakeLists.txt passes to nvcc, less what its headers and nvcc's own code do not keep to.
 WARNINGS = "-Wall,-Wextra,-Wcast-qual,-Wno-unused-function,-Wno-unused-parameter,-Wno-array-bounds"
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", f"-Xcompiler=-fPIC,{WARNINGS}")
@@ -47,7 +49,7 @@ def find_nvcc() -> Path:
 def listed_files() -> list[Path]:
     """The CUDA files that ggml_kvtc/CMakeLists.txt adds to ggml-cuda; stops when it forgets one."""
     text = (SOURCES / "CMakeLists.txt").read_text(encoding="utf-8")
-    files = [SOURCES / name for name in re.findall(r"^\s+(cuda/[\w.-]+\.cu)\b", text, re.M)]
+    files = [SOURCES / name for name in dict.fromkeys(re.findall(r"(?<![\w/])(cuda/[\w.-]+\.cu)\b", text))]
     forgotten = set((SOURCES / "cuda").glob("*.cu")) - set(files)
     if forgotten:
         stop(f"ggml_kvtc/CMakeLists.txt does not list {', '.join(sorted(path.name for path in forgotten))}")
@@ -103,10 +105,11 @@ def main(
         *(f"-I{folder}" for folder in folders),
         *cublas_headers(nvcc, cublas),
     ]
-    codes = [f"--generate-code=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
 
     def compile_one(path: Path) -> bool:
         began = time.monotonic()
+        names = SINGLE.get(path.name, ARCHITECTURES)
+        codes = [f"--generate-code=arch=compute_{name},code=sm_{name}" for name in names]
         with tempfile.TemporaryDirectory() as scratch:
             command = [nvcc, "-c", *common, *codes, path, "-o", Path(scratch) / "object.o"]
             result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,117 @@
+"""How the CUDA kernels divide their work, checked without a GPU: ggml_kvtc/cuda/plan.h is plain C++.
+
+Failures caught: a cell that no split reads or two read, shared memory beyond what a block may have, parts of it that
+are misaligned or overlap the end, a prefill that leaves cells out or whose scratch grows with the context.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cffi import FFI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+GPUS = {"turing": (72, 64 << 10), "ampere": (84, 99 << 10), "hopper": (132, 227 << 10)}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """The planning functions, compiled; needs a C++ compiler, as the build does."""
+    headers = next(iter(sorted((ROOT / "build" / "upstream").glob("llama_cpp_python-*/vendor/llama.cpp/ggml/include"))))
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
+    library = tmp_path_factory.mktemp("plan") / "plan.so"
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    include = [f"-I{ROOT / 'ggml_kvtc'}", f"-I{headers}"]
+    subprocess.run([*command, *include, Path(__file__).with_name("plan.cpp"), "-o", library], check=True)
+    ffi = FFI()
+    ffi.cdef("""
+        int  plan_decode (const int * shape, int n_sm, long shared, long * out);
+        int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
+        void plan_prefill(const int * shape, int n_sm, int n_slots, int n_cols, long * out);
+    """)
+    return ffi, ffi.dlopen(str(library))
+
+
+@st.composite
+def shapes(draw, tokens: st.SearchStrategy[int]) -> list[int]:
+    """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V."""
+    d = draw(st.sampled_from([64, 80, 96, 128, 256]))
+    heads = draw(st.integers(1, 16))
+    bits = [draw(st.integers(1, 6)) for _ in range(2)]
+    rows = [heads * d * b // 8 for b in bits]
+    payload = [d * b // 8 - 1 for b in bits]
+    tables = [d // 8 * min(16 << 2 * b, 16 << 6) for b in bits]
+    pairs = [16 + d // 8 * (20 << 2 * min(b, 4)) for b in bits]
+    shape = [d, draw(st.integers(1, 200_000)), draw(tokens), draw(st.integers(1, 16)), heads, draw(st.integers(1, 4))]
+    return [*shape, *rows, *payload, *tables, *pairs]
+
+
+def check_splits(shape: list[int], out: list[int], shared: int) -> None:
+    n_slab, slab, per_split, n_split, n_row_block, nq, used, *offsets = out
+    assert (n_slab - 1) * slab < shape[1] <= n_slab * slab
+    assert (n_split - 1) * per_split < n_slab <= n_split * per_split
+    assert n_row_block * 8 * nq >= shape[2] * shape[3] > (n_row_block - 1) * 8 * nq
+    assert used <= shared
+    assert all(at % 16 == 0 and at <= used for at in offsets)
+    assert sorted(offsets) == offsets
+
+
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(1, 16)), gpu=st.sampled_from(sorted(GPUS)))
+def test_decode_reads_every_cell_once_within_shared_memory(plans, shape, gpu):
+    ffi, library = plans
+    out = ffi.new("long[18]")
+    if library.plan_decode(shape, *GPUS[gpu], out):
+        check_splits(shape, list(out)[:16], GPUS[gpu][1])
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128])
+@pytest.mark.parametrize("gpu", ["ampere", "hopper"])
+def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
+    ffi, library = plans
+    for k, v in ((2, 4), (3, 4), (1, 3), (4, 4)):
+        tables = [d // 8 * (16 << 2 * min(b, 3)) for b in (k, v)]
+        shape = [d, 131072, 1, 4, 8, 1, d * k, d * v, d * k // 8 + 1, d * v // 8 + 1, *tables, 0, 0]
+        assert library.plan_decode(shape, *GPUS[gpu], ffi.new("long[18]"))
+
+
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(1, 8)))
+def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
+    ffi, library = plans
+    out = ffi.new("long[18]")
+    if library.plan_sm90(shape, *GPUS["hopper"], out):
+        assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
+        assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
+        check_splits(shape, list(out), GPUS["hopper"][1])
+
+
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(17, 512)), n_slots=st.integers(0, 2000), cols=st.sampled_from([32, 64]))
+def test_prefill_covers_all_cells_in_chunks(plans, shape, n_slots, cols):
+    ffi, library = plans
+    out = ffi.new("long[9]")
+    library.plan_prefill(shape, 132, n_slots, cols, out)
+    chunk, n_list, n_split, split, n_merge, token_blocks, head_blocks, cols2, _ = out
+    assert chunk % 256 == split % 256 == n_list % 256 == 0
+    assert (n_split - 1) * split < chunk <= n_split * split
+    assert n_list >= min(shape[1], n_slots)
+    assert token_blocks * (cols // cols2) >= shape[2] and head_blocks * cols2 >= shape[3]
+    assert 1 <= n_merge <= 8
+
+
+@pytest.mark.parametrize("group, heads, d", [(4, 8, 128), (7, 4, 128), (4, 4, 256), (3, 3, 64)])
+@pytest.mark.parametrize("n_kv", [512, 4096, 131072, 1 << 20])
+def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads, d, n_kv):
+    ffi, library = plans
+    out = ffi.new("long[9]")
+    shape = [d, n_kv, 512, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
+    library.plan_prefill(shape, 132, 196, 64, out)
+    assert out[8] <= 256 * MIB
