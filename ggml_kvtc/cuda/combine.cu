@@ -6,19 +6,28 @@ namespace kvtc {
 
 namespace {
 
-template <int D> constexpr int N_SLICE   = 256/(D/8);      // slices of components
-template <int D> constexpr int N_THREADS = N_SLICE<D>*(D/8);
+template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 ? 2*D : 256; // a multiple of D
+template <int D> constexpr int N_SLICE   = N_THREADS<D>/(D/8);                 // slices of components
 
 // the largest logit of one row and what its sums are multiplied by; share of the tokens in the sum of weights (sink logits have
 // the rest)
+// `lanes` neighbouring threads ask for it together
+template <int lanes>
 __device__ __forceinline__ float2 get_norm(const attn_args & a, const float2 * meta, int n_split, int64_t row, float & share) {
+    const int lane = threadIdx.x % lanes;
     float top = -INFINITY;
-    for (int s = 0; s < n_split; ++s) {
+    for (int s = lane; s < n_split; s += lanes) {
         top = fmaxf(top, meta[row*n_split + s].x);
     }
+    if constexpr (lanes > 1) {
+        top = warp_reduce_max<lanes>(top);
+    }
     float total = 0.0f;
-    for (int s = 0; s < n_split && top != -INFINITY; ++s) {
+    for (int s = lane; s < n_split && top != -INFINITY; s += lanes) {
         total += exp2f(meta[row*n_split + s].x - top)*meta[row*n_split + s].y;
+    }
+    if constexpr (lanes > 1) {
+        total = warp_reduce_sum<lanes>(total);
     }
     float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
     float sink  = 0.0f;
@@ -31,19 +40,6 @@ __device__ __forceinline__ float2 get_norm(const attn_args & a, const float2 * m
     const float inv = all > 0.0f ? scale/all : 0.0f;
     share = total*inv;
     return make_float2(top, top == -INFINITY ? 0.0f : inv);
-}
-
-// merged and normalized coefficients of one row
-template <int D>
-__device__ __forceinline__ void merge_row(const attn_args & a, const float * values, const float2 * meta, int n_split, int64_t row, int thread, int n_threads, float * sums, float & seen) {
-    const float2 norm = get_norm(a, meta, n_split, row, seen);
-    for (int c = thread; c < D; c += n_threads) {
-        float value = 0.0f;
-        for (int s = 0; s < n_split && norm.y != 0.0f; ++s) {
-            value += exp2f(meta[row*n_split + s].x - norm.x)*values[(row*n_split + s)*D + c];
-        }
-        sums[c] = value*norm.y;
-    }
 }
 
 // the rows of one kv head, token after token
@@ -62,48 +58,85 @@ struct output {
 };
 
 template <int D>
-__device__ __forceinline__ void add_component(const half * matrix, int c, int channel, float x, float (&acc)[8]) {
-    const uint4   m = *(const uint4 *) (matrix + c*D + channel);
-    const half2 * h = (const half2 *) &m;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const float2 y = __half22float2(h[j]);
-        acc[2*j]     += x*y.x;
-        acc[2*j + 1] += x*y.y;
-    }
-}
-
-template <int D>
 __launch_bounds__(N_THREADS<D>)
 __global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
-    __shared__ float sums[D];
-    __shared__ float part[N_SLICE<D>][D];
-    const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
-    float seen;
-    merge_row<D>(a, values, meta, n_split, row, threadIdx.x, N_THREADS<D>, sums, seen);
-    __syncthreads();
+    constexpr int THREADS = N_THREADS<D>;
+    constexpr int SLICE   = N_SLICE<D>;
+    constexpr int PARTS   = THREADS/D;               // of the splits, summed apart
+    constexpr int ROWS    = (D + SLICE - 1)/SLICE;   // of the matrix, for a thread
+    constexpr int HELD    = ROWS <= 8 ? ROWS : 8;    // that are loaded before they are needed
+    static_assert(THREADS % 32 == 0 && THREADS % D == 0, "threads do not divide evenly");
+    __shared__ float sums[PARTS][D];
+    __shared__ float part[SLICE][D];
+    ggml_cuda_pdl_lc();
 
+    // of the pack, which no kernel writes
     const char * pack    = find_pack(a.pack);
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * matrix  = at<half>(pack, head.decode); // [component][channel]
     const int    channel = threadIdx.x%(D/8)*8;
     const int    slice   = threadIdx.x/(D/8);
-    float acc[8] = {};
+    uint4 held[HELD];
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) {
+        held[k] = *(const uint4 *) (matrix + min(slice + k*SLICE, D - 1)*D + channel);
+    }
+    const float mean = threadIdx.x < D ? at<float>(pack, head.mean)[threadIdx.x] : 0.0f;
+    ggml_cuda_pdl_sync();
+
+    const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
+    float seen;
+    const float2 norm = get_norm<32>(a, meta, n_split, row, seen);
+    {
+        const int c = threadIdx.x % D;
+        float value = 0.0f;
+        if (norm.y != 0.0f) {
 #pragma unroll 8
-    for (int c = slice; c < D; c += N_SLICE<D>) {
-        add_component<D>(matrix, c, channel, sums[c], acc);
+            for (int s = threadIdx.x/D; s < n_split; s += PARTS) {
+                value += exp2f(meta[row*n_split + s].x - norm.x)*values[(row*n_split + s)*D + c];
+            }
+        }
+        sums[threadIdx.x/D][c] = value*norm.y;
+    }
+    __syncthreads();
+
+    float acc[8] = {};
+    const auto add = [&](int c, const uint4 & m) {
+        float x = sums[0][c];
+#pragma unroll
+        for (int i = 1; i < PARTS; ++i) {
+            x += sums[i][c];
+        }
+        const half2 * h = (const half2 *) &m;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 y = __half22float2(h[j]);
+            acc[2*j]     += x*y.x;
+            acc[2*j + 1] += x*y.y;
+        }
+    };
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) {
+        if (slice + k*SLICE < D) {
+            add(slice + k*SLICE, held[k]);
+        }
+    }
+#pragma unroll 8
+    for (int c = slice + HELD*SLICE; c < D; c += SLICE) {
+        add(c, *(const uint4 *) (matrix + c*D + channel));
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         part[slice][channel + j] = acc[j];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < D; i += N_THREADS<D>) {
+    if (threadIdx.x < D) {
         float sum = 0.0f;
-        for (int s = 0; s < N_SLICE<D>; ++s) {
-            sum += part[s][i];
+#pragma unroll
+        for (int s = 0; s < SLICE; ++s) {
+            sum += part[s][threadIdx.x];
         }
-        out.at(a, row)[i] = sum + at<float>(pack, head.mean)[i]*seen;
+        out.at(a, row)[threadIdx.x] = sum + mean*seen;
     }
 }
 
@@ -141,7 +174,7 @@ __global__ void combine_many(const attn_args a, const float * values, const floa
         seen[threadIdx.x] = 0.0f;
         if (i < n_row) {
             float total;
-            norm[threadIdx.x] = get_norm(a, meta, n_split, get_row(a, blockIdx.y, i), total);
+            norm[threadIdx.x] = get_norm<1>(a, meta, n_split, get_row(a, blockIdx.y, i), total);
             seen[threadIdx.x] = total;
         }
     }
@@ -208,7 +241,7 @@ void launch(const attn_args & a, const float * values, const float2 * meta, int 
     const int    per_kv = a.n_tokens*a.n_stream*a.group;
     const output out    = { dst, nb1, nb2, nb3 };
     if (per_kv <= 64) {
-        combine_few<D><<<dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream>>>(a, values, meta, n_split, out);
+        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream }, a, values, meta, n_split, out);
     } else {
         constexpr size_t shared = (MANY_ROWS<D>*((D + 31)/32*32 + 8) + MANY_K<D>*(D + 8))*sizeof(half);
         allow_shared_memory((const void *) combine_many<D>, shared);

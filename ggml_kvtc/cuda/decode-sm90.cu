@@ -72,6 +72,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
     using tile_t = core_tile<SLAB>;
+    ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
     const int lane  = threadIdx.x % 32;
@@ -139,14 +140,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             freq[i] = i < n_rp ? pack_freq[i] : 0;
         }
     }
-    const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
-    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
-        const int r       = i/D;
-        const int token   = r/a.group;
-        const int channel = pair_channel(i%D, rope_type, n_rot);
-        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-        queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
-    }
     for (int i = threadIdx.x; i < GROUPS*8*LD/8; i += THREADS) {
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
@@ -155,6 +148,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         pair_code code = at<pair_code>(base, (side == 0 ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
         code.table += (uint32_t) __cvta_generic_to_shared(tables[side]);
         codes[threadIdx.x] = code;
+    }
+    ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
+    const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
+    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
+        const int r       = i/D;
+        const int token   = r/a.group;
+        const int channel = pair_channel(i%D, rope_type, n_rot);
+        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
+        queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
     }
     const int n_wide[2] = { (int) (kh.n_wide + 1)/2, (int) (vh.n_wide + 1)/2 };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
@@ -535,8 +537,7 @@ template <int D, int GROUPS>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     const auto kernel = decode_cells_sm90<D, GROUPS>;
     allow_shared_memory((const void *) kernel, p.shared);
-    kernel<<<dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream>>>(a, p, values, meta);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, values, meta);
 }
 
 } // namespace

@@ -135,6 +135,8 @@ struct exact_args {
 };
 
 __global__ void write_exact(const exact_args args) {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
     const write_args & a = args.side[blockIdx.z];
     const int i     = blockIdx.y*THREADS + threadIdx.x;
     const int c     = i%a.d;
@@ -170,11 +172,10 @@ static kvtc::write_args get_args(const ggml_tensor * dst) {
     return a;
 }
 
-static void write_exact(const kvtc::write_args & a, const kvtc::write_args & b, int n_side, cudaStream_t stream) {
+static void write_exact_rows(const kvtc::write_args & a, const kvtc::write_args & b, int n_side, cudaStream_t stream) {
     using namespace kvtc;
     if (a.n_tokens > 0) {
-        write_exact<<<dim3(a.n_tokens, (a.n_head*a.d + THREADS - 1)/THREADS, n_side), THREADS, 0, stream>>>({ { a, b } });
-        CUDA_CHECK(cudaGetLastError());
+        ggml_cuda_kernel_launch(kvtc::write_exact, { dim3(a.n_tokens, (a.n_head*a.d + THREADS - 1)/THREADS, n_side), THREADS, 0, stream }, exact_args{ { a, b } });
     }
 }
 
@@ -182,7 +183,7 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     using namespace kvtc;
     const write_args a = get_args(dst);
     if (!ggml_kvtc_is_type(dst->type)) {
-        return write_exact(a, a, 1, ctx.stream());
+        return write_exact_rows(a, a, 1, ctx.stream());
     }
     constexpr int WARPS = THREADS/32;
     const int64_t n = (int64_t) a.n_tokens*a.n_head;
@@ -193,5 +194,5 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
 }
 
 void ggml_cuda_kvtc_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * keys, ggml_tensor * values) {
-    write_exact(get_args(keys), get_args(values), 2, ctx.stream());
+    write_exact_rows(get_args(keys), get_args(values), 2, ctx.stream());
 }
