@@ -25,9 +25,6 @@ struct fused_side {
     const char  * pack;
     uint8_t     * rows;
     int64_t       nb_row;
-    const int64_t * exact_idxs;  // as is, in f16, too; or null
-    char        * exact;
-    int64_t       nb_e1, nb_e2;  // bytes from slot to slot, head to head
 };
 
 struct fused_args {
@@ -122,12 +119,11 @@ __global__ void transform_and_write(const fused_args args) {
             }
         }
     }
-    ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
+    ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
     for (int c = threadIdx.x; c < d; c += THREADS) {
         x[c] = *(const float *) (a.x + token*a.nb_x1 + h*a.nb_x2 + c*sizeof(float));
     }
-    const int64_t row  = a.idxs[token];
-    const int64_t slot = a.exact_idxs ? a.exact_idxs[token] : -1;
+    const int64_t row = a.idxs[token];
     __syncthreads();
 
     for (int c0 = warp; c0 < d; c0 += U*WARPS) {
@@ -158,9 +154,6 @@ __global__ void transform_and_write(const fused_args args) {
             const float y = z[c] + bias[i];
             const float u = y*inv_scale[i];
             *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = y;
-            if (slot >= 0) {
-                *(half *) (a.exact + slot*a.nb_e1 + h*a.nb_e2 + c*sizeof(half)) = __float2half(y);
-            }
             z[c] = y;
             terms[0][c] = (double) u*u;
             terms[1][c] = (double) y*y;
@@ -304,22 +297,7 @@ fused_side get_side(const fused_nodes & f) {
     a.pack   = (const char *) f.write->src[3]->data;
     a.rows   = (uint8_t *) f.write->data;
     a.nb_row = f.write->nb[1];
-    a.exact_idxs = nullptr;
     return a;
-}
-
-// the write of the sum in f16 at node i, if there is one that may be done with the codes
-bool add_exact(const ggml_cgraph * graph, int i, const fused_nodes & f, fused_side & a) {
-    ggml_tensor * write = i < graph->n_nodes ? graph->nodes[i] : nullptr;
-    if (!write || write->op != GGML_OP_KVTC_SET_ROWS || ggml_kvtc_is_type(write->type) || write->src[1] != f.sum || overlap(write, f.sum) ||
-            overlap(write, f.write)) {
-        return false;
-    }
-    a.exact_idxs = (const int64_t *) write->src[2]->data;
-    a.exact      = (char *) write->data;
-    a.nb_e1      = write->nb[1];
-    a.nb_e2      = write->nb[2];
-    return true;
 }
 
 } // namespace
@@ -355,18 +333,6 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
         a.side [1] = get_side(g);
         a.index[1] = ggml_get_op_params_i32(g.write, 0);
     }
-    int last = both ? g.last : f.last;
-    if (both) {
-        const int i_k = next_node(graph, last);
-        const int i_v = next_node(graph, i_k);
-        fused_side sides[2] = { a.side[0], a.side[1] };
-        if (add_exact(graph, i_k, f, sides[0]) && add_exact(graph, i_v, g, sides[1]) && !overlap(graph->nodes[i_k], graph->nodes[i_v]) &&
-                !overlap(graph->nodes[i_k], g.product->src[1]) && !overlap(graph->nodes[i_v], f.product->src[1])) {
-            a.side[0] = sides[0];
-            a.side[1] = sides[1];
-            last = i_v;
-        }
-    }
     ggml_cuda_kernel_launch(transform_and_write, { dim3(a.n_head, (int) f.product->ne[1], both ? 2 : 1), THREADS, 0, ctx.stream() }, a);
-    return last - i;
+    return (both ? g.last : f.last) - i;
 }
