@@ -136,6 +136,46 @@ def check_rows(n_head: int, d: int, bits: int) -> float:
     return different
 
 
+def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
+    """NMSE of the z of keys and values as a decoded token is written; its codes must be those of that z, byte for byte.
+
+    The graph is the one of llama_kvtc::store, which a device may run as one kernel.
+    """
+    import ffi
+    import synthetic
+    from attention_case import calibrated
+    from kvtc_gguf.layout import row_bytes
+
+    calibration, native = calibrated(n_head, d, d)
+    pack = native.pack(0, bits, bits)
+    rng = np.random.default_rng(bits + n_tokens)
+    where = rng.permutation(40)[:n_tokens].astype(np.int64)
+    size = row_bytes(n_head, d, bits)
+    error = 0.0
+    with ffi.graph(64) as g:
+        results, right = [], []
+        for side in (ffi.K, ffi.V):
+            matrix, bias = (x.astype(np.float32) for x in native.encode_matrix(0, side))
+            z = synthetic.draw(rng, calibration.layers[0]["kv"[side]], n_tokens)  # [tokens, heads, d]
+            x = np.stack([np.linalg.solve(matrix[h].astype(float), (z[:, h] - bias[h]).T).T for h in range(n_head)], 1)
+            x = x.astype(np.float32)
+            right.append(np.einsum("hij,thj->hti", matrix.astype(float), x) + bias[:, None])
+            turned = ffi.base.ggml_permute(g.ctx, g.tensor(x), 0, 2, 1, 3)
+            product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), turned)
+            total = ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None]))
+            cache = g.rows(ffi.kvtc_type(bits), n_head * d, np.full((40, size), 0xFF, np.uint8))
+            rows = ffi.base.ggml_kvtc_set_rows(g.ctx, cache, total, g.tensor(where), g.pack(pack), side)
+            results += [total, rows]
+        out = g.compute_all(results, 1, poison=False)
+    for side in (ffi.K, ffi.V):
+        z = out[2 * side].view(np.float32).reshape(n_head, n_tokens, d)
+        error = max(error, float(((z - right[side]) ** 2).sum() / (right[side] ** 2).sum()))
+        expected = np.full((40, size), 0xFF, np.uint8)
+        expected[where] = ffi.encode_rows(pack, side, np.ascontiguousarray(z.transpose(1, 0, 2)), size)
+        assert out[2 * side + 1].tobytes() == expected.tobytes(), f"codes of side {side} differ"
+    return error
+
+
 def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
     """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick every tenth."""
     os.environ["KVTC_TEST_DEVICE"] = device
@@ -147,6 +187,9 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
     for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256)):
         for bits in range(1, 7):
             work.append((f"rows {heads} x {d} kvtc{bits}", 0.0, lambda a=(heads, d, bits): check_rows(*a)))
+            for n_tokens in (1, 5):
+                name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
+                work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
     for i, (name, bound, run) in enumerate(work):
         if only not in name or (quick and i % 10):
             continue

@@ -39,6 +39,8 @@ struct ggml_tensor * ggml_new_tensor_4d(struct ggml_context *, int type, int64_t
 struct ggml_tensor * ggml_view_1d(struct ggml_context *, struct ggml_tensor *, int64_t, size_t offset);
 struct ggml_tensor * ggml_view_4d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t, int64_t,
                                   size_t nb1, size_t nb2, size_t nb3, size_t offset);
+struct ggml_tensor * ggml_mul_mat(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+struct ggml_tensor * ggml_add(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
 struct ggml_tensor * ggml_permute(struct ggml_context *, struct ggml_tensor *, int, int, int, int);
 struct ggml_tensor * ggml_rope_ext(struct ggml_context *, struct ggml_tensor * a, struct ggml_tensor * pos,
     struct ggml_tensor * factors, int n_dims, int mode, int n_ctx_orig, float freq_base, float freq_scale,
@@ -272,29 +274,36 @@ class Graph:
 
     def compute(self, result: Any, n_threads: int, *, poison: bool = True) -> np.ndarray:
         """Run the graph that ends in `result`; its bytes u8, which are all ones (NaN in every float) before."""
+        return self.compute_all([result], n_threads, poison=poison)[0]
+
+    def compute_all(self, results: list[Any], n_threads: int, *, poison: bool = True) -> list[np.ndarray]:
+        """Run one graph, in which `results` come in this order; the bytes u8 of each, poisoned before as in compute."""
         graph = base.ggml_new_graph(self.ctx)
-        base.ggml_build_forward_expand(graph, result)
+        for result in results:
+            base.ggml_build_forward_expand(graph, result)
         if DEVICE:
-            return self._compute_on_device(graph, result, poison)
-        if poison:
+            return self._compute_on_device(graph, results, poison)
+        for result in results if poison else ():
             memory(result)[:] = 0xFF
         status = cpu.ggml_graph_compute_with_ctx(self.ctx, graph, n_threads)
         assert status == 0, f"ggml status {status}"
-        return memory(result).copy()
+        return [memory(result).copy() for result in results]
 
-    def _compute_on_device(self, graph: Any, result: Any, poison: bool) -> np.ndarray:
+    def _compute_on_device(self, graph: Any, results: list[Any], poison: bool) -> list[np.ndarray]:
         dev, backend = device()
-        assert base.ggml_backend_dev_supports_op(dev, result), f"{DEVICE} has no kernel for this"
+        for result in results:
+            assert base.ggml_backend_dev_supports_op(dev, result), f"{DEVICE} has no kernel for this"
         buffer = base.ggml_backend_alloc_ctx_tensors(self.ctx, backend)
-        out = np.full(base.ggml_nbytes(result), 0xFF, np.uint8)
+        out = [np.full(base.ggml_nbytes(result), 0xFF, np.uint8) for result in results]
         try:
-            if poison:
-                base.ggml_backend_tensor_set(result, pointer(out), 0, out.size)
+            for result, data in zip(results, out, strict=True) if poison else ():
+                base.ggml_backend_tensor_set(result, pointer(data), 0, data.size)
             for tensor, data in self.waiting:
                 base.ggml_backend_tensor_set(tensor, pointer(data), 0, data.size)
             status = base.ggml_backend_graph_compute(backend, graph)
             assert status == 0, f"ggml status {status}"
-            base.ggml_backend_tensor_get(result, pointer(out), 0, out.size)
+            for result, data in zip(results, out, strict=True):
+                base.ggml_backend_tensor_get(result, pointer(data), 0, data.size)
             return out
         finally:
             base.ggml_backend_buffer_free(buffer)
