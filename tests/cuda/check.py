@@ -155,7 +155,7 @@ def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
     with ffi.graph(64) as g:
         results, right = [], []
         for side in (ffi.K, ffi.V):
-            matrix, bias = (x.astype(np.float32) for x in native.encode_matrix(0, side))
+            matrix, bias = native.encode_matrix(0, side)
             z = synthetic.draw(rng, calibration.layers[0]["kv"[side]], n_tokens)  # [tokens, heads, d]
             x = np.stack([np.linalg.solve(matrix[h].astype(float), (z[:, h] - bias[h]).T).T for h in range(n_head)], 1)
             x = x.astype(np.float32)
