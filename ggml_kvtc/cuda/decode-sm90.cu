@@ -1,12 +1,16 @@
-// Attention for few query rows on Hopper (sm_90a): as in decode.cu, but keys are rebuilt by wgmma, which reads coefficients and
-// matrix from shared memory itself. That leaves registers for twice the warps, and they hide each other's waits.
+// Attention for few query rows on Hopper (sm_90a). All that decode.cu keeps in shared memory between its steps is in registers
+// here: a thread decodes what it multiplies, keys as wgmma's operand of rows, values as mma's.
 //
-// Four warps share a slab of 64 cells for that product. All else a warp does on its own 16 cells of it:
+// Four warps share a slab of 64 cells for wgmma, 16 cells each; they meet once a slab:
 //
-//   decode keys -> [all four] rebuild 64 channels, rotate, multiply by the queries; twice -> weights -> decode values -> add
+//   decode keys -> rebuild all channels (f16 sums) -> rotate, multiply by the queries -> weights -> decode values -> add
 //
-// The mean of a channel is added by the product itself: two more components are 1 in every row, and the matrix has the mean's
-// upper and lower half there.
+// Of the 32 components 32*s .. 32*s + 31 of a key, lane 4*r + q of a warp has the eight of group 4*s + q, of keys r and r + 8. They
+// are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order. Its columns are eight first channels of
+// rotation pairs, then their eight partners, and so on: a thread gets both of a pair, two pairs in a register.
+//
+// The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
+// and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
 #include "pairs.cuh"
 
@@ -29,22 +33,36 @@ __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// 64 rows x 64 columns += 64 x 16 times 16 x 64
+// 64 rows x 128 (64) columns += 64 x 16, of registers, times 16 x 128 (64)
 template <bool start>
-__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "setp.ne.s32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "setp.ne.s32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f16.f16.f16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n"
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
         "}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b), "n"(start ? 0 : 1));
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
+          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
+          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
+}
+
+template <bool start>
+__device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f16.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n"
+        "}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
 }
 
 // the four warps of a group meet; true where it is true for any thread
@@ -71,7 +89,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
-    using tile_t = core_tile<SLAB>;
+    constexpr int COLUMNS = D < 128 ? D : 128; // of a product
+    constexpr int GV      = D/64;              // groups of a value that a thread decodes
+    constexpr int TURN    = D/2 + 16;          // words of a position in the table of rotations: neighbours do not share banks
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -94,25 +114,18 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
     const int n_rp      = n_rot/2;
 
-    half     * matrix  = (half *)     smem;                      // [D/8 + 2 groups of components][D channels][8]
-    half     * ones    = (half *)     (smem + p.at_ones);        // [2][8 rows][8]: for all rows
+    half     * matrix  = (half *)     smem;                      // [D/8 + 2 groups of components][D columns][8]
     float    * queries = (float *)    (smem + p.at_queries);
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
-    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][D/2 + 4] (cos, sin)
+    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][TURN]: four words for pairs 16*u + 2*q, + 1, + 8, + 9 at 16*u + 4*q
     auto     * codes   = (pair_code *) (smem + p.at_codes);      // [2][D/8]
     uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
     half     * turned  = (half *) (smem + p.at_turned) + group*8*LD; // queries rotated back by the anchor
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
-    half     * tile    = (half *) (smem + p.at_tile) + group*SLAB*D; // [D/8 groups of components][SLAB cells][8]
-    half     * mine    = tile + part*16*8;
 
     //
     // what the block needs of the pack
     //
-    for (int i = threadIdx.x; i < D*(D/8); i += THREADS) {
-        const int c = i/(D/8);
-        copy_async<16>(matrix + (i%(D/8)*D + c)*8, at<half>(base, kh.decode) + pair_channel(c, rope_type, n_rot)*D + i%(D/8)*8);
-    }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
         const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
@@ -120,22 +133,38 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             copy_async<16>(tables[s] + 16*i, base + h.pairs + 16*i);
         }
     }
-    for (int i = threadIdx.x; i < SM90_FINE*(D/8); i += THREADS) {
-        copy_async<16>(fine + i/(D/8)*(D/2 + 4) + i%(D/8)*4, base + pack.turns + 16*i);
-    }
     copy_commit();
+    const auto get_channel = [&](int column) {
+        return pair_channel(column/16*16 + column%8*2 + column/8%2, rope_type, n_rot);
+    };
+#pragma unroll 2
+    for (int i = threadIdx.x; i < D*(D/32); i += THREADS) {
+        const int column = i%D;
+        const int block  = i/D; // of 32 components
+        const uint4 * from = (const uint4 *) (at<half>(base, kh.decode) + get_channel(column)*D + block*32);
+        const uint4 x[4] = { from[0], from[1], from[2], from[3] };
+        uint4 * to = (uint4 *) matrix + block*4*D + column;
+        to[0*D] = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
+        to[1*D] = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
+        to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
+        to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+    }
+    for (int i = threadIdx.x; i < SM90_FINE*(D/8); i += THREADS) {
+        const uint4 x = at<uint4>(base, pack.turns)[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
+        const int   j = i%(D/8);
+        uint32_t * to = fine + i/(D/8)*TURN + j/4*16 + j%2*8 + j/2%2*2;
+        *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
+        *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
+    }
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
     for (int i = threadIdx.x; i < 2*D; i += THREADS) {
         uint4 x = make_uint4(0, 0, 0, 0);
         if (i < D) {
-            const float mean  = at<float>(base, kh.mean)[pair_channel(i, rope_type, n_rot)];
+            const float mean  = at<float>(base, kh.mean)[get_channel(i)];
             const float upper = __half2float(__float2half(mean));
             x.x = pack_half2(upper, mean - upper);
         }
         *(uint4 *) (matrix + (D/8*D + i)*8) = x;
-        if (i < 2*8) {
-            *(uint4 *) (ones + i*8) = make_uint4(i < 8 ? 0x3c003c00 : 0, 0, 0, 0);
-        }
         if (i < D/2) {
             freq[i] = i < n_rp ? pack_freq[i] : 0;
         }
@@ -158,7 +187,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
         queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
     }
-    const int n_wide[2] = { (int) (kh.n_wide + 1)/2, (int) (vh.n_wide + 1)/2 };
+    const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
     //
@@ -192,18 +221,16 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     int anchor = INT_MIN;
     const auto set_anchor = [&](int pos) { // the group's threads together
         anchor = pos;
-        constexpr int PAIRS = D/2;
-        const int    pair = threadIdx.x%PAIRS;
-        const float2 cs   = get_rotation(pos, freq[pair]);
-        constexpr int STEP = 32*WARPS/PAIRS;
-        const int r0 = threadIdx.x%(32*WARPS)/PAIRS;
-#pragma unroll
-        for (int i = 0; i < 8/STEP; ++i) {
-            const int r = r0 + i*STEP;
-            if (r < n_row) { // the others stay zeros
-                const float2 x = *(const float2 *) (queries + r*LD + 2*pair);
-                *(uint32_t *) (turned + r*LD + 2*pair) = pack_half2(x.x*cs.x + x.y*cs.y, x.y*cs.x - x.x*cs.y);
-            }
+        constexpr int UNITS = D/4; // of two pairs
+        constexpr int STEP  = 32*WARPS/UNITS;
+        const int    i  = threadIdx.x%UNITS;
+        const float2 c0 = get_rotation(pos, freq[2*i]);
+        const float2 c1 = get_rotation(pos, freq[2*i + 1]);
+        for (int r = threadIdx.x%(32*WARPS)/UNITS; r < n_row; r += STEP) { // the others stay zeros
+            const float4 x = *(const float4 *) (queries + r*LD + 4*i);
+            half * to = turned + r*LD + i/4*16 + i%4*2;
+            *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
+            *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
         }
     };
 
@@ -285,8 +312,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     __syncthreads();
 
     const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
-    const uint64_t of_tile   = get_operand(tile, 16*SLAB, 128);
-    const uint64_t of_ones   = get_operand(ones, 16*8, 0);
+    const uint32_t one = q4 == 0 ? 0x3c003c00 : 0;
+    const uint32_t ones[4] = { one, one, 0, 0 };
+    pair_code v_code[GV]; // of groups r8 + 8*i
+#pragma unroll
+    for (int i = 0; i < GV; ++i) {
+        v_code[i] = codes[D/8 + r8 + 8*i];
+    }
+    const uint8_t * k_rows = stage[0] + skew[0];
+    const uint8_t * v_rows = stage[1] + skew[1];
 
 #pragma unroll 1
     for (; slab < slab_end; ++slab) {
@@ -307,7 +341,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]) || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
         }
         copy_wait<1>(); // the keys
-        // also: they have arrived for all threads of the warp, and the tile is free, since all have read their values
+        // also: they have arrived for all threads of the warp, and the turned queries were read by all
         if (!meet(group, seen)) {
             copy_wait<0>();
             __syncwarp();
@@ -315,12 +349,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             fetch(1, slab + 1, more);
             continue;
         }
-        const uint8_t * k_row = stage[0] + lane%16*p.stride[0] + skew[0];
-        const uint8_t * v_row = stage[1] + lane%16*p.stride[1] + skew[1];
         const int pos  = now.cell.x;
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
         const uint32_t either = __ballot_sync(0xffffffff, use == USE_EITHER);
+        const bool any_either = a.n_tokens > 1 && meet(group, either != 0); // the group multiplies together
 
         // empty cells are masked: any angle will do
         const int lowest  = warp_min(min(now.pos[0] < 0 ? INT_MAX : now.pos[0], now.pos[1] < 0 ? INT_MAX : now.pos[1]));
@@ -329,6 +362,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= SM90_FINE ? lowest : anchor;
         if (wanted != anchor) {
             set_anchor(wanted);
+            meet(group, false);
         }
         int row_pos[2];
 #pragma unroll
@@ -340,61 +374,115 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll 1
         for (int pass = 0; pass == 0 || again; ++pass) {
             // pass 0: keys that are exact for all queries, and codes; pass 1: keys that are exact for some
-            const int chosen = (pass == 0 ? use == USE_EXACT : use == USE_EITHER) ? slot : -1;
+            const int  chosen     = (pass == 0 ? use == USE_EXACT : use == USE_EITHER) ? slot : -1;
+            const bool any_chosen = __any_sync(0xffffffff, chosen != -1);
 
-            decode_pairs<D, tile_t, true>(k_row, codes, n_wide[0], get_gain(kh, k_row[0]), mine);
-            replace_rows<D, tile_t, 16>(a, GGML_KVTC_K, head, chosen, mine);
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            again = meet(group, pass == 0 && either != 0);
+            uint32_t k[KS][4];
+            {
+                const uint8_t * row[2];
+                half2 gain[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    row[i]  = k_rows + (r8 + 8*i)*p.stride[0];
+                    gain[i] = __float2half2_rn(get_gain(kh, row[i][0]));
+                }
+#pragma unroll
+                for (int s = 0; s < D/32; ++s) {
+                    const pair_code code = codes[4*s + q4];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        uint4 x = decode_eight(row[i], code);
+                        if (4*s < n_wide[0] && code.shift >> 8 > 8) {
+                            x = decode_wide(row[i], code);
+                        }
+                        k[2*s + 0][i]     = mul_half2(x.x, gain[i]);
+                        k[2*s + 0][i + 2] = mul_half2(x.y, gain[i]);
+                        k[2*s + 1][i]     = mul_half2(x.z, gain[i]);
+                        k[2*s + 1][i + 2] = mul_half2(x.w, gain[i]);
+                    }
+                }
+                if (any_chosen) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int from = __shfl_sync(0xffffffff, chosen, r8 + 8*i);
+                        if (from != -1) {
+#pragma unroll
+                            for (int s = 0; s < D/32; ++s) {
+                                const uint4 x = load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8);
+                                k[2*s + 0][i]     = x.x;
+                                k[2*s + 0][i + 2] = x.y;
+                                k[2*s + 1][i]     = x.z;
+                                k[2*s + 1][i + 2] = x.w;
+                            }
+                        }
+                    }
+                }
+            }
+            again = pass == 0 && any_either;
             if (!again) {
+                __syncwarp();
                 fetch(0, slab + 1, more);
             }
 
             // keys, rotated, times queries
             float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            const uint32_t * turn[2];
 #pragma unroll
-            for (int c0 = 0; c0 < D; c0 += 64) {
-                float k[32];
-                const uint64_t of_half = of_matrix + c0; // 16 bytes a channel
+            for (int i = 0; i < 2; ++i) {
+                turn[i] = fine + max(0, row_pos[i] - anchor)*TURN + 4*q4;
+            }
+#pragma unroll
+            for (int c0 = 0; c0 < D; c0 += COLUMNS) {
+                uint32_t x[COLUMNS/4]; // row r8, columns c0 + 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+                const uint64_t of_part = of_matrix + c0; // 16 bytes a column
                 wgmma_fence();
-                wgmma<true>(k, of_ones, of_half + D/8*D);
+                wgmma<true>(x, k[KS - 1], of_part + 2*D*(KS - 1)); // the smallest come first
 #pragma unroll
-                for (int s = 0; s < KS; ++s) {
-                    wgmma<false>(k, of_tile + 2*SLAB*s, of_half + 2*D*s);
+                for (int s = KS - 2; s >= 0; --s) {
+                    wgmma<false>(x, k[s], of_part + 2*D*s);
                 }
+                wgmma<false>(x, ones, of_part + 2*D*KS);
                 wgmma_commit();
                 wgmma_wait();
                 const auto multiply = [&](auto near) {
-                    const uint32_t * row_fine[2];
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        row_fine[i] = fine + max(0, row_pos[i] - anchor)*(D/2 + 4) + q4;
-                    }
-                    uint32_t qf[4];
+                    for (int u = 0; u < COLUMNS/32; ++u) {
+                        uint32_t qf[4];
+                        ldmatrix_x4(qf, turned + lane%8*LD + c0 + 32*u + lane/8*8);
+                        uint4 cs[2];
+                        if constexpr (decltype(near)::value) {
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) {
-                        if (c % 2 == 0) {
-                            ldmatrix_x4(qf, turned + lane%8*LD + c0 + 16*c + lane/8*8);
-                        }
-                        uint32_t kf[4];
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-                            for (int e = 0; e < 2; ++e) {
-                                const int   pair = c0/2 + 8*c + 4*j; // + q4
-                                const float x    = k[8*c + 4*j + 2*e];
-                                const float y    = k[8*c + 4*j + 2*e + 1];
-                                if constexpr (decltype(near)::value) {
-                                    const half2 f = *(const half2 *) &row_fine[e][pair];
-                                    const half2 r = __hfma2(__floats2half2_rn(x, y), __low2half2(f), __hmul2(__floats2half2_rn(-y, x), __high2half2(f)));
-                                    kf[2*j + e] = *(const uint32_t *) &r;
-                                } else {
-                                    const float2 cs = get_rotation(row_pos[e], freq[pair + q4]);
-                                    kf[2*j + e] = pack_half2(x*cs.x - y*cs.y, x*cs.y + y*cs.x);
-                                }
+                            for (int i = 0; i < 2; ++i) {
+                                cs[i] = *(const uint4 *) (turn[i] + c0/2 + 16*u);
                             }
                         }
-                        mma(w, kf, qf[c%2*2], qf[c%2*2 + 1]);
+#pragma unroll
+                        for (int m = 0; m < 2; ++m) {
+                            uint32_t kf[4];
+#pragma unroll
+                            for (int i = 0; i < 2; ++i) {
+                                half2 c, s;
+                                if constexpr (decltype(near)::value) {
+                                    const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
+                                    const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
+                                    c = *(const half2 *) &cu;
+                                    s = *(const half2 *) &su;
+                                } else {
+                                    const int    pair = c0/2 + 16*u + 8*m + 2*q4;
+                                    const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
+                                    const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
+                                    c = __floats2half2_rn(cs0.x, cs1.x);
+                                    s = __floats2half2_rn(cs0.y, cs1.y);
+                                }
+                                const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
+                                const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
+                                const half2 y0 = __hfma2(x0, c, __hneg2(__hmul2(x1, s)));
+                                const half2 y1 = __hfma2(x0, s, __hmul2(x1, c));
+                                kf[i]     = *(const uint32_t *) &y0;
+                                kf[i + 2] = *(const uint32_t *) &y1;
+                            }
+                            mma(w, kf, qf[2*m], qf[2*m + 1]);
+                        }
                     }
                 };
                 if (near) {
@@ -453,11 +541,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             } else {
                 copy_wait<1>(); // the values
             }
-            meet(group, false); // all rows have arrived, and other warps' products, which read all rows of the tile, are done
-            const float v_gain = chosen == -1 ? get_gain(vh, v_row[0]) : 1.0f;
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float g = __shfl_sync(0xffffffff, v_gain, r8 + 8*i);
+                const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
+                const float g     = coded ? get_gain(vh, v_rows[(r8 + 8*i)*p.stride[1]]) : 1.0f;
                 float v[2];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
@@ -467,18 +555,44 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
             }
 
-            decode_pairs<D, tile_t, false>(v_row, codes + D/8, n_wide[1], 1.0f, mine);
-            replace_rows<D, tile_t, 16>(a, GGML_KVTC_V, head, chosen, mine);
+            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
+            uint32_t z[4][4*GV];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const int       key = 2*q4 + n%2 + n/2*8;
+                const uint8_t * row = v_rows + key*p.stride[1];
+                const int      from = any_chosen ? __shfl_sync(0xffffffff, chosen, key) : -1;
+#pragma unroll
+                for (int i = 0; i < GV; ++i) {
+                    uint4 x = decode_eight(row, v_code[i]);
+                    if (8*i < n_wide[1] && v_code[i].shift >> 8 > 8) {
+                        x = decode_wide(row, v_code[i]);
+                    }
+                    if (from != -1) {
+                        x = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8);
+                    }
+                    z[n][4*i + 0] = x.x;
+                    z[n][4*i + 1] = x.y;
+                    z[n][4*i + 2] = x.z;
+                    z[n][4*i + 3] = x.w;
+                }
+            }
             if (!again) {
+                __syncwarp();
                 fetch(1, slab + 1, more);
             }
 #pragma unroll
             for (int t = 0; t < KS; ++t) {
                 uint32_t zv[4];
-                ldmatrix_x4_trans(zv, mine + (2*t + lane/8%2)*8*SLAB + (lane%8 + lane/16*8)*8);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int at = t + i*KS; // of the thread's components
+                    const int which = at % 2 == 0 ? 0x5410 : 0x7632;
+                    zv[i]     = __byte_perm(z[0][at/2], z[1][at/2], which);
+                    zv[i + 2] = __byte_perm(z[2][at/2], z[3][at/2], which);
+                }
                 mma(o[t], zv, wt[0], wt[1]);
             }
-            __syncwarp(); // the tile is free for the next keys
         }
     }
 
@@ -503,13 +617,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         }
 #pragma unroll
         for (int t = 0; t < KS; ++t) {
-            all_o[row*LD + 16*t + r8]     = o[t][x];
-            all_o[row*LD + 16*t + r8 + 8] = o[t][x + 2];
+            all_o[row*LD + 8*t + r8]          = o[t][x];
+            all_o[row*LD + 8*(t + KS) + r8]   = o[t][x + 2];
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
         const int r = i/D;
+        const int c = i%D;
+        const int place = (c/64*8 + c%8)*8 + c/8%8;
         float most = -INFINITY;
         for (int u = 0; u < N_WARP; ++u) {
             most = fmaxf(most, all_top[u*8 + r]);
@@ -518,12 +634,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         float total = 0.0f;
         for (int u = 0; u < N_WARP && most != -INFINITY; ++u) {
             const float f = exp2f(all_top[u*8 + r] - most);
-            value += f*all_o[(u*8 + r)*LD + i%D];
+            value += f*all_o[(u*8 + r)*LD + place];
             total += f*all_sum[u*8 + r];
         }
         const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-        values[(row*gridDim.x + blockIdx.x)*D + i%D] = value;
-        if (i%D == 0) {
+        values[(row*gridDim.x + blockIdx.x)*D + c] = value;
+        if (c == 0) {
             meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
         }
     }

@@ -144,7 +144,7 @@ struct sm90_plan {
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
-    int at_ones, at_queries, at_turned, at_freq, at_fine, at_codes, at_table[2], at_stage[2], at_tile; // the decode matrix is at 0
+    int at_queries, at_turned, at_freq, at_fine, at_codes, at_table[2], at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -174,15 +174,13 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     take((s.d/8 + 2)*s.d*16);
     p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
     p.at_table[1] = take(s.pairs[1], 1024);
-    p.at_ones     = take(2*8*16);
     p.at_queries  = take(8*(s.d + 8)*4);
     p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
     p.at_freq     = take(s.d/2*8);
-    p.at_fine     = take(SM90_FINE*(s.d/2 + 4)*4);
+    p.at_fine     = take(SM90_FINE*(s.d/2 + 16)*4);
     p.at_codes    = take(2*(s.d/8)*16);
     p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
     p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-    p.at_tile     = take(SM90_GROUPS*SLAB*s.d*2);
     p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
     return (size_t) p.shared <= gpu.shared;
 }

@@ -91,12 +91,6 @@ struct row_tile { // [row][LD]
     static constexpr int row   = LD/8;
 };
 
-template <int N>
-struct core_tile { // [group][N rows]: 8 rows are the 128 bytes that wgmma reads at once
-    static constexpr int group = N;
-    static constexpr int row   = 1;
-};
-
 // Rows that count exactly take the place of codes. slot: of this thread's row, -1 for codes
 template <int D, typename T, int SLAB>
 __device__ __forceinline__ void replace_rows(const attn_args & a, int side, int head, int slot, half * tile) {
