@@ -19,22 +19,34 @@ uint32_t table_bytes(int w) {
     return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
 }
 
-// Where each group has its tables of pairs, and their size in all. The larger come first, so that all are aligned to their size.
-// Small ones have a fifth place: odd groups start one later, so that threads which read neighbouring groups use different banks.
+// Where each group has its tables of pairs, and their size in all. Wide groups come first, then chunks of four columns of
+// GGML_KVTC_CUDA_COLUMN bytes: a group's four tables are at the same place of each. The larger come first, so that all are
+// aligned to their size.
 uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
-    const auto size = [](int w) { return w == 0 ? 0u : w > 4 ? 16u << w : (w <= 2 ? 20u : 16u) << 2*w; };
+    constexpr uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN;
     std::vector<int> order(G);
     for (int g = 0; g < G; ++g) {
         order[g] = g;
     }
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return size(w[a]) > size(w[b]); });
-    uint32_t used = 0;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return w[a] > w[b]; });
+    uint32_t used   = 0;
+    uint32_t column = COLUMN; // bytes used of the last chunk's
     at.resize(G);
     for (int g : order) {
-        at[g] = used + (g % 2 == 1 && (w[g] == 1 || w[g] == 2) ? size(w[g])/5 : 0);
-        used += size(w[g]);
+        if (w[g] > 4) {
+            at[g] = used;
+            used  = (used + (16u << w[g]) + COLUMN - 1)/COLUMN*COLUMN;
+            continue;
+        }
+        const uint32_t size = w[g] == 0 ? 4 : 4u << 2*w[g];
+        if (column + size > COLUMN) {
+            used  += 4*COLUMN;
+            column = 0;
+        }
+        at[g]   = used - 4*COLUMN + column;
+        column += w[g] == 0 ? 0 : size; // groups without bits share their zeros
     }
-    return (used + 15)/16*16 + 16; // zeros for groups without bits
+    return used;
 }
 
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
@@ -93,7 +105,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         bounds_at[g] = first_bound[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
         const bool pair = w[g] > 0 && w[g] <= 4;
-        pair_codes[g] = { w[g] == 0 ? tmp.n_pairs - 16 : pairs_at[g], at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+        pair_codes[g] = { pairs_at[g], at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         at += 8*w[g];
         if (w[g] == 0) {
             continue;
@@ -108,19 +120,20 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
                 bounds[first_bound[g] + i*8 + c] = (level[c*n + i] + level[c*n + i + 1])*0.5f;
             }
         }
-        const auto put_table = [&](uint8_t * to, bool in_pairs) {
-            auto * entry = (ggml_fp16_t *) to;
-            for (int i = 0; in_pairs && i < 4*n*n; ++i) {
-                const int c = i/(n*n)*2;
-                entry[2*i]     = levels[first_level[g] + c*n + i%n];
-                entry[2*i + 1] = levels[first_level[g] + (c + 1)*n + i/n%n];
-            }
-            if (!in_pairs) {
-                std::copy_n(levels + first_level[g], 8*n, entry);
+        const auto put_pairs = [&](uint8_t * to, int stride) {
+            for (int p = 0; p < 4; ++p) {
+                auto * entry = (ggml_fp16_t *) (to + p*stride);
+                for (int i = 0; i < n*n; ++i) {
+                    entry[2*i]     = levels[first_level[g] + 2*p*n + i%n];
+                    entry[2*i + 1] = levels[first_level[g] + (2*p + 1)*n + i/n];
+                }
             }
         };
-        put_table(tables + table, w[g] <= 3);
-        put_table(pairs + pairs_at[g], w[g] <= 4);
+        const auto put_single = [&](uint8_t * to) {
+            std::copy_n(levels + first_level[g], 8*n, (ggml_fp16_t *) to);
+        };
+        w[g] <= 3 ? put_pairs(tables + table,       4*n*n)                 : put_single(tables + table);
+        w[g] <= 4 ? put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN) : put_single(pairs + pairs_at[g]);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];

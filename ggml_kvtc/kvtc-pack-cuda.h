@@ -10,7 +10,8 @@
 
 #include <stdint.h>
 
-#define GGML_KVTC_CUDA_TURNS      64
+#define GGML_KVTC_CUDA_TURNS      128
+#define GGML_KVTC_CUDA_COLUMN     1024        // bytes from a group's table of pairs to its next one
 #define GGML_KVTC_CUDA_PACK_MAGIC 0x4356544cu // "LTVC"
 
 struct ggml_kvtc_cuda_head {
@@ -45,8 +46,8 @@ struct ggml_kvtc_cuda_code {
     uint32_t table;      // byte offset in the head's tables
 };
 
-// The same for lookups in pairs. Tables are aligned to their size: four for a group, [4^w] pairs each; for more than 4 bits one,
-// [8][2^w] f16. Groups without bits share 16 bytes of zeros.
+// The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
+// size; for more than 4 bits one, [8][2^w] f16. Groups without bits have a pair of zeros in each place.
 struct ggml_kvtc_cuda_pair_code {
     uint32_t table;      // byte offset of the group's first table in pairs
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4

@@ -65,6 +65,12 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
 }
 
+// the two components that are 1 in every row. The compiler must not make them between products: it would wait for these
+__device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
+    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
+    asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
+}
+
 // the four warps of a group meet; true where it is true for any thread
 __device__ __forceinline__ bool meet(int group, bool x) {
     int any;
@@ -119,6 +125,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][TURN]: four words for pairs 16*u + 2*q, + 1, + 8, + 9 at 16*u + 4*q
     auto     * codes   = (pair_code *) (smem + p.at_codes);      // [2][D/8]
+    int2     * ranges  = (int2 *)     (smem + p.at_ranges) + group*2*WARPS; // positions of each warp's cells, of this slab and the next
     uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
     half     * turned  = (half *) (smem + p.at_turned) + group*8*LD; // queries rotated back by the anchor
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
@@ -149,7 +156,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
         to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
     }
-    for (int i = threadIdx.x; i < SM90_FINE*(D/8); i += THREADS) {
+    for (int i = threadIdx.x; i < p.n_fine*(D/8); i += THREADS) {
         const uint4 x = at<uint4>(base, pack.turns)[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
         const int   j = i%(D/8);
         uint32_t * to = fine + i/(D/8)*TURN + j/4*16 + j%2*8 + j/2%2*2;
@@ -251,36 +258,43 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         n_rows[s] = c < n_copy && j < 16 ? max(1, (16 << p.lanes[s])/32) : 0;
     }
     const auto fetch = [&](int s, int slab, bool inside) {
-        int       row  = slab*SLAB + 16*part + (lane >> p.lanes[s]);
-        uint8_t * to   = target[s];
+        const int row  = slab*SLAB + 16*part + (lane >> p.lanes[s]);
         const int step = 32 >> p.lanes[s];
         const int n    = inside ? n_rows[s] : 0;
-#pragma unroll 1
-        for (int i = 0; i < n; ++i) {
-            const uint8_t * from = source[s] + (int64_t) min(row, a.n_kv - 1)*(int) a.nb_row[s];
-            if (p.unit == 16) {
+        uint8_t * to   = target[s];
+        const uint8_t * from = source[s] + (int64_t) row*(int) a.nb_row[s];
+        if (p.unit == 16 && (slab + 1)*SLAB <= a.n_kv) {
+            const int jump = step*(int) a.nb_row[s];
+#pragma unroll 2
+            for (int i = 0; i < n; ++i) {
                 copy_async<16>(to, from);
-            } else if (p.unit == 8) {
-                copy_async<8>(to, from);
-            } else {
-                copy_async<4>(to, from);
+                from += jump;
+                to   += step*p.stride[s];
             }
-            row += step;
-            to  += step*p.stride[s];
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < n; ++i) {
+                from = source[s] + (int64_t) min(row + i*step, a.n_kv - 1)*(int) a.nb_row[s];
+                if (p.unit == 16) {
+                    copy_async<16>(to, from);
+                } else if (p.unit == 8) {
+                    copy_async<8>(to, from);
+                } else {
+                    copy_async<4>(to, from);
+                }
+                to += step*p.stride[s];
+            }
         }
         copy_commit();
     };
     struct ahead { // what is read from global memory a slab ahead
-        int2 cell;   // of lane % 16
-        int  pos[2]; // of cells lane and lane + 32 of the slab
+        int2 cell; // of lane % 16
         half mask[2][2];
     };
     const auto look = [&](int slab, ahead & x) {
         const int first = slab*SLAB + 16*part;
         const int mine  = first + lane%16;
-        x.cell   = info[min(mine, a.n_kv - 1)];
-        x.pos[0] = info[min(slab*SLAB + lane,      a.n_kv - 1)].x;
-        x.pos[1] = info[min(slab*SLAB + lane + 32, a.n_kv - 1)].x;
+        x.cell = info[min(mine, a.n_kv - 1)];
         if (a.n_tokens == 1) {
             x.mask[0][0] = mine >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine] : __ushort_as_half(0);
             return;
@@ -312,15 +326,10 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     __syncthreads();
 
     const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
-    const uint32_t one = q4 == 0 ? 0x3c003c00 : 0;
-    const uint32_t ones[4] = { one, one, 0, 0 };
-    pair_code v_code[GV]; // of groups r8 + 8*i
-#pragma unroll
-    for (int i = 0; i < GV; ++i) {
-        v_code[i] = codes[D/8 + r8 + 8*i];
-    }
-    const uint8_t * k_rows = stage[0] + skew[0];
-    const uint8_t * v_rows = stage[1] + skew[1];
+    const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
+    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
+    const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
+    const float gain_base[2] = { kh.gain_base, vh.gain_base };
 
 #pragma unroll 1
     for (; slab < slab_end; ++slab) {
@@ -340,9 +349,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         } else {
             seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]) || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
         }
+        // empty cells are masked: any angle will do for them
+        const int lowest_here  = warp_min(now.cell.x < 0 ? INT_MAX : now.cell.x);
+        const int highest_here = warp_max(now.cell.x);
+        if (lane == 0) {
+            ranges[slab%2*WARPS + part] = make_int2(lowest_here, highest_here);
+        }
         copy_wait<1>(); // the keys
         // also: they have arrived for all threads of the warp, and the turned queries were read by all
-        if (!meet(group, seen)) {
+        if (!__any_sync(0xffffffff, meet(group, seen))) {
             copy_wait<0>();
             __syncwarp();
             fetch(0, slab + 1, more);
@@ -353,13 +368,18 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
         const uint32_t either = __ballot_sync(0xffffffff, use == USE_EITHER);
-        const bool any_either = a.n_tokens > 1 && meet(group, either != 0); // the group multiplies together
+        const bool any_either = a.n_tokens > 1 && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
-        // empty cells are masked: any angle will do
-        const int lowest  = warp_min(min(now.pos[0] < 0 ? INT_MAX : now.pos[0], now.pos[1] < 0 ? INT_MAX : now.pos[1]));
-        const int highest = warp_max(max(now.pos[0], now.pos[1]));
-        const bool near = n_rp > 0 && highest - lowest < SM90_FINE && lowest != INT_MAX;
-        const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= SM90_FINE ? lowest : anchor;
+        int lowest  = INT_MAX;
+        int highest = -1;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) {
+            const int2 range = ranges[slab%2*WARPS + i];
+            lowest  = min(lowest, range.x);
+            highest = max(highest, range.y);
+        }
+        const bool near = n_rp > 0 && highest - lowest < p.n_fine && lowest != INT_MAX;
+        const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= p.n_fine ? lowest : anchor;
         if (wanted != anchor) {
             set_anchor(wanted);
             meet(group, false);
@@ -378,27 +398,40 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             const bool any_chosen = __any_sync(0xffffffff, chosen != -1);
 
             uint32_t k[KS][4];
+            const auto put = [&k](int s, int i, const uint4 & x, half2 gain) {
+                k[2*s + 0][i]     = mul_half2(x.x, gain);
+                k[2*s + 0][i + 2] = mul_half2(x.y, gain);
+                k[2*s + 1][i]     = mul_half2(x.z, gain);
+                k[2*s + 1][i + 2] = mul_half2(x.w, gain);
+            };
             {
                 const uint8_t * row[2];
                 half2 gain[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    row[i]  = k_rows + (r8 + 8*i)*p.stride[0];
-                    gain[i] = __float2half2_rn(get_gain(kh, row[i][0]));
+                    row[i]  = k_rows + 8*i*p.stride[0];
+                    gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
                 }
 #pragma unroll
                 for (int s = 0; s < D/32; ++s) {
-                    const pair_code code = codes[4*s + q4];
+                    const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        uint4 x = decode_eight(row[i], code);
-                        if (4*s < n_wide[0] && code.shift >> 8 > 8) {
-                            x = decode_wide(row[i], code);
+                        put(s, i, decode_eight(row[i], code), gain[i]);
+                    }
+                }
+                if (n_wide[0] > 0) {
+#pragma unroll
+                    for (int s = 0; s < D/32; ++s) {
+                        if (4*s < n_wide[0]) {
+                            const pair_code code = load_code(codes + 4*s + q4);
+                            if (is_wide(code)) {
+#pragma unroll
+                                for (int i = 0; i < 2; ++i) {
+                                    put(s, i, decode_wide(row[i], code), gain[i]);
+                                }
+                            }
                         }
-                        k[2*s + 0][i]     = mul_half2(x.x, gain[i]);
-                        k[2*s + 0][i + 2] = mul_half2(x.y, gain[i]);
-                        k[2*s + 1][i]     = mul_half2(x.z, gain[i]);
-                        k[2*s + 1][i + 2] = mul_half2(x.w, gain[i]);
                     }
                 }
                 if (any_chosen) {
@@ -408,11 +441,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                         if (from != -1) {
 #pragma unroll
                             for (int s = 0; s < D/32; ++s) {
-                                const uint4 x = load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8);
-                                k[2*s + 0][i]     = x.x;
-                                k[2*s + 0][i + 2] = x.y;
-                                k[2*s + 1][i]     = x.z;
-                                k[2*s + 1][i + 2] = x.w;
+                                put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
                             }
                         }
                     }
@@ -435,6 +464,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             for (int c0 = 0; c0 < D; c0 += COLUMNS) {
                 uint32_t x[COLUMNS/4]; // row r8, columns c0 + 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
                 const uint64_t of_part = of_matrix + c0; // 16 bytes a column
+                uint32_t ones[4];
+                set_ones(ones);
                 wgmma_fence();
                 wgmma<true>(x, k[KS - 1], of_part + 2*D*(KS - 1)); // the smallest come first
 #pragma unroll
@@ -493,24 +524,29 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
+            if (a.softcap != 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    w[i] = a.softcap*LOG2E*tanhf(w[i]);
+                }
+            }
             bool rises = false;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float & v = w[2*i + x];
-                    if (a.softcap != 0.0f) {
-                        v = a.softcap*LOG2E*tanhf(v);
-                    }
                     v += slope[x]*__half2float(now.mask[i][x]);
-                    if (either && token[x] >= 0) {
-                        const bool some = either >> (r8 + 8*i) & 1;
-                        const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
-                        if (pass == 0 ? ex : !ex) {
-                            v = -INFINITY;
+                    if (any_either) {
+                        if (either && token[x] >= 0) {
+                            const bool some = either >> (r8 + 8*i) & 1;
+                            const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
+                            if (pass == 0 ? ex : !ex) {
+                                v = -INFINITY;
+                            }
+                        } else if (pass == 1) {
+                            v = -INFINITY; // another warp of the group has keys for this pass
                         }
-                    } else if (pass == 1) {
-                        v = -INFINITY; // another warp of the group has keys for this pass
                     }
                     rises = rises || v > top[x];
                 }
@@ -545,7 +581,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
-                const float g     = coded ? get_gain(vh, v_rows[(r8 + 8*i)*p.stride[1]]) : 1.0f;
+                const float g     = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
                 float v[2];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
@@ -557,24 +593,42 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 
             // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
             uint32_t z[4][4*GV];
+            const auto keep = [&z](int n, int i, const uint4 & x) {
+                z[n][4*i + 0] = x.x;
+                z[n][4*i + 1] = x.y;
+                z[n][4*i + 2] = x.z;
+                z[n][4*i + 3] = x.w;
+            };
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const int       key = 2*q4 + n%2 + n/2*8;
-                const uint8_t * row = v_rows + key*p.stride[1];
-                const int      from = any_chosen ? __shfl_sync(0xffffffff, chosen, key) : -1;
+            for (int i = 0; i < GV; ++i) {
+                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+                }
+            }
+            if (n_wide[1] > 0) {
 #pragma unroll
                 for (int i = 0; i < GV; ++i) {
-                    uint4 x = decode_eight(row, v_code[i]);
-                    if (8*i < n_wide[1] && v_code[i].shift >> 8 > 8) {
-                        x = decode_wide(row, v_code[i]);
+                    const pair_code code = load_code(codes + D/8 + r8 + 8*i);
+                    if (8*i < n_wide[1] && is_wide(code)) {
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) {
+                            keep(n, i, decode_wide(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+                        }
                     }
+                }
+            }
+            if (any_chosen) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const int from = __shfl_sync(0xffffffff, chosen, 2*q4 + n%2 + n/2*8);
                     if (from != -1) {
-                        x = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8);
+#pragma unroll
+                        for (int i = 0; i < GV; ++i) {
+                            keep(n, i, load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8));
+                        }
                     }
-                    z[n][4*i + 0] = x.x;
-                    z[n][4*i + 1] = x.y;
-                    z[n][4*i + 2] = x.z;
-                    z[n][4*i + 3] = x.w;
                 }
             }
             if (!again) {

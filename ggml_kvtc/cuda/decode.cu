@@ -295,7 +295,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
             }
 
             // keys' coefficients
-            decode_slab<D, row_tile<LD>, SLAB, true>(a, GGML_KVTC_K, head, k_row + skew[0], codes, tables[0], get_gain(kh, k_row[skew[0]]), chosen, tile);
+            decode_slab<D, row_tile<LD>, SLAB, true>(a, GGML_KVTC_K, head, k_row + skew[0], codes, tables[0], get_gain(kh.gain_base, k_row[skew[0]]), chosen, tile);
             uint32_t z[MT][KS][4];
 #pragma unroll
             for (int s = 0; s < KS; ++s) {
@@ -427,7 +427,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
                 }
             }
             uint32_t wt[MT][NQ][2];
-            const float v_gain = chosen == -1 ? get_gain(vh, v_row[skew[1]]) : 1.0f;
+            const float v_gain = chosen == -1 ? get_gain(vh.gain_base, v_row[skew[1]]) : 1.0f;
 #pragma unroll
             for (int i = 0; i < NR; ++i) {
                 const float g = __shfl_sync(0xffffffff, v_gain, r8 + 8*i);

@@ -135,7 +135,6 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 //
 
 constexpr int SM90_GROUPS = 3;
-constexpr int SM90_FINE   = GGML_KVTC_CUDA_TURNS; // positions in the table of rotations
 
 struct sm90_plan {
     int n_slab;
@@ -144,7 +143,8 @@ struct sm90_plan {
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
-    int at_queries, at_turned, at_freq, at_fine, at_codes, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int n_fine;            // positions in the table of rotations: slabs within them share an anchor
+    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_table[2], at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -169,20 +169,26 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     const int most    = ceil_div(p.n_slab, SM90_GROUPS);
     p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
     p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-    int used = 0;
-    const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-    take((s.d/8 + 2)*s.d*16);
-    p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
-    p.at_table[1] = take(s.pairs[1], 1024);
-    p.at_queries  = take(8*(s.d + 8)*4);
-    p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
-    p.at_freq     = take(s.d/2*8);
-    p.at_fine     = take(SM90_FINE*(s.d/2 + 16)*4);
-    p.at_codes    = take(2*(s.d/8)*16);
-    p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
-    p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-    p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
-    return (size_t) p.shared <= gpu.shared;
+    for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
+        int used = 0;
+        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+        take((s.d/8 + 2)*s.d*16);
+        p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
+        p.at_table[1] = take(s.pairs[1], 1024);
+        p.at_queries  = take(8*(s.d + 8)*4);
+        p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
+        p.at_freq     = take(s.d/2*8);
+        p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
+        p.at_codes    = take(2*(s.d/8)*16);
+        p.at_ranges   = take(2*n_warp*8);
+        p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
+        p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
+        p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
+        if ((size_t) p.shared <= gpu.shared) {
+            return true;
+        }
+    }
+    return false;
 }
 
 //

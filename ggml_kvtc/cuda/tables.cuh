@@ -51,8 +51,8 @@ __device__ __forceinline__ uint4 decode_group(const uint8_t * row, int byte, con
     return make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-__device__ __forceinline__ float get_gain(const ggml_kvtc_cuda_head & head, uint8_t code) {
-    return code == 0 ? 0.0f : head.gain_base*exp2f((float) code/GGML_KVTC_GAIN_STEPS);
+__device__ __forceinline__ float get_gain(float base, uint8_t code) {
+    return code == 0 ? 0.0f : base*exp2f((float) code/GGML_KVTC_GAIN_STEPS);
 }
 
 // n groups of W bits, of which this thread takes every step-th. Loads of several groups are on their way together: the compiler
