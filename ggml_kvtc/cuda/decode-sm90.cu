@@ -31,9 +31,11 @@ __device__ __forceinline__ uint64_t get_operand(const void * at, int next_k, int
 
 __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// 64 rows x 128 (64) columns += 64 x 16, of registers, times 16 x 128 (64)
+template <int n>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory"); }
+
+// 64 rows x 64 columns += 64 x 16, of registers, times 16 x 64
 template <bool start>
 __device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
@@ -86,7 +88,8 @@ __device__ __forceinline__ bool meet(int group, bool x) {
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int D, int GROUPS>
+// ONE: one token, whose keys either count exactly or do not
+template <int D, int GROUPS, bool ONE>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -95,7 +98,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int COLUMNS = D < 128 ? D : 128; // of a product
+    constexpr int PARTS   = 1; constexpr int COLS = D/PARTS;             // of a product: each is waited for alone
     constexpr int GV      = D/64;              // groups of a value that a thread decodes
     constexpr int TURN    = D/2 + 16;          // words of a position in the table of rotations: neighbours do not share banks
     ggml_cuda_pdl_lc();
@@ -203,7 +206,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int * query_pos = a.query_pos + stream*a.n_tokens;
     int min_pos = query_pos[0];
     int max_pos = min_pos;
-    for (int t = 1; t < a.n_tokens; ++t) {
+    for (int t = 1; !ONE && t < a.n_tokens; ++t) {
         min_pos = min(min_pos, query_pos[t]);
         max_pos = max(max_pos, query_pos[t]);
     }
@@ -212,7 +215,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int r = 2*q4 + e;
-        token[e] = r < n_row ? r/a.group : -1;
+        token[e] = r >= n_row ? -1 : ONE ? 0 : r/a.group;
         slope[e] = LOG2E*alibi_slope(a, head*a.group + r%a.group);
     }
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
@@ -289,22 +292,22 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     };
     struct ahead { // what is read from global memory a slab ahead
         int2 cell; // of lane % 16
-        half mask[2][2];
+        half mask[ONE ? 1 : 2][2];
     };
     const auto look = [&](int slab, ahead & x) {
         const int first = slab*SLAB + 16*part;
         const int mine  = first + lane%16;
         x.cell = info[min(mine, a.n_kv - 1)];
-        if (a.n_tokens == 1) {
+        if constexpr (ONE) {
             x.mask[0][0] = mine >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine] : __ushort_as_half(0);
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int cell = first + r8 + 8*i;
+            for (int i = 0; i < 2; ++i) {
+                const int cell = first + r8 + 8*i;
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                x.mask[i][e] = cell >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : mask ? mask[token[e]*a.ne_m1 + cell] : __ushort_as_half(0);
+                for (int e = 0; e < 2; ++e) {
+                    x.mask[i][e] = cell >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : mask ? mask[token[e]*a.ne_m1 + cell] : __ushort_as_half(0);
+                }
             }
         }
     };
@@ -338,16 +341,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         if (more) {
             look(slab + 1, next);
         }
-        bool seen;
-        if (a.n_tokens == 1) {
-            seen = is_seen(now.mask[0][0]);
-            const half mine = now.mask[0][0];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                now.mask[i][0] = now.mask[i][1] = __shfl_sync(0xffffffff, mine, r8 + 8*i);
-            }
-        } else {
-            seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]) || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
+        bool seen = is_seen(now.mask[0][0]);
+        if constexpr (!ONE) {
+            seen = seen || is_seen(now.mask[0][1]) || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
         }
         // empty cells are masked: any angle will do for them
         const int lowest_here  = warp_min(now.cell.x < 0 ? INT_MAX : now.cell.x);
@@ -367,8 +363,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int pos  = now.cell.x;
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
-        const uint32_t either = __ballot_sync(0xffffffff, use == USE_EITHER);
-        const bool any_either = a.n_tokens > 1 && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
+        const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
+        const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
         int lowest  = INT_MAX;
         int highest = -1;
@@ -460,24 +456,50 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             for (int i = 0; i < 2; ++i) {
                 turn[i] = fine + max(0, row_pos[i] - anchor)*TURN + 4*q4;
             }
+            uint32_t x[PARTS][COLS/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+            uint32_t ones[4];
+            set_ones(ones);
+            wgmma_fence();
 #pragma unroll
-            for (int c0 = 0; c0 < D; c0 += COLUMNS) {
-                uint32_t x[COLUMNS/4]; // row r8, columns c0 + 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
-                const uint64_t of_part = of_matrix + c0; // 16 bytes a column
-                uint32_t ones[4];
-                set_ones(ones);
-                wgmma_fence();
-                wgmma<true>(x, k[KS - 1], of_part + 2*D*(KS - 1)); // the smallest come first
+            for (int c = 0; c < PARTS; ++c) {
+                const uint64_t of_part = of_matrix + COLS*c; // 16 bytes a column
+                wgmma<true>(x[c], k[KS - 1], of_part + 2*D*(KS - 1)); // the smallest come first
 #pragma unroll
                 for (int s = KS - 2; s >= 0; --s) {
-                    wgmma<false>(x, k[s], of_part + 2*D*s);
+                    wgmma<false>(x[c], k[s], of_part + 2*D*s);
                 }
-                wgmma<false>(x, ones, of_part + 2*D*KS);
+                wgmma<false>(x[c], ones, of_part + 2*D*KS);
                 wgmma_commit();
-                wgmma_wait();
+            }
+            if (again) {
+                copy_wait<0>();
+            } else {
+                copy_wait<1>(); // the values
+            }
+            __syncwarp();
+            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS.
+            // The first of these groups while the products are made
+            uint32_t z[4][4*GV];
+            const auto keep = [&z](int n, int i, const uint4 & x) {
+                z[n][4*i + 0] = x.x;
+                z[n][4*i + 1] = x.y;
+                z[n][4*i + 2] = x.z;
+                z[n][4*i + 3] = x.w;
+            };
+            const auto decode_values = [&](int i) {
+                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+                }
+            };
+#pragma unroll
+            for (int c = 0; c < PARTS; ++c) {
+                c == PARTS - 1 ? wgmma_wait<0>() : wgmma_wait<1>();
+                const int c0 = COLS*c;
                 const auto multiply = [&](auto near) {
 #pragma unroll
-                    for (int u = 0; u < COLUMNS/32; ++u) {
+                    for (int u = 0; u < COLS/32; ++u) {
                         uint32_t qf[4];
                         ldmatrix_x4(qf, turned + lane%8*LD + c0 + 32*u + lane/8*8);
                         uint4 cs[2];
@@ -492,23 +514,23 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                             uint32_t kf[4];
 #pragma unroll
                             for (int i = 0; i < 2; ++i) {
-                                half2 c, s;
+                                half2 cos, sin;
                                 if constexpr (decltype(near)::value) {
                                     const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
                                     const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
-                                    c = *(const half2 *) &cu;
-                                    s = *(const half2 *) &su;
+                                    cos = *(const half2 *) &cu;
+                                    sin = *(const half2 *) &su;
                                 } else {
                                     const int    pair = c0/2 + 16*u + 8*m + 2*q4;
                                     const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
                                     const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                    c = __floats2half2_rn(cs0.x, cs1.x);
-                                    s = __floats2half2_rn(cs0.y, cs1.y);
+                                    cos = __floats2half2_rn(cs0.x, cs1.x);
+                                    sin = __floats2half2_rn(cs0.y, cs1.y);
                                 }
-                                const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
-                                const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
-                                const half2 y0 = __hfma2(x0, c, __hneg2(__hmul2(x1, s)));
-                                const half2 y1 = __hfma2(x0, s, __hmul2(x1, c));
+                                const half2 x0 = *(const half2 *) &x[c][8*u + 4*m + i];
+                                const half2 x1 = *(const half2 *) &x[c][8*u + 4*m + i + 2];
+                                const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
+                                const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
                                 kf[i]     = *(const uint32_t *) &y0;
                                 kf[i + 2] = *(const uint32_t *) &y1;
                             }
@@ -536,7 +558,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float & v = w[2*i + x];
-                    v += slope[x]*__half2float(now.mask[i][x]);
+                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
                     if (any_either) {
                         if (either && token[x] >= 0) {
                             const bool some = either >> (r8 + 8*i) & 1;
@@ -572,12 +594,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             uint32_t wt[2];
-            if (again) {
-                copy_wait<0>();
-            } else {
-                copy_wait<1>(); // the values
-            }
-            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
@@ -591,21 +607,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
             }
 
-            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
-            uint32_t z[4][4*GV];
-            const auto keep = [&z](int n, int i, const uint4 & x) {
-                z[n][4*i + 0] = x.x;
-                z[n][4*i + 1] = x.y;
-                z[n][4*i + 2] = x.z;
-                z[n][4*i + 3] = x.w;
-            };
 #pragma unroll
             for (int i = 0; i < GV; ++i) {
-                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
-                }
+                decode_values(i);
             }
             if (n_wide[1] > 0) {
 #pragma unroll
@@ -703,9 +707,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #endif
 }
 
-template <int D, int GROUPS>
+template <int D, int GROUPS, bool ONE>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = decode_cells_sm90<D, GROUPS>;
+    const auto kernel = decode_cells_sm90<D, GROUPS, ONE>;
     allow_shared_memory((const void *) kernel, p.shared);
     ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, values, meta);
 }
@@ -714,8 +718,8 @@ void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * m
 
 void decode_sm90(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: return launch< 64, SM90_GROUPS>(a, p, values, meta, stream);
-        case 128: return launch<128, SM90_GROUPS>(a, p, values, meta, stream);
+        case  64: return a.n_tokens == 1 ? launch< 64, SM90_GROUPS, true>(a, p, values, meta, stream) : launch< 64, SM90_GROUPS, false>(a, p, values, meta, stream);
+        case 128: return a.n_tokens == 1 ? launch<128, SM90_GROUPS, true>(a, p, values, meta, stream) : launch<128, SM90_GROUPS, false>(a, p, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }
