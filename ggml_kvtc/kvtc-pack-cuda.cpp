@@ -104,8 +104,9 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         levels_at[g] = first_level[g];
         bounds_at[g] = first_bound[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
-        const bool pair = w[g] > 0 && w[g] <= 4;
-        pair_codes[g] = { pairs_at[g], at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+        const bool     pair = w[g] > 0 && w[g] <= 4;
+        const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
+        pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         at += 8*w[g];
         if (w[g] == 0) {
             continue;
@@ -120,20 +121,20 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
                 bounds[first_bound[g] + i*8 + c] = (level[c*n + i] + level[c*n + i + 1])*0.5f;
             }
         }
-        const auto put_pairs = [&](uint8_t * to, int stride) {
+        const auto put_pairs = [&](uint8_t * to, int stride, uint32_t swap) {
             for (int p = 0; p < 4; ++p) {
                 auto * entry = (ggml_fp16_t *) (to + p*stride);
                 for (int i = 0; i < n*n; ++i) {
-                    entry[2*i]     = levels[first_level[g] + 2*p*n + i%n];
-                    entry[2*i + 1] = levels[first_level[g] + (2*p + 1)*n + i/n];
+                    entry[2*(i ^ swap)]     = levels[first_level[g] + 2*p*n + i%n];
+                    entry[2*(i ^ swap) + 1] = levels[first_level[g] + (2*p + 1)*n + i/n];
                 }
             }
         };
         const auto put_single = [&](uint8_t * to) {
             std::copy_n(levels + first_level[g], 8*n, (ggml_fp16_t *) to);
         };
-        w[g] <= 3 ? put_pairs(tables + table,       4*n*n)                 : put_single(tables + table);
-        w[g] <= 4 ? put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN) : put_single(pairs + pairs_at[g]);
+        w[g] <= 3 ? put_pairs(tables + table, 4*n*n, 0)                 : put_single(tables + table);
+        w[g] <= 4 ? put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN, swap) : put_single(pairs + pairs_at[g]);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];

@@ -49,7 +49,7 @@ struct ggml_kvtc_cuda_code {
 // The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
 // size; for more than 4 bits one, [8][2^w] f16. Groups without bits have a pair of zeros in each place.
 struct ggml_kvtc_cuda_pair_code {
-    uint32_t table;      // byte offset of the group's first table in pairs
+    uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or)
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
     uint32_t shift;      // bits from there to the first code | 2*width << 8
     uint32_t mask;       // of a pair's index, times 4; 0 for more than 4 bits

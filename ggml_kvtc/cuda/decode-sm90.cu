@@ -12,6 +12,7 @@
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
+#include "hopper.cuh"
 #include "pairs.cuh"
 
 #include <type_traits>
@@ -20,73 +21,7 @@ namespace kvtc {
 
 namespace {
 
-constexpr int WARPS = 4; // of a group
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// K-major operand without swizzle: cores of 8 rows x 16 bytes; `next_k`, `next_row` bytes apart
-__device__ __forceinline__ uint64_t get_operand(const void * at, int next_k, int next_row) {
-    const uint32_t address = (uint32_t) __cvta_generic_to_shared(at);
-    return (uint64_t) ((address & 0x3ffff) >> 4) | (uint64_t) (next_k >> 4) << 16 | (uint64_t) (next_row >> 4) << 32;
-}
-
-__device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int n>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory"); }
-
-// 64 rows x 64 columns += 64 x 16, of registers, times 16 x 64
-template <bool start>
-__device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.s32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f16.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
-        "}\n"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
-          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
-          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
-          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
-}
-
-template <bool start>
-__device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.s32 p, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f16.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n"
-        "}\n"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
-          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
-}
-
-// the two components that are 1 in every row. The compiler must not make them between products: it would wait for these
-__device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
-    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
-    asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
-}
-
-// the four warps of a group meet; true where it is true for any thread
-__device__ __forceinline__ bool meet(int group, bool x) {
-    int any;
-    asm volatile(
-        "{\n"
-        ".reg .pred p, q;\n"
-        "setp.ne.s32 p, %1, 0;\n"
-        "barrier.cta.red.or.pred.aligned q, %2, %3, p;\n"
-        "selp.s32 %0, 1, 0, q;\n"
-        "}\n"
-        : "=r"(any) : "r"((int) x), "r"(group + 1), "n"(32*WARPS) : "memory");
-    return any != 0;
-}
-#endif // __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int WARPS = GROUP_WARPS;
 
 // ONE: one token, whose keys either count exactly or do not
 template <int D, int GROUPS, bool ONE>
@@ -98,7 +33,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int PARTS   = 1; constexpr int COLS = D/PARTS;             // of a product: each is waited for alone
     constexpr int GV      = D/64;              // groups of a value that a thread decodes
     constexpr int TURN    = D/2 + 16;          // words of a position in the table of rotations: neighbours do not share banks
     ggml_cuda_pdl_lc();
@@ -456,93 +390,63 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             for (int i = 0; i < 2; ++i) {
                 turn[i] = fine + max(0, row_pos[i] - anchor)*TURN + 4*q4;
             }
-            uint32_t x[PARTS][COLS/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+            uint32_t x[D/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
             uint32_t ones[4];
             set_ones(ones);
             wgmma_fence();
+            wgmma<true>(x, k[KS - 1], of_matrix + 2*D*(KS - 1)); // the smallest come first
 #pragma unroll
-            for (int c = 0; c < PARTS; ++c) {
-                const uint64_t of_part = of_matrix + COLS*c; // 16 bytes a column
-                wgmma<true>(x[c], k[KS - 1], of_part + 2*D*(KS - 1)); // the smallest come first
-#pragma unroll
-                for (int s = KS - 2; s >= 0; --s) {
-                    wgmma<false>(x[c], k[s], of_part + 2*D*s);
-                }
-                wgmma<false>(x[c], ones, of_part + 2*D*KS);
-                wgmma_commit();
+            for (int s = KS - 2; s >= 0; --s) {
+                wgmma<false>(x, k[s], of_matrix + 2*D*s);
             }
-            if (again) {
-                copy_wait<0>();
-            } else {
-                copy_wait<1>(); // the values
-            }
-            __syncwarp();
-            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS.
-            // The first of these groups while the products are made
-            uint32_t z[4][4*GV];
-            const auto keep = [&z](int n, int i, const uint4 & x) {
-                z[n][4*i + 0] = x.x;
-                z[n][4*i + 1] = x.y;
-                z[n][4*i + 2] = x.z;
-                z[n][4*i + 3] = x.w;
-            };
-            const auto decode_values = [&](int i) {
-                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
+            wgmma<false>(x, ones, of_matrix + 2*D*KS);
+            wgmma_commit();
+            wgmma_wait();
+            const auto multiply = [&](auto near) {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
-                }
-            };
+                for (int u = 0; u < D/32; ++u) {
+                    uint32_t qf[4];
+                    ldmatrix_x4(qf, turned + lane%8*LD + 32*u + lane/8*8);
+                    uint4 cs[2];
+                    if constexpr (decltype(near)::value) {
 #pragma unroll
-            for (int c = 0; c < PARTS; ++c) {
-                c == PARTS - 1 ? wgmma_wait<0>() : wgmma_wait<1>();
-                const int c0 = COLS*c;
-                const auto multiply = [&](auto near) {
-#pragma unroll
-                    for (int u = 0; u < COLS/32; ++u) {
-                        uint32_t qf[4];
-                        ldmatrix_x4(qf, turned + lane%8*LD + c0 + 32*u + lane/8*8);
-                        uint4 cs[2];
-                        if constexpr (decltype(near)::value) {
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                cs[i] = *(const uint4 *) (turn[i] + c0/2 + 16*u);
-                            }
-                        }
-#pragma unroll
-                        for (int m = 0; m < 2; ++m) {
-                            uint32_t kf[4];
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                half2 cos, sin;
-                                if constexpr (decltype(near)::value) {
-                                    const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                                    const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
-                                    cos = *(const half2 *) &cu;
-                                    sin = *(const half2 *) &su;
-                                } else {
-                                    const int    pair = c0/2 + 16*u + 8*m + 2*q4;
-                                    const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                                    const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                    cos = __floats2half2_rn(cs0.x, cs1.x);
-                                    sin = __floats2half2_rn(cs0.y, cs1.y);
-                                }
-                                const half2 x0 = *(const half2 *) &x[c][8*u + 4*m + i];
-                                const half2 x1 = *(const half2 *) &x[c][8*u + 4*m + i + 2];
-                                const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
-                                const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
-                                kf[i]     = *(const uint32_t *) &y0;
-                                kf[i + 2] = *(const uint32_t *) &y1;
-                            }
-                            mma(w, kf, qf[2*m], qf[2*m + 1]);
+                        for (int i = 0; i < 2; ++i) {
+                            cs[i] = *(const uint4 *) (turn[i] + 16*u);
                         }
                     }
-                };
-                if (near) {
-                    multiply(std::true_type());
-                } else {
-                    multiply(std::false_type());
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        uint32_t kf[4];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            half2 cos, sin;
+                            if constexpr (decltype(near)::value) {
+                                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
+                                const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
+                                cos = *(const half2 *) &cu;
+                                sin = *(const half2 *) &su;
+                            } else {
+                                const int    pair = 16*u + 8*m + 2*q4;
+                                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
+                                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
+                                cos = __floats2half2_rn(cs0.x, cs1.x);
+                                sin = __floats2half2_rn(cs0.y, cs1.y);
+                            }
+                            const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
+                            const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
+                            const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
+                            const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
+                            kf[i]     = *(const uint32_t *) &y0;
+                            kf[i + 2] = *(const uint32_t *) &y1;
+                        }
+                        mma(w, kf, qf[2*m], qf[2*m + 1]);
+                    }
                 }
+            };
+            if (near) {
+                multiply(std::true_type());
+            } else {
+                multiply(std::false_type());
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
@@ -594,6 +498,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             uint32_t wt[2];
+            if (again) {
+                copy_wait<0>();
+            } else {
+                copy_wait<1>(); // the values
+            }
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
@@ -607,9 +517,21 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
             }
 
+            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
+            uint32_t z[4][4*GV];
+            const auto keep = [&z](int n, int i, const uint4 & x) {
+                z[n][4*i + 0] = x.x;
+                z[n][4*i + 1] = x.y;
+                z[n][4*i + 2] = x.z;
+                z[n][4*i + 3] = x.w;
+            };
 #pragma unroll
             for (int i = 0; i < GV; ++i) {
-                decode_values(i);
+                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+                }
             }
             if (n_wide[1] > 0) {
 #pragma unroll

@@ -28,8 +28,8 @@ __device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_co
     const uint32_t   b1   = __funnelshift_r(b0, 0, two - 2); // shifts modulo 32: what wide and empty groups get does not count
     const uint32_t   b2   = __funnelshift_r(b1, 0, two);
     const uint32_t   b3   = __funnelshift_r(b2, 0, two);
-    return make_uint4(look_up((b0 << 2 & code.mask) | code.table), look_up<1*GGML_KVTC_CUDA_COLUMN>((b1 & code.mask) | code.table),
-        look_up<2*GGML_KVTC_CUDA_COLUMN>((b2 & code.mask) | code.table), look_up<3*GGML_KVTC_CUDA_COLUMN>((b3 & code.mask) | code.table));
+    return make_uint4(look_up((b0 << 2 & code.mask) ^ code.table), look_up<1*GGML_KVTC_CUDA_COLUMN>((b1 & code.mask) ^ code.table),
+        look_up<2*GGML_KVTC_CUDA_COLUMN>((b2 & code.mask) ^ code.table), look_up<3*GGML_KVTC_CUDA_COLUMN>((b3 & code.mask) ^ code.table));
 }
 
 // eight codes of more than 4 bits
