@@ -41,6 +41,11 @@ def fit_model(
     """Captures, fits and returns the calibration with the fitter behind it. Raises FormatError (one line)."""
     mark = fingerprint(model)
     info = ModelInfo(model)
+    for kind in info.undecodable():
+        progress.console.print(
+            f"kvtc: warning: the gguf package cannot decode {kind}, the type of attn_output.weight: values are scored "
+            "without it; a calibration made from another quantization of this model scores them by it"
+        )
     shape: dict[int, tuple[int, int]] = {}
 
     def moments(sample: LayerSample) -> None:

@@ -43,6 +43,17 @@ class ModelInfo:
         heads = np.asarray(weight, np.float32).reshape(-1, n_head, d).transpose(1, 2, 0)
         return heads @ heads.transpose(0, 2, 1)
 
+    def undecodable(self) -> list[str]:
+        """Types of output projections that the gguf package cannot decode: `gram` is the identity for these."""
+        types = set()
+        for name, tensor in self.tensors.items():
+            if name.endswith(".attn_output.weight"):
+                try:
+                    quants.dequantize(tensor.data[:1], tensor.tensor_type)
+                except NotImplementedError:
+                    types.add(tensor.tensor_type.name)
+        return sorted(types)
+
     def _number(self, key: str, kind: GGUFValueType) -> int | float | None:
         try:
             return self.reader.value(f"{self.architecture}.{key}", kind)

@@ -114,6 +114,17 @@ def test_captured_keys_are_the_rotated_ones_before_rope(model: Path) -> None:
         np.testing.assert_allclose(sample.k[0], sample.k_rope[0], rtol=1e-5)
 
 
+def test_an_output_projection_of_unknown_type_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(data: np.ndarray, kind: object) -> np.ndarray:
+        raise NotImplementedError(kind)
+
+    monkeypatch.setattr("kvtc_gguf.model_info.quants.dequantize", refuse)
+    result = run(model, "--chunks", 2, "--ctx-size", 256)
+    assert result.exit_code == 0
+    assert result.output.count("warning: the gguf package cannot decode F") == 1
+    assert (ModelInfo(model).gram(0, 4, 32) == np.eye(32)).all()
+
+
 def test_sampled_text_is_the_same_every_time(model: Path) -> None:
     with LlamaCapture(model, 256, 2) as capture:
         first, second = capture.sample(3, 64, seed=1), capture.sample(3, 64, seed=1)
