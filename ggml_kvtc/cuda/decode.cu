@@ -295,7 +295,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
             }
 
             // keys' coefficients
-            decode_slab<D, row_tile<LD>, SLAB, true>(a, GGML_KVTC_K, head, k_row + skew[0], codes, tables[0], get_gain(kh.gain_base, k_row[skew[0]]), chosen, tile);
+            decode_slab<D, LD, SLAB, true>(a, GGML_KVTC_K, head, k_row + skew[0], codes, tables[0], get_gain(kh.gain_base, k_row[skew[0]]), chosen, tile);
             uint32_t z[MT][KS][4];
 #pragma unroll
             for (int s = 0; s < KS; ++s) {
@@ -444,7 +444,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
             }
 
             // values' coefficients
-            decode_slab<D, row_tile<LD>, SLAB, false>(a, GGML_KVTC_V, head, v_row + skew[1], codes + D/8, tables[1], 1.0f, chosen, tile);
+            decode_slab<D, LD, SLAB, false>(a, GGML_KVTC_V, head, v_row + skew[1], codes + D/8, tables[1], 1.0f, chosen, tile);
 #pragma unroll
             for (int t = 0; t < KS; ++t) {
 #pragma unroll

@@ -165,9 +165,9 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
         copy_wait<0>();
         __syncwarp();
 
-        decode_slab<D, row_tile<LD>, 16, true>(a, GGML_KVTC_V, head, v_row, codes + D/8, tables[1], get_gain(vh.gain_base, v_row[0]), mine.slot, tile);
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_V, head, v_row, codes + D/8, tables[1], get_gain(vh.gain_base, v_row[0]), mine.slot, tile);
         write(values + first + (int64_t) col0*D);
-        decode_slab<D, row_tile<LD>, 16, true>(a, GGML_KVTC_K, head, k_row, codes, tables[0], get_gain(kh.gain_base, k_row[0]), mine.slot, tile);
+        decode_slab<D, LD, 16, true>(a, GGML_KVTC_K, head, k_row, codes, tables[0], get_gain(kh.gain_base, k_row[0]), mine.slot, tile);
         uint32_t z[KS][4];
         int pos[2];
 #pragma unroll

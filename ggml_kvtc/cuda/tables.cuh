@@ -57,7 +57,7 @@ __device__ __forceinline__ float get_gain(float base, uint8_t code) {
 
 // n groups of W bits, of which this thread takes every step-th. Loads of several groups are on their way together: the compiler
 // would not move them over a store.
-template <int W, bool with_gain, int stride>
+template <int W, bool with_gain>
 __device__ __forceinline__ void decode_run(const uint8_t * row, int byte, const uint8_t * table, int n, int step, half2 gain, uint4 * out) {
     constexpr int U     = W <= 4 ? 4 : 2;
     constexpr int bytes = W <= 3 ? 16 << 2*W : 16 << W; // of a group's table
@@ -75,24 +75,17 @@ __device__ __forceinline__ void decode_run(const uint8_t * row, int byte, const 
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            out[(i + u*step)*stride] = x[u];
+            out[i + u*step] = x[u];
         }
     }
 #pragma unroll 1
     for (; i < n; i += step) {
-        out[i*stride] = decode(i);
+        out[i] = decode(i);
     }
 }
 
-// Tiles of coefficients: where eight neighbouring components of a row lie, in units of these eight.
-template <int LD>
-struct row_tile { // [row][LD]
-    static constexpr int group = 1;
-    static constexpr int row   = LD/8;
-};
-
-// Rows that count exactly take the place of codes. slot: of this thread's row, -1 for codes
-template <int D, typename T, int SLAB>
+// Rows that count exactly take the place of codes; LD halves lie between rows of the tile. slot: of this thread's row, -1 for codes
+template <int D, int LD, int SLAB>
 __device__ __forceinline__ void replace_rows(const attn_args & a, int side, int head, int slot, half * tile) {
     const int lane = threadIdx.x % 32;
     if (__any_sync(0xffffffff, slot != -1)) {
@@ -109,7 +102,7 @@ __device__ __forceinline__ void replace_rows(const attn_args & a, int side, int 
                 const int piece = (i0 + i)*32 + lane;
                 const int key   = piece/(D/8);
                 const int from  = __shfl_sync(0xffffffff, slot, key);
-                at[i] = from == -1 ? -1 : key*T::row + piece%(D/8)*T::group;
+                at[i] = from == -1 ? -1 : key*(LD/8) + piece%(D/8);
                 if (from != -1) {
                     x[i] = load_exact(a, side, D, head, from, piece%(D/8)*8);
                 }
@@ -127,34 +120,34 @@ __device__ __forceinline__ void replace_rows(const attn_args & a, int side, int 
 
 // Coefficients of SLAB rows as f16. row: this thread's. The gain is applied, unless it is 1 for all rows of every slab
 // (values: it is part of their weights). Exact rows take the place of codes where slot != -1.
-template <int D, typename T, int SLAB, bool with_gain>
+template <int D, int LD, int SLAB, bool with_gain>
 __device__ __forceinline__ void decode_slab(const attn_args & a, int side, int head, const uint8_t * row, const ggml_kvtc_cuda_code * codes, const uint8_t * tables,
                                             float gain, int slot, half * tile) {
     constexpr int step = 32/SLAB;
     const int    lane = threadIdx.x % 32;
     const half2  g2   = __floats2half2_rn(gain, gain);
-    uint4      * out  = (uint4 *) tile + lane%SLAB*T::row;
+    uint4      * out  = (uint4 *) tile + lane%SLAB*(LD/8);
 #pragma unroll 1
     for (int g = 0; g < D/8; ) {
         const ggml_kvtc_cuda_code code = codes[g];
         const uint8_t * table = tables + code.table;
         switch (code.width) {
-            case 1: decode_run<1, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 2: decode_run<2, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 3: decode_run<3, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 4: decode_run<4, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 5: decode_run<5, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 6: decode_run<6, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
-            case 8: decode_run<8, with_gain, T::group>(row, code.byte, table, code.run, step, g2, out + g*T::group); break;
+            case 1: decode_run<1, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 2: decode_run<2, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 3: decode_run<3, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 4: decode_run<4, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 5: decode_run<5, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 6: decode_run<6, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 8: decode_run<8, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
             default:
                 for (int i = 0; i < code.run; ++i) {
-                    out[(g + i)*T::group] = make_uint4(0, 0, 0, 0);
+                    out[g + i] = make_uint4(0, 0, 0, 0);
                 }
                 break;
         }
         g += code.run;
     }
-    replace_rows<D, T, SLAB>(a, side, head, slot, tile);
+    replace_rows<D, LD, SLAB>(a, side, head, slot, tile);
 }
 
 // 16 channels times 16 components of the decode matrix, whose rows lie in the order of pairs in shared memory (D + 8 apart), but
