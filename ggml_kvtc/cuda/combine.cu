@@ -9,26 +9,9 @@ namespace {
 template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 ? 2*D : 256; // a multiple of D
 template <int D> constexpr int N_SLICE   = N_THREADS<D>/(D/8);                 // slices of components
 
-// the largest logit of one row and what its sums are multiplied by; share of the tokens in the sum of weights (sink logits have
-// the rest)
-// `lanes` neighbouring threads ask for it together
-template <int lanes>
-__device__ __forceinline__ float2 get_norm(const attn_args & a, const float2 * meta, int n_split, int64_t row, float & share) {
-    const int lane = threadIdx.x % lanes;
-    float top = -INFINITY;
-    for (int s = lane; s < n_split; s += lanes) {
-        top = fmaxf(top, meta[row*n_split + s].x);
-    }
-    if constexpr (lanes > 1) {
-        top = warp_reduce_max<lanes>(top);
-    }
-    float total = 0.0f;
-    for (int s = lane; s < n_split && top != -INFINITY; s += lanes) {
-        total += exp2f(meta[row*n_split + s].x - top)*meta[row*n_split + s].y;
-    }
-    if constexpr (lanes > 1) {
-        total = warp_reduce_sum<lanes>(total);
-    }
+// what a row's sums are multiplied by, from the largest logit and the sum of weights; share of the tokens in all weights (sink
+// logits have the rest)
+__device__ __forceinline__ float2 get_norm(const attn_args & a, int64_t row, float top, float total, float & share) {
     float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
     float sink  = 0.0f;
     if (a.sinks) {
@@ -47,15 +30,10 @@ __device__ __forceinline__ int64_t get_row(const attn_args & a, int head_kv, int
     return (int64_t) (i/a.group)*a.n_head + head_kv*a.group + i%a.group;
 }
 
-struct output {
-    char  * dst;
-    int64_t nb1, nb2, nb3;
-
-    __device__ float * at(const attn_args & a, int64_t row) const {
-        const int64_t token = row/a.n_head;
-        return (float *) (dst + row%a.n_head*nb1 + token%a.n_tokens*nb2 + token/a.n_tokens*nb3);
-    }
-};
+__device__ __forceinline__ float * get_output(const attn_args & a, const output & out, int64_t row) {
+    const int64_t token = row/a.n_head;
+    return (float *) (out.dst + row%a.n_head*out.nb1 + token%a.n_tokens*out.nb2 + token/a.n_tokens*out.nb3);
+}
 
 template <int D>
 __launch_bounds__(N_THREADS<D>)
@@ -85,8 +63,18 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     ggml_cuda_pdl_sync();
 
     const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
+    float top   = -INFINITY;
+    float total = 0.0f;
+    for (int s = threadIdx.x % 32; s < n_split; s += 32) { // every warp for itself
+        top = fmaxf(top, meta[row*n_split + s].x);
+    }
+    top = warp_reduce_max(top);
+    for (int s = threadIdx.x % 32; s < n_split && top != -INFINITY; s += 32) {
+        total += exp2f(meta[row*n_split + s].x - top)*meta[row*n_split + s].y;
+    }
+    total = warp_reduce_sum(total);
     float seen;
-    const float2 norm = get_norm<32>(a, meta, n_split, row, seen);
+    const float2 norm = get_norm(a, row, top, total, seen);
     {
         const int c = threadIdx.x % D;
         float value = 0.0f;
@@ -136,7 +124,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
         for (int s = 0; s < SLICE; ++s) {
             sum += part[s][threadIdx.x];
         }
-        out.at(a, row)[threadIdx.x] = sum + mean*seen;
+        get_output(a, out, row)[threadIdx.x] = sum + mean*seen;
     }
 }
 
@@ -147,19 +135,22 @@ template <int D> constexpr int MANY_K    = D <= 128 ? (D + 31)/32*32 : 64; // co
 // The sums as f16 times the matrix: what rounding them changes is below what f16 attention rounds.
 template <int D>
 __launch_bounds__(32*MANY_WARPS)
-__global__ void combine_many(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
+__global__ void combine_many(const attn_args a, const partial_sums p, const output out) {
     constexpr int ROWS  = MANY_ROWS<D>;
     constexpr int K     = MANY_K<D>;
     constexpr int LD    = (D + 31)/32*32 + 8;
     constexpr int TILES = ROWS/16;             // of rows: a warp takes one
     constexpr int PARTS = MANY_WARPS/TILES;    // of the channels
     constexpr int N     = D/8/PARTS;           // channels of a warp, by 8
-    static_assert(D/8 % PARTS == 0, "channels do not divide evenly");
+    constexpr int LANES = (LD - 8)/4;          // threads that read a row's sums
+    constexpr int HELD  = ROWS*LANES/(32*MANY_WARPS); // pieces of sums of a thread, which are on their way together
+    static_assert(D/8 % PARTS == 0 && ROWS*LANES % (32*MANY_WARPS) == 0, "channels or sums do not divide evenly");
     extern __shared__ __align__(16) half many[];
     half  * sums   = many;                     // [ROWS][LD]
     half  * matrix = many + ROWS*LD;           // [K][D + 8]
     __shared__ float  seen[ROWS];
     __shared__ float2 norm[ROWS];              // largest logit, what a row is multiplied by
+    __shared__ int64_t place[ROWS];
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -168,40 +159,87 @@ __global__ void combine_many(const attn_args a, const float * values, const floa
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * from = at<half>(pack, head.decode); // [component][channel]
 
-    if (threadIdx.x < ROWS) {
-        const int i = blockIdx.x*ROWS + threadIdx.x;
-        norm[threadIdx.x] = make_float2(0.0f, 0.0f);
-        seen[threadIdx.x] = 0.0f;
-        if (i < n_row) {
-            float total;
-            norm[threadIdx.x] = get_norm<1>(a, meta, n_split, get_row(a, blockIdx.y, i), total);
-            seen[threadIdx.x] = total;
-        }
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < ROWS*((LD - 8)/4); j += 32*MANY_WARPS) {
-        const int r = j/((LD - 8)/4);
-        const int c = j%((LD - 8)/4)*4;
-        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (norm[r].y != 0.0f && c < D) {
-            const int64_t row = get_row(a, blockIdx.y, blockIdx.x*ROWS + r);
-            for (int s = 0; s < n_split; ++s) {
-                const float  f = exp2f(meta[row*n_split + s].x - norm[r].x)*norm[r].y;
-                const float4 y = *(const float4 *) (values + (row*n_split + s)*D + c);
-                x = make_float4(x.x + f*y.x, x.y + f*y.y, x.z + f*y.z, x.w + f*y.w);
+    const auto load_matrix = [&](int k0) {
+        for (int i = threadIdx.x; i < K*(D/8); i += 32*MANY_WARPS) {
+            const int k = i/(D/8);
+            half * to = matrix + k*(D + 8) + i%(D/8)*8;
+            if (k0 + k < D) {
+                copy_async<16>(to, from + (k0 + k)*D + i%(D/8)*8);
+            } else {
+                *(uint4 *) to = make_uint4(0, 0, 0, 0);
             }
         }
-        *(uint2 *) (sums + r*LD + c) = make_uint2(pack_half2(x.x, x.y), pack_half2(x.z, x.w));
+        copy_commit();
+    };
+    load_matrix(0);
+    if (threadIdx.x < ROWS) {
+        const int     i   = blockIdx.x*ROWS + threadIdx.x;
+        const int64_t row = get_row(a, blockIdx.y, min(i, n_row - 1));
+        const int64_t at  = get_place(a, p, row);
+        float2 sum = p.old_meta ? p.old_meta[row] : make_float2(-INFINITY, 0.0f);
+        for (int chunk = 0; chunk < p.n_chunk; ++chunk) {
+            for (int s = 0; s < p.n_split; ++s) {
+                const float2 m = get_meta(p, at, chunk, s);
+                if (m.x != -INFINITY) {
+                    const float top = fmaxf(sum.x, m.x);
+                    sum = make_float2(top, (sum.x == -INFINITY ? 0.0f : exp2f(sum.x - top)*sum.y) + exp2f(m.x - top)*m.y);
+                }
+            }
+        }
+        norm [threadIdx.x] = get_norm(a, row, sum.x, sum.y, seen[threadIdx.x]);
+        place[threadIdx.x] = at;
+    }
+    __syncthreads();
+    {
+        float4 x[HELD];
+        const auto add = [&](int k, const float2 & m, const float4 & y) {
+            const float2 n = norm[(k*32*MANY_WARPS + threadIdx.x)/LANES];
+            const float  f = m.x == -INFINITY ? 0.0f : exp2f(m.x - n.x)*n.y;
+            if (f != 0.0f) { // else y may be anything
+                x[k] = make_float4(x[k].x + f*y.x, x[k].y + f*y.y, x[k].z + f*y.z, x[k].w + f*y.w);
+            }
+        };
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            const int j = k*32*MANY_WARPS + threadIdx.x;
+            const int c = min(j%LANES*4, D - 4);
+            x[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (p.old_meta) {
+                const int64_t row = get_row(a, blockIdx.y, min(blockIdx.x*ROWS + j/LANES, n_row - 1));
+                add(k, p.old_meta[row], *(const float4 *) (p.old_values + row*D + c));
+            }
+        }
+        for (int chunk = 0; chunk < p.n_chunk; ++chunk) {
+            for (int s = 0; s < p.n_split; ++s) {
+                float2 m[HELD];
+                float4 y[HELD];
+#pragma unroll
+                for (int k = 0; k < HELD; ++k) {
+                    const int j = k*32*MANY_WARPS + threadIdx.x;
+                    m[k] = get_meta    (p, place[j/LANES], chunk, s);
+                    y[k] = get_value<D>(p, place[j/LANES], chunk, s, min(j%LANES*4, D - 4));
+                }
+#pragma unroll
+                for (int k = 0; k < HELD; ++k) {
+                    add(k, m[k], y[k]);
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            const int j = k*32*MANY_WARPS + threadIdx.x;
+            *(uint2 *) (sums + j/LANES*LD + j%LANES*4) = make_uint2(pack_half2(x[k].x, x[k].y), pack_half2(x[k].z, x[k].w));
+        }
     }
     const int tile = warp%TILES;
     const int n0   = warp/TILES*N;
     float acc[N][4] = {};
     for (int k0 = 0; k0 < D; k0 += K) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < K*(D/8); i += 32*MANY_WARPS) {
-            const int k = i/(D/8);
-            *(uint4 *) (matrix + k*(D + 8) + i%(D/8)*8) = k0 + k < D ? *(const uint4 *) (from + (k0 + k)*D + i%(D/8)*8) : make_uint4(0, 0, 0, 0);
+        if (k0 > 0) {
+            __syncthreads();
+            load_matrix(k0);
         }
+        copy_wait<0>();
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < K; k += 32) {
@@ -225,7 +263,7 @@ __global__ void combine_many(const attn_args a, const float * values, const floa
         const int r = 16*tile + lane/4 + 8*e;
         const int i = blockIdx.x*ROWS + r;
         if (i < n_row) {
-            float * to = out.at(a, get_row(a, blockIdx.y, i));
+            float * to = get_output(a, out, get_row(a, blockIdx.y, i));
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const int c = 8*(n0 + n) + lane%4*2;
@@ -237,28 +275,52 @@ __global__ void combine_many(const attn_args a, const float * values, const floa
 }
 
 template <int D>
-void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, char * dst, int64_t nb1, int64_t nb2, int64_t nb3, cudaStream_t stream) {
-    const int    per_kv = a.n_tokens*a.n_stream*a.group;
-    const output out    = { dst, nb1, nb2, nb3 };
+void launch_many(const attn_args & a, const partial_sums & sums, const output & out, cudaStream_t stream) {
+    constexpr size_t shared = (MANY_ROWS<D>*((D + 31)/32*32 + 8) + MANY_K<D>*(D + 8))*sizeof(half);
+    const int per_kv = a.n_tokens*a.n_stream*a.group;
+    allow_shared_memory((const void *) combine_many<D>, shared);
+    combine_many<D><<<dim3((per_kv + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head_kv), 32*MANY_WARPS, shared, stream>>>(a, sums, out);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int D>
+void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const output & out, cudaStream_t stream) {
+    const int per_kv = a.n_tokens*a.n_stream*a.group;
     if (per_kv <= 64) {
         ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream }, a, values, meta, n_split, out);
-    } else {
-        constexpr size_t shared = (MANY_ROWS<D>*((D + 31)/32*32 + 8) + MANY_K<D>*(D + 8))*sizeof(half);
-        allow_shared_memory((const void *) combine_many<D>, shared);
-        combine_many<D><<<dim3((per_kv + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head_kv), 32*MANY_WARPS, shared, stream>>>(a, values, meta, n_split, out);
+        CUDA_CHECK(cudaGetLastError());
+        return;
     }
-    CUDA_CHECK(cudaGetLastError());
+    partial_sums sums = {};
+    sums.meta       = meta;
+    sums.values     = values;
+    sums.n_chunk    = 1;
+    sums.n_split    = n_split;
+    sums.split_step = 1;
+    sums.to_log2    = 1.0f;
+    launch_many<D>(a, sums, out, stream);
 }
 
 } // namespace
 
-void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, char * dst, int64_t nb1, int64_t nb2, int64_t nb3, cudaStream_t stream) {
+void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const output & out, cudaStream_t stream) {
     switch (d) {
-        case  64: return launch< 64>(a, values, meta, n_split, dst, nb1, nb2, nb3, stream);
-        case  80: return launch< 80>(a, values, meta, n_split, dst, nb1, nb2, nb3, stream);
-        case  96: return launch< 96>(a, values, meta, n_split, dst, nb1, nb2, nb3, stream);
-        case 128: return launch<128>(a, values, meta, n_split, dst, nb1, nb2, nb3, stream);
-        case 256: return launch<256>(a, values, meta, n_split, dst, nb1, nb2, nb3, stream);
+        case  64: return launch< 64>(a, values, meta, n_split, out, stream);
+        case  80: return launch< 80>(a, values, meta, n_split, out, stream);
+        case  96: return launch< 96>(a, values, meta, n_split, out, stream);
+        case 128: return launch<128>(a, values, meta, n_split, out, stream);
+        case 256: return launch<256>(a, values, meta, n_split, out, stream);
+        default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
+    }
+}
+
+void combine(const attn_args & a, int d, const partial_sums & sums, const output & out, cudaStream_t stream) {
+    switch (d) {
+        case  64: return launch_many< 64>(a, sums, out, stream);
+        case  80: return launch_many< 80>(a, sums, out, stream);
+        case  96: return launch_many< 96>(a, sums, out, stream);
+        case 128: return launch_many<128>(a, sums, out, stream);
+        case 256: return launch_many<256>(a, sums, out, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

@@ -1,11 +1,19 @@
 // From partial sums in coefficient space to the operation's result.
 #pragma once
 
-#include "device.cuh"
+#include "sums.cuh"
 
 namespace kvtc {
 
-// values, meta: as decode() leaves them, n_split of them for each row. dst: f32 [d, n_head, n_tokens, n_stream]
-void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, char * dst, int64_t nb1, int64_t nb2, int64_t nb3, cudaStream_t stream);
+// f32 [d, n_head, n_tokens, n_stream]
+struct output {
+    char  * dst;
+    int64_t nb1, nb2, nb3;
+};
+
+// values, meta: as decode() leaves them, n_split of them for each row
+void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const output & out, cudaStream_t stream);
+// as prefill() leaves them
+void combine(const attn_args & a, int d, const partial_sums & sums, const output & out, cudaStream_t stream);
 
 } // namespace kvtc

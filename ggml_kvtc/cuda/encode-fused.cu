@@ -1,6 +1,6 @@
 // Decode's write: transform, code and store a few vectors in one kernel, in place of a product, a sum and a write.
 #include "kvtc-cuda.h"
-#include "device.cuh"
+#include "encode.cuh"
 
 #include "ggml-impl.h"
 
@@ -8,30 +8,11 @@ namespace kvtc {
 
 namespace {
 
-constexpr int MAX_TOKENS = 16;
+constexpr int MAX_TOKENS = 16; // more go to encode-many.cu
 constexpr int THREADS    = 256;
 constexpr int WARPS      = THREADS/32;
 constexpr int LANES      = GGML_KVTC_GROUP;
 constexpr int NARROW     = 16; // levels of a component that are loaded before they are needed, all at once
-
-struct fused_side {
-    const char  * x;             // f32 [d, token, head]
-    int64_t       nb_x1, nb_x2;
-    const float * encode;        // [head][d][d]
-    const float * bias;          // [head][d]
-    char        * z;             // f32 [d, token, head]
-    int64_t       nb_z1, nb_z2;
-    const int64_t * idxs;
-    const char  * pack;
-    uint8_t     * rows;
-    int64_t       nb_row;
-};
-
-struct fused_args {
-    fused_side side[2]; // keys and values, or one of them
-    int        index[2];
-    int        d, n_head;
-};
 
 // Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
 __device__ __forceinline__ double2 ordered_sums(const double (&x)[2][GGML_KVTC_MAX_DIM], int d, double (&lanes)[2][LANES]) {
@@ -252,12 +233,12 @@ struct fused_nodes {
 };
 
 // product, sum and write of codes from node i on, if a kernel may do them at once
-bool find_write(const ggml_cgraph * graph, int i, fused_nodes & f) {
+bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
     if (i >= graph->n_nodes) {
         return false;
     }
     f.product = graph->nodes[i];
-    if (f.product->op != GGML_OP_MUL_MAT || f.product->src[0]->type != GGML_TYPE_F32 || f.product->ne[1] > MAX_TOKENS) {
+    if (f.product->op != GGML_OP_MUL_MAT || f.product->src[0]->type != GGML_TYPE_F32) {
         return false;
     }
     const int i_sum = next_node(graph, i);
@@ -277,7 +258,7 @@ bool find_write(const ggml_cgraph * graph, int i, fused_nodes & f) {
     const int64_t d = encode->ne[0];
     // nothing else may read the product, which is not written
     return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
+        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && (f.product->ne[1] <= MAX_TOKENS || encode_many_supports(cc, (int) d)) && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
         x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) &&
         bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
 }
@@ -317,8 +298,9 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
         ggml_cuda_kvtc_set_exact(ctx, node, next);
         return j - i;
     }
+    const int cc = ggml_cuda_info().devices[ctx.device].cc;
     fused_nodes f;
-    if (!find_write(graph, i, f)) {
+    if (!find_write(graph, i, cc, f)) {
         return 0;
     }
     fused_args a;
@@ -327,12 +309,18 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     a.side [0] = a.side [1] = get_side(f);
     a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
     fused_nodes g;
-    const bool both = find_write(graph, next_node(graph, f.last), g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
+    const bool both = find_write(graph, next_node(graph, f.last), cc, g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
         g.product->ne[1] == f.product->ne[1] && !overlap(f.sum, g.product->src[1]) && !overlap(g.sum, f.product->src[1]) && !overlap(f.sum, g.sum);
     if (both) {
         a.side [1] = get_side(g);
         a.index[1] = ggml_get_op_params_i32(g.write, 0);
     }
-    ggml_cuda_kernel_launch(transform_and_write, { dim3(a.n_head, (int) f.product->ne[1], both ? 2 : 1), THREADS, 0, ctx.stream() }, a);
+    a.n_side   = both ? 2 : 1;
+    a.n_tokens = (int) f.product->ne[1];
+    if (a.n_tokens > MAX_TOKENS) {
+        encode_many(a, ctx.stream());
+    } else {
+        ggml_cuda_kernel_launch(transform_and_write, { dim3(a.n_head, a.n_tokens, a.n_side), THREADS, 0, ctx.stream() }, a);
+    }
     return (both ? g.last : f.last) - i;
 }

@@ -1,4 +1,4 @@
-// Queries, keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode.cu, but rotated to
+// Keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode.cu, but rotated to
 // their positions, in f32, and written out.
 #include "expand.cuh"
 #include "tables.cuh"
@@ -34,38 +34,24 @@ __device__ __forceinline__ void get_query_range(const attn_args & a, int stream,
     max_pos = hi;
 }
 
-// cell of a column, and its exact row: in a list, all keys count exactly; elsewhere those that do for all queries
+// cell of a column, and its exact row: in the list, all keys count exactly; elsewhere those that do for all queries
 struct column_cell {
     int cell, pos, slot;
 };
 
 __device__ __forceinline__ column_cell get_cell(const attn_args & a, const columns & c, int stream, int col, int min_pos, int max_pos) {
     column_cell x;
-    if (c.list) {
+    const bool listed = col >= c.n_cell;
+    if (listed) {
         const int end = c.list_end[stream];
-        x.cell = end > 0 ? c.list[(int64_t) stream*c.n_list + min(c.first + col, end - 1)] : 0;
+        x.cell = end > 0 ? c.list[(int64_t) stream*c.n_list + min(c.entry + col - c.n_cell, end - 1)] : 0;
     } else {
         x.cell = min(c.first + col, a.n_kv - 1);
     }
     const int2 info = a.info[(int64_t) stream*a.n_kv + x.cell];
     x.pos  = info.x;
-    x.slot = info.x >= 0 && (c.list || get_use(a, info.x, info.y, min_pos, max_pos) == USE_EXACT) ? info.y : -1;
+    x.slot = info.x >= 0 && (listed || get_use(a, info.x, info.y, min_pos, max_pos) == USE_EXACT) ? info.y : -1;
     return x;
-}
-
-__global__ void copy_queries(const attn_args a, int d, float * out) {
-    const int i = blockIdx.x*blockDim.x + threadIdx.x; // of a token's
-    if (i >= a.n_head*d) {
-        return;
-    }
-    const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) find_pack(a.pack);
-    const int n_rot  = pack.rope_type == GGML_KVTC_ROPE_NONE ? 0 : pack.rope_n_rot;
-    const int c      = i%d;
-    const int head   = i/d;
-    const int token  = blockIdx.y;
-    const int stream = blockIdx.z;
-    const float x = *(const float *) (a.q + token*a.nb_q1 + head*a.nb_q2 + stream*a.nb_q3 + pair_channel(c, pack.rope_type, n_rot)*sizeof(float));
-    out[((int64_t) stream*a.n_tokens + token)*a.n_head*d + i] = c < n_rot ? x*pack.rope_mscale : x;
 }
 
 template <int D, bool in_shared>
@@ -88,6 +74,7 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
     const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
+    const float mscale  = pack.rope_mscale;
 
     float    * mean   = (float *)    (smem + p.at_mean);
     uint64_t * freq   = (uint64_t *) (smem + p.at_freq);
@@ -201,8 +188,17 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
                 for (int e = 0; e < 2; ++e) {
                     const float x = k[j][2*e];
                     const float y = k[j][2*e + 1];
-                    const float2 cs = get_rotation(pos[e], freq[8*n + 4*j + q4]);
-                    *(uint32_t *) (tile + (r8 + 8*e)*LD + 16*n + 8*j + 2*q4) = pack_half2(x*cs.x - y*cs.y, x*cs.y + y*cs.x);
+                    const int    i  = 8*n + 4*j + q4; // pair
+                    const float2 cs = get_rotation(pos[e], freq[i]);
+                    const float  m  = 2*i < n_rot ? mscale : 1.0f;
+                    half * to = tile + (r8 + 8*e)*LD;
+                    const half2 turned = __floats2half2_rn(m*(x*cs.x - y*cs.y), m*(x*cs.y + y*cs.x));
+                    if (rope_type == GGML_KVTC_ROPE_NEOX && 2*i < n_rot) { // as queries have it
+                        to[i]           = turned.x;
+                        to[i + n_rot/2] = turned.y;
+                    } else {
+                        *(half2 *) (to + 2*i) = turned;
+                    }
                 }
             }
         }
@@ -262,20 +258,20 @@ __global__ void write_either(const attn_args a, int n_block, int n_max, const in
 __global__ void copy_mask(const attn_args a, const columns c, const int * counts, int n_block, int split, bool always, half * out) {
     const int stream = blockIdx.z;
     const int col    = blockIdx.x*blockDim.x + threadIdx.x;
+    const int n_col  = get_n_column(c, stream);
     const int range  = blockIdx.x*blockDim.x/split; // a split is a multiple of a block
-    if (!c.list && !always &&
-            !needs_mask(counts + stream*n_block, a.n_kv, c.first + range*split, c.first + min(c.n_all, (range + 1)*split), threadIdx.x, blockDim.x)) {
+    if (blockIdx.x*blockDim.x >= n_col || (!always &&
+            !needs_mask(c, counts + stream*n_block, a.n_kv, range*split, min(n_col, (range + 1)*split), threadIdx.x, blockDim.x))) {
         return;
     }
     int min_pos;
     int max_pos;
     get_query_range(a, stream, min_pos, max_pos);
-    if (col >= c.n_all) {
-        return;
-    }
+    const bool listed = col >= c.n_cell;
     int cell = c.first + col;
-    if (c.list) {
-        cell = c.first + col < c.list_end[stream] ? c.list[(int64_t) stream*c.n_list + c.first + col] : -1;
+    if (listed) {
+        const int i = c.entry + col - c.n_cell;
+        cell = i < c.list_end[stream] ? c.list[(int64_t) stream*c.n_list + i] : -1;
     }
     const bool inside = cell >= 0 && cell < a.n_kv;
     const int2 info   = inside ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
@@ -283,7 +279,7 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
     for (int token = blockIdx.y; token < a.n_tokens; token += gridDim.y) {
         const bool ex = some && is_exact(a, a.query_pos[stream*a.n_tokens + token], info.x);
         half value = __ushort_as_half(0xfc00);
-        if (inside && (c.list ? ex : !ex)) {
+        if (inside && (listed ? ex : !ex)) {
             value = a.mask ? a.mask[stream%a.n_mask*a.ne_m3 + token*a.ne_m1 + cell] : __ushort_as_half(0);
         }
         out[((int64_t) stream*a.n_tokens + token)*c.n_all + col] = value;
@@ -301,11 +297,6 @@ void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gp
 }
 
 } // namespace
-
-void expand_queries(const attn_args & a, int d, float * out, cudaStream_t stream) {
-    copy_queries<<<dim3(ceil_div(a.n_head*d, 256), a.n_tokens, a.n_stream), 256, 0, stream>>>(a, d, out);
-    CUDA_CHECK(cudaGetLastError());
-}
 
 void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     switch (s.d) {

@@ -113,7 +113,7 @@ bool supports_attn(int device, const ggml_tensor * op) {
     if (params.limits[0] == 0) { // a pack for the CPU
         return false;
     }
-    if (q->nb[0] != sizeof(float) || (op->src[3] && op->src[3]->nb[0] != sizeof(ggml_fp16_t))) {
+    if (q->nb[0] != sizeof(float) || q->nb[1] % 8 != 0 || q->nb[2] % 8 != 0 || q->nb[3] % 8 != 0 || q->view_offs % 8 != 0 || (op->src[3] && op->src[3]->nb[0] != sizeof(ggml_fp16_t))) {
         return false;
     }
     for (int i = 8; i < 10; ++i) {
@@ -136,12 +136,10 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const attn_args  args  = get_args(dst, params);
     const gpu_shape  gpu   = get_gpu(ctx.device);
 
+    const output     out   = { (char *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], (int64_t) dst->nb[3] };
     const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
     if (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape)) {
-        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*shape.d);
-        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row);
-        prefill(ctx, args, shape, gpu, values.get(), meta.get());
-        combine(args, shape.d, values.get(), meta.get(), 1, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+        prefill(ctx, args, shape, gpu, out);
         return;
     }
 #ifdef KVTC_SM90
@@ -150,7 +148,7 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan90.n_split*shape.d);
         ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan90.n_split);
         decode_sm90(args, shape.d, plan90, values.get(), meta.get(), ctx.stream());
-        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, out, ctx.stream());
         return;
     }
 #endif
@@ -159,7 +157,7 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan.n_split*shape.d);
     ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan.n_split);
     decode (args, shape.d, plan, values.get(), meta.get(), ctx.stream());
-    combine(args, shape.d, values.get(), meta.get(), plan.n_split, (char *) dst->data, dst->nb[1], dst->nb[2], dst->nb[3], ctx.stream());
+    combine(args, shape.d, values.get(), meta.get(), plan.n_split, out, ctx.stream());
 }
 
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {

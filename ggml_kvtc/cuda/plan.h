@@ -233,12 +233,14 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
 struct prefill_plan {
     int n_cols;         // query rows of a block
     int n_cols2;        // of these, heads of the group
-    int chunk;          // cells expanded at once
+    int n_column;       // cells, then the list
     int n_list;         // most keys that are exact for some queries only: they have columns of their own
+    int chunk;          // columns expanded at once
+    int n_chunk;
     int n_token_block, n_head_block; // blocks of queries: tokens, heads of a group
     int n_split;        // ranges of a chunk
     int n_merge;        // chunks whose sums are merged at once
-    int split;          // cells of a range
+    int split;          // columns of a range
 };
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
@@ -246,16 +248,18 @@ constexpr int    PREFILL_MERGE   = 8;
 constexpr size_t PREFILL_SUMS    = 72*1024*1024;  // partial sums of chunks that wait to be merged
 constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // keys, values and masks of a chunk
 
-inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_slots, bool alibi, int n_cols) {
+// n_exact: most exact rows of a stream
+inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
     prefill_plan p;
     p.n_cols  = n_cols;
     p.n_cols2 = alibi || s.group == 1 ? 1 : s.group == 2 ? 2 : s.group <= 4 ? 4 : 8;
     const int align = PREFILL_ALIGN;
     const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
     const int    most     = std::max<int>(1, (int) (PREFILL_SCRATCH/per_cell/align))*align;
-    const int    n_chunk  = ceil_div(s.n_kv, most);
-    p.chunk         = ceil_div(ceil_div(s.n_kv, n_chunk), align)*align;
-    p.n_list        = ceil_div(std::min(s.n_kv, n_slots + s.n_tokens*s.n_stream), align)*align;
+    p.n_list        = ceil_div(std::min(s.n_kv, n_exact), align)*align;
+    p.n_column      = ceil_div(s.n_kv, align)*align + p.n_list;
+    p.chunk         = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
+    p.n_chunk       = ceil_div(p.n_column, p.chunk);
     p.n_token_block = ceil_div(s.n_tokens, p.n_cols/p.n_cols2);
     p.n_head_block  = ceil_div(s.group, p.n_cols2);
 

@@ -9,7 +9,8 @@
 namespace kvtc {
 
 struct chunk_args {
-    const float2 * q;             // [stream][token][head][d/2]
+    const char   * q;             // f32
+    int64_t        nb_q1, nb_q2, nb_q3; // token, head, stream
     const half   * k, * v;        // [stream][head][column][d]
     const half   * mask;          // the operation's own, at the chunk's first cell, or nullptr
     int64_t        ne_m1, ne_m3;
@@ -50,18 +51,21 @@ static __global__ void attend_chunk(const chunk_args a) {
         const int from = split*a.split;
         const int to   = min(from + a.split, get_n_column(a.c, stream));
         if (from >= to) {
+            for (int i = threadIdx.y*32 + threadIdx.x; i < ncols; i += nthreads) {
+                a.out[((int64_t) gridDim.x + blockIdx.x)*ncols + i] = make_float2(-INFINITY, 0.0f);
+            }
             return;
         }
-        const bool own = a.c.list || !a.mask || needs_mask(a.counts + stream*a.n_block, a.n_kv, a.c.first + from, a.c.first + to, threadIdx.y*32 + threadIdx.x, nthreads);
+        const bool own = !a.mask || needs_mask(a.c, a.counts + stream*a.n_block, a.n_kv, from, to, threadIdx.y*32 + threadIdx.x, nthreads);
         const half * mask = own ? a.own_mask + (int64_t) stream*a.n_tokens.z*a.c.n_all : a.mask + stream%a.n_mask*a.ne_m3;
         const int    head_q = head*a.group + zt*NC2;
-        const float2 * q = a.q + ((int64_t) stream*a.n_tokens.z*a.n_head + head_q)*(D/2);
+        const float2 * q = (const float2 *) (a.q + stream*a.nb_q3 + head_q*a.nb_q2);
         const int64_t  kv = ((int64_t) stream*a.n_head_kv + head)*a.c.n_all*(D/2);
         const float slope = NC2 == 1 ? get_alibi_slope(a.max_bias, head_q, a.log2_heads, a.slope_low, a.slope_high) : 1.0f;
 
         flash_attn_ext_f16_process_tile<D, D, NC1, NC2, nthreads/32, softcap, false, false, false, true>(
             q, (const half2 *) a.k + kv, (const half2 *) a.v + kv, mask, nullptr, nullptr, nullptr, a.out, a.scale, slope, a.softcap,
-            a.n_tokens, a.n_head, a.group, a.c.n_all, a.n_head*(D/2), D/2, D/2, D/2, own ? a.c.n_all : (int) a.ne_m1,
+            a.n_tokens, a.n_head, a.group, a.c.n_all, (int) (a.nb_q1/sizeof(float2)), (int) (a.nb_q2/sizeof(float2)), D/2, D/2, own ? a.c.n_all : (int) a.ne_m1,
             jt, zt, from/nbatch_fa, to/nbatch_fa);
     }
 #else

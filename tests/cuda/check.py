@@ -187,7 +187,7 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
     for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256)):
         for bits in range(1, 7):
             work.append((f"rows {heads} x {d} kvtc{bits}", 0.0, lambda a=(heads, d, bits): check_rows(*a)))
-            for n_tokens in (1, 5):
+            for n_tokens in (1, 5, 37):
                 name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
                 work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
     for i, (name, bound, run) in enumerate(work):

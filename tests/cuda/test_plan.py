@@ -94,15 +94,17 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
 
 
 @settings(deadline=None, max_examples=300)
-@given(shape=shapes(st.integers(17, 512)), n_slots=st.integers(0, 2000), cols=st.sampled_from([32, 64]))
-def test_prefill_covers_all_cells_in_chunks(plans, shape, n_slots, cols):
+@given(shape=shapes(st.integers(17, 512)), n_exact=st.integers(0, 2000), cols=st.sampled_from([32, 64]))
+def test_prefill_covers_all_cells_in_chunks(plans, shape, n_exact, cols):
     ffi, library = plans
-    out = ffi.new("long[9]")
-    library.plan_prefill(shape, 132, n_slots, cols, out)
-    chunk, n_list, n_split, split, n_merge, token_blocks, head_blocks, cols2, _ = out
+    out = ffi.new("long[11]")
+    library.plan_prefill(shape, 132, n_exact, cols, out)
+    chunk, n_list, n_split, split, n_merge, token_blocks, head_blocks, cols2, n_column, n_chunk, _ = out
     assert chunk % 256 == split % 256 == n_list % 256 == 0
     assert (n_split - 1) * split < chunk <= n_split * split
-    assert n_list >= min(shape[1], n_slots)
+    assert n_list >= min(shape[1], n_exact)
+    assert n_column - n_list >= shape[1] and (n_column - n_list) % 256 == 0
+    assert (n_chunk - 1) * chunk < n_column <= n_chunk * chunk
     assert token_blocks * (cols // cols2) >= shape[2] and head_blocks * cols2 >= shape[3]
     assert 1 <= n_merge <= 8
 
@@ -111,7 +113,7 @@ def test_prefill_covers_all_cells_in_chunks(plans, shape, n_slots, cols):
 @pytest.mark.parametrize("n_kv", [512, 4096, 131072, 1 << 20])
 def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads, d, n_kv):
     ffi, library = plans
-    out = ffi.new("long[9]")
+    out = ffi.new("long[11]")
     shape = [d, n_kv, 512, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
-    library.plan_prefill(shape, 132, 196, 64, out)
-    assert out[8] <= 256 * MIB
+    library.plan_prefill(shape, 132, 196 + 512, 64, out)
+    assert out[10] <= 256 * MIB
