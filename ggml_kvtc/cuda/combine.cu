@@ -267,8 +267,8 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const int c = 8*(n0 + n) + lane%4*2;
-                to[c]     = acc[n][2*e]     + mean[c]    *seen[r];
-                to[c + 1] = acc[n][2*e + 1] + mean[c + 1]*seen[r];
+                const float2 m = *(const float2 *) (mean + c);
+                *(float2 *) (to + c) = make_float2(acc[n][2*e] + m.x*seen[r], acc[n][2*e + 1] + m.y*seen[r]);
             }
         }
     }

@@ -8,23 +8,25 @@ namespace kvtc {
 
 constexpr int COUNT_CELLS = 1024; // cells whose keys of two kinds are counted together
 
-// The columns of a chunk: cells, then entries of a list of the cells whose keys are exact for some queries only.
+// The columns of a chunk. Of all columns, the first n_list are for a list of the cells whose keys are exact for some queries only,
+// which fills their end; the cells follow.
 struct columns {
-    int         first;    // cell
-    int         n_cell;   // columns of cells, a multiple of PREFILL_ALIGN
-    int         n_all;    // columns in all, likewise
-    int         entry;    // first entry of the list
+    int         at;       // first column of the chunk
+    int         n_all;    // its columns, a multiple of PREFILL_ALIGN
+    int         n_list;   // likewise
     const int * list;     // [stream][n_list] cells
     const int * list_end; // [stream] entries in use
-    int         n_list;
 };
 
-// columns that hold anything; the others are neither written nor read
-__device__ __forceinline__ int get_n_column(const columns & c, int stream) {
-    if (c.n_cell == c.n_all) {
-        return c.n_all;
-    }
-    return min(c.n_all, c.n_cell + (max(0, c.list_end[stream] - c.entry) + PREFILL_ALIGN - 1)/PREFILL_ALIGN*PREFILL_ALIGN);
+// columns before this one, a multiple of PREFILL_ALIGN, hold nothing: they are neither written nor read
+__device__ __forceinline__ int get_first_column(const columns & c, int stream) {
+    return max(0, c.n_list - c.list_end[stream] - c.at)/PREFILL_ALIGN*PREFILL_ALIGN;
+}
+
+// the cell of a column of the list, or -1
+__device__ __forceinline__ int get_listed(const columns & c, int stream, int col) {
+    const int i = c.at + col - c.n_list + c.list_end[stream];
+    return i >= 0 ? c.list[(int64_t) stream*c.n_list + i] : -1;
 }
 
 // keys, rotated, and values' coefficients: f16 [stream][head][column][d]
@@ -33,14 +35,16 @@ void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & g
 // cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], then the list, in order
 void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream);
 
-// mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own
-void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool always, half * out, cudaStream_t stream);
+// mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own; of all where the mask's rows are not
+// aligned to 16 bytes
+void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool aligned, half * out, cudaStream_t stream);
 
 // Do columns [from, to) need a mask of their own? They have keys of two kinds, or end beyond the cells. All threads of a block ask.
 __device__ __forceinline__ bool needs_mask(const columns & c, const int * counts, int n_kv, int from, int to, int thread, int n_threads) {
-    const int end = c.first + to;
-    bool found = to > c.n_cell || end > n_kv;
-    for (int i = (c.first + from)/COUNT_CELLS + thread; !found && i <= (end - 1)/COUNT_CELLS; i += n_threads) {
+    const int first = c.at + from - c.n_list; // cells
+    const int end   = c.at + to   - c.n_list;
+    bool found = first < 0 || end > n_kv;
+    for (int i = first/COUNT_CELLS + thread; !found && i <= (end - 1)/COUNT_CELLS; i += n_threads) {
         found = found || counts[i] > 0;
     }
     return __syncthreads_or(found);

@@ -199,7 +199,7 @@ struct expand_plan {
     int n_warp;
     int in_shared; // the decode matrix is in shared memory
     int stride;    // bytes of a staged row
-    int at_mean, at_freq, at_codes, at_table[2], at_stage, at_tile;
+    int at_mean, at_freq, at_codes, at_table, at_stage, at_tile;
     size_t shared;
 };
 
@@ -213,9 +213,8 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
             take(p.in_shared*s.d*(s.d + 8)*2);
             p.at_mean  = take(s.d*4);
             p.at_freq  = take(s.d/2*8);
-            p.at_codes = take(2*(s.d/8)*8);
-            p.at_table[0] = take(s.tables[0]);
-            p.at_table[1] = take(s.tables[1]);
+            p.at_codes = take(s.d/8*8);
+            p.at_table = take(std::max(s.tables[0], s.tables[1]));
             p.at_stage = take(2*p.n_warp*16*p.stride + 16);
             p.at_tile  = take(p.n_warp*16*(s.d + 8)*2);
             p.shared   = used;
@@ -233,7 +232,7 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
 struct prefill_plan {
     int n_cols;         // query rows of a block
     int n_cols2;        // of these, heads of the group
-    int n_column;       // cells, then the list
+    int n_column;       // the list, then the cells
     int n_list;         // most keys that are exact for some queries only: they have columns of their own
     int chunk;          // columns expanded at once
     int n_chunk;

@@ -12,13 +12,16 @@ struct chunk_args {
     const char   * q;             // f32
     int64_t        nb_q1, nb_q2, nb_q3; // token, head, stream
     const half   * k, * v;        // [stream][head][column][d]
-    const half   * mask;          // the operation's own, at the chunk's first cell, or nullptr
+    const half   * mask;          // the operation's own, or nullptr
     int64_t        ne_m1, ne_m3;
     int            n_mask;
     const half   * own_mask;      // [stream][token][column]
     const int    * counts;        // see list_either
     int            n_block;
     columns        c;
+    const int2   * info;          // as in attn_args
+    const int    * query_pos;
+    int            n_sink, n_window;
     int            n_kv, n_head, n_head_kv, group;
     int            n_token_block, n_head_block, n_split, split;
     uint3          n_tokens;      // as fastdiv wants it
@@ -26,6 +29,73 @@ struct chunk_args {
     uint32_t       log2_heads;
     float2       * out;           // per block: 2*cols pairs (the second half: maximum and sum), then sums [cols][d/2]
 };
+
+// Narrows columns [from, to) for the queries of block jt: entries of the list that are exact for none of them, and columns at the
+// end that are masked for all. Multiples of `unit` columns; all threads of a block take part.
+template <int NC1, int nthreads, int unit>
+static __device__ __forceinline__ void trim(const chunk_args & a, int stream, int jt, int thread, const half * mask, int64_t ne_m1, int & from, int & to) {
+    constexpr int WIDTH = PREFILL_ALIGN;
+    // in the tiles' memory: memory of its own would move them off the banks that their layout is made for
+    extern __shared__ half2 tile_Q[];
+    int & found = *(int *) tile_Q;
+    const int first = jt*NC1;
+    const int n     = min(NC1, (int) a.n_tokens.z - first);
+    const int n_list = min(to, a.c.n_list - a.c.at); // columns of the list
+    if (from < n_list) {
+        int least = INT_MAX; // a key that is exact for a later query is so for this one
+        for (int t = 0; t < n; ++t) {
+            least = min(least, a.query_pos[stream*a.n_tokens.z + first + t]);
+        }
+        if (thread == 0) {
+            found = n_list;
+        }
+        __syncthreads();
+        int mine = n_list;
+        for (int col = from + thread; col < n_list && mine == n_list; col += nthreads) {
+            const int cell = get_listed(a.c, stream, col);
+            const int pos  = cell >= 0 ? a.info[(int64_t) stream*a.n_kv + cell].x : 0;
+            if (cell >= 0 && (least - pos < a.n_window || pos < a.n_sink)) {
+                mine = col;
+            }
+        }
+        mine = warp_min(mine);
+        if (thread % 32 == 0) {
+            atomicMin(&found, mine);
+        }
+        __syncthreads();
+        from = found/unit*unit;
+        __syncthreads();
+    }
+    while (to > max(from, n_list)) {
+        const int begin = max(max(from, n_list), to - WIDTH);
+        if (thread == 0) {
+            found = -1;
+        }
+        __syncthreads();
+        int mine = -1;
+        for (int i = thread; i < n*(WIDTH/8); i += nthreads) {
+            const int col = begin + i%(WIDTH/8)*8;
+            if (col < to) {
+                const uint4 x = *(const uint4 *) (mask + (first + i/(WIDTH/8))*ne_m1 + col);
+                if (x.x != 0xfc00fc00 || x.y != 0xfc00fc00 || x.z != 0xfc00fc00 || x.w != 0xfc00fc00) {
+                    mine = max(mine, col);
+                }
+            }
+        }
+        mine = warp_max(mine);
+        if (thread % 32 == 0) {
+            atomicMax(&found, mine);
+        }
+        __syncthreads();
+        const int last = found;
+        __syncthreads();
+        if (last >= 0) {
+            to = (last/unit + 1)*unit;
+            break;
+        }
+        to = begin;
+    }
+}
 
 template <int D, int NC1, int NC2, bool softcap>
 __launch_bounds__(ggml_cuda_fattn_mma_get_nthreads(D, D, NC1*NC2), ggml_cuda_fattn_mma_get_occupancy(D, D, NC1*NC2))
@@ -48,16 +118,22 @@ static __global__ void attend_chunk(const chunk_args a) {
         const int head   = i % a.n_head_kv;
         const int stream = i / a.n_head_kv;
 
-        const int from = split*a.split;
-        const int to   = min(from + a.split, get_n_column(a.c, stream));
+        const int thread = threadIdx.y*32 + threadIdx.x;
+        int from = max(split*a.split, get_first_column(a.c, stream));
+        int to   = min(split*a.split + a.split, a.c.n_all);
+        bool own = false;
+        const half * mask = nullptr; // at the chunk's first column
+        if (from < to) {
+            own  = !a.mask || needs_mask(a.c, a.counts + stream*a.n_block, a.n_kv, from, to, thread, nthreads);
+            mask = own ? a.own_mask + (int64_t) stream*a.n_tokens.z*a.c.n_all : a.mask + stream%a.n_mask*a.ne_m3 + a.c.at - a.c.n_list;
+            trim<NC1, nthreads, nbatch_fa>(a, stream, jt, thread, mask, own ? a.c.n_all : a.ne_m1, from, to);
+        }
         if (from >= to) {
-            for (int i = threadIdx.y*32 + threadIdx.x; i < ncols; i += nthreads) {
+            for (int i = thread; i < ncols; i += nthreads) {
                 a.out[((int64_t) gridDim.x + blockIdx.x)*ncols + i] = make_float2(-INFINITY, 0.0f);
             }
             return;
         }
-        const bool own = !a.mask || needs_mask(a.c, a.counts + stream*a.n_block, a.n_kv, from, to, threadIdx.y*32 + threadIdx.x, nthreads);
-        const half * mask = own ? a.own_mask + (int64_t) stream*a.n_tokens.z*a.c.n_all : a.mask + stream%a.n_mask*a.ne_m3;
         const int    head_q = head*a.group + zt*NC2;
         const float2 * q = (const float2 *) (a.q + stream*a.nb_q3 + head_q*a.nb_q2);
         const int64_t  kv = ((int64_t) stream*a.n_head_kv + head)*a.c.n_all*(D/2);

@@ -1,7 +1,7 @@
 // Many query rows: chunk by chunk, cells become f16 columns, flash attention reads them, and its sums are merged.
 //
 // A key that is exact for some of the queries only has two columns: one from its codes, and one from its exact row, in a list
-// after all cells; masks of their own give each query one of the two.
+// before all cells; masks of their own give each query one of the two.
 #include "prefill.cuh"
 #include "prefill-kernel.cuh"
 
@@ -125,12 +125,17 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     c.nb_q3      = a.nb_q3;
     c.k          = k.get();
     c.v          = v.get();
+    c.mask       = plain_mask ? a.mask : nullptr;
     c.ne_m1      = a.ne_m1;
     c.ne_m3      = a.ne_m3;
     c.n_mask     = a.n_mask;
     c.own_mask   = mask.get();
     c.counts     = counts.get();
     c.n_block    = n_block;
+    c.info       = a.info;
+    c.query_pos  = a.query_pos;
+    c.n_sink     = a.n_sink;
+    c.n_window   = a.n_window;
     c.n_kv       = s.n_kv;
     c.n_head     = a.n_head;
     c.n_head_kv  = s.n_head_kv;
@@ -166,13 +171,10 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
             sums.old_values = values.get();
             sums.n_chunk    = 0;
         }
-        const int n_all  = std::min(p.chunk, p.n_column - at);
-        const int n_cell = p.n_column - p.n_list; // the list follows
-        c.c    = { std::min(at, n_cell), std::min(n_all, std::max(0, n_cell - at)), n_all, std::max(0, at - n_cell), list.get(), list_end, p.n_list };
-        c.mask = plain_mask && c.c.n_cell > 0 ? a.mask + c.c.first : nullptr;
-        c.out  = out.get() + sums.n_chunk*n_sums;
+        c.c   = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end };
+        c.out = out.get() + sums.n_chunk*n_sums;
         expand_cells(a, s, gpu, c.c, k.get(), v.get(), stream);
-        expand_mask (a, c.c, counts.get(), p.split, !plain_mask, mask.get(), stream);
+        expand_mask (a, c.c, counts.get(), p.split, plain_mask, mask.get(), stream);
         attend(c, s.d, p, n_grid, cc, stream);
         ++sums.n_chunk;
     }
