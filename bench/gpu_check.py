@@ -21,6 +21,7 @@ from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import read, write
 from rich.console import Console
 
+from bench import nsight
 from bench.float_copy import float_copy
 from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
 from bench.heldout import find
@@ -108,6 +109,21 @@ def time_kernels(c: Check) -> str:
     return f"kernels-{{{','.join(c.shapes)}}}.csv"
 
 
+def profile(c: Check) -> str:
+    """Nsight Compute over the attention's kernels, of one token and of a prompt, at the deepest of two depths."""
+    if not shutil.which("ncu"):
+        raise NotRun("ncu (Nsight Compute) is not on PATH")
+    depth, rows = "16384" if c.quick else "131072", []
+    for shape in c.shapes:
+        for tokens in ("1", "512"):
+            timed = (sys.executable, "-m", "bench.kernels", shape, "--depths", depth, "--tokens", tokens)
+            timed += ("--types", "k2v4", "--bandwidth", 1, "--rate", 1)
+            log = c.run(f"nsight-{shape}-{tokens}", "ncu", *nsight.arguments(40), *timed)
+            rows += [(shape, tokens, depth, *row) for row in nsight.parse(log)]
+            write_csv(c.out / "nsight.csv", ("shape", "tokens", "depth", *nsight.COLUMNS), rows)
+    return f"{len(rows)} kernels in nsight.csv"
+
+
 def bench(c: Check) -> str:
     for shape in c.shapes:
         model = random_model(c, shape)
@@ -191,6 +207,7 @@ STEPS: dict[str, Callable[[Check], str]] = {
     "backend-ops": backend_operations,
     "sanitize": sanitize,
     "kernels": time_kernels,
+    "nsight": profile,
     "bench": bench,
     "memory": memory,
     "quality": quality,

@@ -2,7 +2,8 @@
 
 KVTC_ATTN and llama.cpp's FLASH_ATTN_EXT on caches of random content, several copies in turn so that no cache stays in
 the device's L2. Every row has the bytes that the operation must read, the operations that rebuild its keys, and its
-time over the floor that these set. The libraries are those of $KVTC_LIB_DIR, the device is $KVTC_TEST_DEVICE (CUDA0).
+time over the floor that these set with the device's measured ceilings. The libraries are those of $KVTC_LIB_DIR, the
+device is $KVTC_TEST_DEVICE (CUDA0).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvtc_gguf.layout import row_bytes
 from kvtc_gguf.reference_rope import Rope
 from rich.console import Console
 
+from bench import ceilings
 from bench.random_model import BITS, SHAPES, Shape, make_side
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -29,6 +31,7 @@ STOCK = {"f16": (1, 1, 2), "q8_0": (8, 32, 34), "q4_0": (2, 32, 18)}  # ggml typ
 SINKS, WINDOW, SLOTS = 4, 128, 196
 BLOCK = 2048  # rows of random content, repeated
 COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "rebuild_tflop_per_s", "over_floor")
+COLUMNS += ("ceiling_gb_per_s", "ceiling_tflop_per_s")
 FLASH = """struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context *, struct ggml_tensor * q,
     struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask, float scale, float max_bias,
     float logit_softcap);"""
@@ -40,7 +43,7 @@ def load_libraries() -> Any:
     sys.path[:0] = [str(TESTS / "native"), str(TESTS / "python")]
     import ffi
 
-    ffi.ffi.cdef(FLASH)
+    ffi.ffi.cdef(FLASH + ceilings.DECLARATIONS)
     return ffi
 
 
@@ -75,6 +78,7 @@ def time_nodes(ffi: Any, graph: Any, nodes: list[Any], repeats: int = 20) -> flo
 
 def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens: int, copies: int) -> float:
     """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact."""
+    import ggml_graph
     import synthetic
 
     rng = np.random.default_rng(0)
@@ -96,7 +100,7 @@ def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens:
         z = synthetic.draw(rng, sides["kv"[side]], BLOCK)
         block = ffi.encode_rows(pack, side, z, row_bytes(heads, d, b))
         rows.append(np.tile(block, (-(-depth // BLOCK), 1))[:depth])
-    with ffi.graph(4) as g:
+    with ggml_graph.graph(4) as g:
         mask, packed = g.tensor(causal(tokens, depth)), g.pack(pack)
         info = g.tensor(np.concatenate([cells.reshape(-1), np.arange(depth - tokens, depth, dtype=np.int32)]))
         exact = g.tensor(rng.standard_normal(2 * SLOTS * heads * d).astype(np.float16))
@@ -119,6 +123,8 @@ def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens:
 
 def time_stock(ffi: Any, shape: Shape, name: str, depth: int, tokens: int, copies: int) -> float:
     """Seconds of FLASH_ATTN_EXT with K and V of an ordinary type."""
+    import ggml_graph
+
     rng = np.random.default_rng(0)
     d, heads = shape.head_dim, shape.n_head_kv
     kind, values, size = STOCK[name]
@@ -126,7 +132,7 @@ def time_stock(ffi: Any, shape: Shape, name: str, depth: int, tokens: int, copie
     block[:, :, :2] = rng.normal(0, 0.01, block.shape[:2]).astype(np.float16)[:, :, None].view(np.uint8)
     content = np.tile(block.reshape(BLOCK, -1), (-(-depth // BLOCK), 1))[:depth]
     row = ffi.base.ggml_row_size(kind, d)
-    with ffi.graph(4) as g:
+    with ggml_graph.graph(4) as g:
         mask, nodes = g.tensor(causal(tokens, depth)), []
         for _ in range(copies):
             views = []
@@ -141,17 +147,22 @@ def time_stock(ffi: Any, shape: Shape, name: str, depth: int, tokens: int, copie
 
 def main(
     shape: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")],
-    depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072",
+    depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072,524288",
     tokens: Annotated[str, typer.Option(help="Tokens of a batch, separated by commas.")] = "1,512",
     types: Annotated[str, typer.Option(help="f16, q8_0, q4_0 or k<a>v<b>.")] = "f16,q8_0,q4_0,k2v4,k3v4,k1v3,k4v4",
-    bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory, for the floor.")] = 3000.0,
-    rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products, for the floor.")] = 600.0,
+    bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory for the floor; 0: measured.")] = 0.0,
+    rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products for the floor; 0: measured.")] = 0.0,
     output: Annotated[Path | None, typer.Option("-o", help="CSV to write.")] = None,
 ) -> None:
     """Time the attention operation by depth."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape}: use one of {', '.join(SHAPES)}")
     ffi, s, rows = load_libraries(), SHAPES[shape], []
+    limits = ceilings.Ceilings(bandwidth, rate)
+    if not (bandwidth and rate):
+        found = ceilings.measure(ffi, time_nodes)
+        limits = ceilings.Ceilings(bandwidth or found.bandwidth, rate or found.rate)
+    Console().print(f"ceilings: {limits.bandwidth:.0f} GB/s, {limits.rate:.0f} TFLOP/s")
     for n_tokens in map(int, tokens.split(",")):
         for depth in map(int, depths.split(",")):
             copies = 2 if n_tokens > 16 else max(2, min(16, (1 << 19) // depth))
@@ -165,9 +176,9 @@ def main(
                     bits = int(name[1]), int(name[3])
                     seconds = time_kvtc(ffi, s, bits, depth, n_tokens, copies)
                     size, rebuild = values * sum(bits) // 8, 2 * values * s.head_dim
-                floor = max(size / bandwidth / 1e9, rebuild / rate / 1e12)
+                floor = limits.floor(size, rebuild)
                 rows.append((shape, name, n_tokens, depth, seconds * 1e6, size / seconds / 1e9,
-                             rebuild / seconds / 1e12, seconds / floor))  # fmt: skip
+                             rebuild / seconds / 1e12, seconds / floor, limits.bandwidth, limits.rate))  # fmt: skip
                 times = f"{seconds * 1e6:.1f} µs, {seconds / floor:.1f} x floor"
                 Console().print(f"{name} {n_tokens} tokens, {depth} cells: {times}")
     if output:

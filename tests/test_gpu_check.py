@@ -1,19 +1,23 @@
 """The GPU check without a GPU: what it makes of figures, and of tools that fail.
 
 Failures caught: a step that fails and is not reported, or keeps the others from running; a ratio over another depth's
-base; a verdict that hides the worst depth; rows of llama-bench that are lost.
+base; a verdict that hides the worst depth; rows of llama-bench that are lost; a kernel's figures under another's name,
+or in other units; ceilings that are no measurement.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bench import gpu_check
+from bench import gpu_check, nsight
 from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
 
 
@@ -88,3 +92,41 @@ def test_unknown_step_is_refused():
     app.command()(gpu_check.main)
     result = CliRunner().invoke(app, ["--only", "speed"])
     assert result.exit_code != 0 and "unknown step speed" in result.output
+
+
+NSIGHT = """==PROF== Connected to process 7
+k2v4 1 tokens, 1024 cells: 12.6 us
+"ID","Process ID","Kernel Name","Grid Size","Block Size","Metric Name","Metric Unit","Metric Value"
+"0","7","void kvtc::<unnamed>::decode_cells_sm90<128, 3, 1>(kvtc::attn_args, float *)","(16, 8, 1)","(384, 1, 1)","gpu__time_duration.sum","ns","190,000"
+"0","7","void kvtc::<unnamed>::decode_cells_sm90<128, 3, 1>(kvtc::attn_args, float *)","(16, 8, 1)","(384, 1, 1)","launch__registers_per_thread","register/thread","168"
+"1","7","void kvtc::<unnamed>::combine_few<128>(float *)","(4, 8, 1)","(256, 1, 1)","gpu__time_duration.sum","ns","3,400"
+"2","7","void kvtc::<unnamed>::decode_cells_sm90<128, 3, 1>(kvtc::attn_args, float *)","(16, 8, 1)","(384, 1, 1)","gpu__time_duration.sum","ns","181,500"
+"2","7","void kvtc::<unnamed>::decode_cells_sm90<128, 3, 1>(kvtc::attn_args, float *)","(16, 8, 1)","(384, 1, 1)","launch__registers_per_thread","register/thread","168"
+"2","7","void kvtc::<unnamed>::decode_cells_sm90<128, 3, 1>(kvtc::attn_args, float *)","(16, 8, 1)","(384, 1, 1)","dram__bytes.sum.per_second","byte/second","550,000,000,000"
+"""  # noqa: E501
+
+
+def test_nsight_rows_are_those_of_each_kernels_last_launch():
+    rows = {row[0]: dict(zip(nsight.COLUMNS, row, strict=True)) for row in nsight.parse(NSIGHT)}
+    assert set(rows) == {"decode_cells_sm90<128, 3, 1>", "combine_few<128>"}
+    decode = rows["decode_cells_sm90<128, 3, 1>"]
+    assert (decode["us"], decode["gb_per_s"], decode["registers"]) == (181.5, 550.0, 168.0)
+    assert decode["grid"] == "(16, 8, 1)" and decode["tensor_percent"] != decode["tensor_percent"]  # nan: not printed
+
+
+def test_nsight_without_a_kernel_says_why():
+    with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM"):
+        nsight.parse("==ERROR== ERR_NVGPUCTRPERM - no permission to read the counters\n")
+
+
+def test_ceilings_are_measured_on_the_named_device():
+    script = (
+        "from bench import ceilings, kernels\nffi = kernels.load_libraries()\n"
+        "found = ceilings.measure(ffi, kernels.time_nodes, 1 << 16, 64)\nprint(found.bandwidth, found.rate)\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"KVTC_TEST_DEVICE": "CPU", "PYTHONPATH": f"{root}:{root / 'python'}"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
+    assert run.returncode == 0, run.stderr
+    bandwidth, rate = map(float, run.stdout.split()[-2:])
+    assert 0 < bandwidth < 1e5 and 0 < rate < 1e3

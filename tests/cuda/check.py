@@ -105,6 +105,7 @@ def check_attention(case: object) -> float:
 def check_rows(n_head: int, d: int, bits: int) -> float:
     """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal."""
     import ffi
+    import ggml_graph
     import synthetic
     from attention_case import calibrated
     from kvtc_gguf.layout import row_bytes
@@ -121,7 +122,7 @@ def check_rows(n_head: int, d: int, bits: int) -> float:
         z[3] = 0.0
         right = np.full((n_rows, row_bytes(n_head, d, bits)), 0xFF, np.uint8)
         right[where[where >= 0]] = ffi.encode_rows(pack, side, z, right.shape[1])[where >= 0]
-        with ffi.graph(64) as g:
+        with ggml_graph.graph(64) as g:
             cache = g.rows(ffi.kvtc_type(bits), n_head * d, np.full_like(right, 0xFF))
             tensors = g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
             rows = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, cache, *tensors, side), 1).reshape(right.shape)
@@ -129,7 +130,7 @@ def check_rows(n_head: int, d: int, bits: int) -> float:
         exact = np.full((n_head, n_rows, d), -1.0, np.float16)
         right = exact.copy()
         right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
-        with ffi.graph(64) as g:
+        with ggml_graph.graph(64) as g:
             tensors = g.tensor(exact), g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
             stored = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, *tensors, side), 1, poison=False)
         assert stored.tobytes() == right.tobytes(), "exact rows differ"
@@ -142,6 +143,7 @@ def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
     The graph is the one of llama_kvtc::store, which a device may run as one kernel.
     """
     import ffi
+    import ggml_graph
     import synthetic
     from attention_case import calibrated
     from kvtc_gguf.layout import row_bytes
@@ -152,7 +154,7 @@ def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
     where = rng.permutation(40)[:n_tokens].astype(np.int64)
     size = row_bytes(n_head, d, bits)
     error = 0.0
-    with ffi.graph(64) as g:
+    with ggml_graph.graph(64) as g:
         results, right = [], []
         for side in (ffi.K, ffi.V):
             matrix, bias = native.encode_matrix(0, side)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ffi
+import ggml_graph
 import gguf
 import numpy as np
 import synthetic
@@ -165,7 +166,7 @@ class Inputs:
 def run(x: Inputs, n_threads: int = 1) -> np.ndarray:
     """The operation's result f32 [S, T, n_head, dv]."""
     case = x.case
-    with ffi.graph(128) as g:
+    with ggml_graph.graph(128) as g:
         cells = []
         for (kind, d), rows in zip(case.sides, x.rows, strict=True):
             kind = ffi.kvtc_type(kind) if isinstance(kind, int) else PLAIN[kind]

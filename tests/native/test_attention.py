@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import ffi
+import ggml_graph
 import numpy as np
 import pytest
 from attention_case import Case, Inputs, expected, run
@@ -148,7 +149,7 @@ def test_reference_rope_is_that_of_ggml(rope):
     rope = ROPES[rope]
     x = np.random.default_rng(0).standard_normal((50, 2, 64)).astype(np.float32)
     positions = np.arange(50, dtype=np.int32) * 7
-    with ffi.graph() as g:
+    with ggml_graph.graph() as g:
         numbers = rope.freq_base, rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow
         mode = 2 if rope.neox else 0
         tensors = g.tensor(x), g.tensor(positions), g.tensor(rope.freq_factors)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import ffi
+import ggml_graph
 import numpy as np
 import pytest
 import synthetic
@@ -180,7 +181,7 @@ def test_set_rows_writes_the_rows_it_is_told_and_no_other(n_head, d, bits, n_thr
         own = calibration.layers[0]["kv"[side]]
         z = synthetic.draw(rng, own, n)
         before = rng.integers(0, 256, (cells, size), np.uint8)
-        with ffi.graph() as g:
+        with ggml_graph.graph() as g:
             cache = g.rows(ffi.kvtc_type(bits), n_head * d, before)
             # as the graph makes it: [head_dim, n_tokens, n_head]
             result = ffi.base.ggml_kvtc_set_rows(
@@ -205,7 +206,7 @@ def test_set_rows_of_the_exact_store_rounds_to_f16(n_threads):
     index = rng.permutation(32)[:21].astype(np.int64)
     index[[2, 9]] = -1, -7
     before = rng.standard_normal((3, 32, 64)).astype(np.float16)
-    with ffi.graph() as g:
+    with ggml_graph.graph() as g:
         store = g.tensor(before)
         tensors = g.tensor(z.transpose(1, 0, 2)), g.tensor(index), g.pack(c.pack(0, 2, 2))
         result = ffi.base.ggml_kvtc_set_rows(g.ctx, store, *tensors, ffi.K)
@@ -220,7 +221,7 @@ def test_set_rows_takes_a_view_of_z():
     calibration, c = opened(3, 64)
     own = calibration.layers[0]["k"]
     z = synthetic.draw(np.random.default_rng(9), own, 17)
-    with ffi.graph() as g:
+    with ggml_graph.graph() as g:
         cache = g.rows(ffi.kvtc_type(3), 192, np.zeros((17, 72), np.uint8))
         view = ffi.base.ggml_permute(g.ctx, g.tensor(z), 0, 2, 1, 3)
         tensors = view, g.tensor(np.arange(17, dtype=np.int64)), g.pack(c.pack(0, 3, 3))
