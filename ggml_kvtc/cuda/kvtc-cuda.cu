@@ -4,7 +4,9 @@
 #include "decode.cuh"
 #include "prefill.cuh"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace kvtc {
@@ -40,7 +42,11 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
 
 gpu_shape get_gpu(int device) {
     const auto & info = ggml_cuda_info().devices[device];
-    return { info.nsm, info.smpbo };
+    gpu_shape gpu = { info.nsm, info.smpbo };
+    if (const char * mib = getenv("GGML_KVTC_SCRATCH_MIB")) { // for small cards, and for tests of many chunks
+        gpu.scratch = std::min<size_t>(PREFILL_SCRATCH, (size_t) std::max(1, atoi(mib)) << 20);
+    }
+    return gpu;
 }
 
 attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params) {

@@ -18,9 +18,12 @@ struct attn_shape {
     int pairs    [2]; // of the tables of pairs made of them
 };
 
+constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // bytes of keys, values and masks of a chunk
+
 struct gpu_shape {
     int    n_sm;
-    size_t shared; // bytes a block may use
+    size_t shared;                    // bytes a block may use
+    size_t scratch = PREFILL_SCRATCH; // of a prompt's chunk; sums that wait to be merged may take half as much
 };
 
 //
@@ -244,8 +247,6 @@ struct prefill_plan {
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
 constexpr int    PREFILL_MERGE   = 8;
-constexpr size_t PREFILL_SUMS    = 72*1024*1024;  // partial sums of chunks that wait to be merged
-constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // keys, values and masks of a chunk
 
 // n_exact: most exact rows of a stream
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
@@ -254,7 +255,7 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     p.n_cols2 = alibi || s.group == 1 ? 1 : s.group == 2 ? 2 : s.group <= 4 ? 4 : 8;
     const int align = PREFILL_ALIGN;
     const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
-    const int    most     = std::max<int>(1, (int) (PREFILL_SCRATCH/per_cell/align))*align;
+    const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
     p.n_list        = ceil_div(std::min(s.n_kv, n_exact), align)*align;
     p.n_column      = ceil_div(s.n_kv, align)*align + p.n_list;
     p.chunk         = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
@@ -277,7 +278,7 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
     p.n_split = ceil_div(p.chunk, p.split);
     const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
-    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, PREFILL_SUMS/sums));
+    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
     return p;
 }
 

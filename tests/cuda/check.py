@@ -102,6 +102,15 @@ def check_attention(case: object) -> float:
     return float(((first - right) ** 2).sum() / (right**2).sum())
 
 
+def check_chunks(case: object) -> float:
+    """The same with so little scratch that cells come in many chunks, whose sums are folded before the last."""
+    os.environ["GGML_KVTC_SCRATCH_MIB"] = "1"
+    try:
+        return check_attention(case)
+    finally:
+        del os.environ["GGML_KVTC_SCRATCH_MIB"]
+
+
 def check_rows(n_head: int, d: int, bits: int) -> float:
     """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal."""
     import ffi
@@ -192,6 +201,11 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
             for n_tokens in (1, 5, 37):
                 name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
                 work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
+    for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
+        from attention_case import Case
+
+        case = Case(tokens=tokens, n_kv=n_kv, exact=exact, window=200)
+        work.append((f"chunks tokens {tokens} exact {exact}", NMSE, lambda case=case: check_chunks(case)))
     for i, (name, bound, run) in enumerate(work):
         if only not in name or (quick and i % 10):
             continue

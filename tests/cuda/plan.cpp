@@ -32,9 +32,9 @@ int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
 }
 
 // out: chunk, n_list, n_split, split, n_merge, n_token_block, n_head_block, n_cols2, n_column, n_chunk, bytes of scratch
-void plan_prefill(const int * shape, int n_sm, int n_exact, int n_cols, long * out) {
+void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out) {
     const attn_shape s = get_shape(shape);
-    const prefill_plan p = make_prefill_plan(s, { n_sm, 0 }, n_exact, false, n_cols);
+    const prefill_plan p = make_prefill_plan(s, { n_sm, 0, (size_t) scratch }, n_exact, false, n_cols);
     const long rows  = (long) s.n_stream*s.n_tokens*s.group*s.n_head_kv;
     const long cells = (long) s.n_stream*p.chunk*(s.n_head_kv*s.d*4 + s.n_tokens*2);
     const long sums  = (long) p.n_split*p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream*p.n_cols*(2 + s.d/2)*8*std::min(p.n_chunk, p.n_merge);

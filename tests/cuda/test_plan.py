@@ -34,7 +34,7 @@ def plans(tmp_path_factory):
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
-        void plan_prefill(const int * shape, int n_sm, int n_slots, int n_cols, long * out);
+        void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
     """)
     return ffi, ffi.dlopen(str(library))
 
@@ -94,11 +94,16 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
 
 
 @settings(deadline=None, max_examples=300)
-@given(shape=shapes(st.integers(17, 512)), n_exact=st.integers(0, 2000), cols=st.sampled_from([32, 64]))
-def test_prefill_covers_all_cells_in_chunks(plans, shape, n_exact, cols):
+@given(
+    shape=shapes(st.integers(17, 512)),
+    n_exact=st.integers(0, 2000),
+    mib=st.integers(1, 144),
+    cols=st.sampled_from([32, 64]),
+)
+def test_prefill_covers_all_cells_in_chunks(plans, shape, n_exact, mib, cols):
     ffi, library = plans
     out = ffi.new("long[11]")
-    library.plan_prefill(shape, 132, n_exact, cols, out)
+    library.plan_prefill(shape, 132, mib * MIB, n_exact, cols, out)
     chunk, n_list, n_split, split, n_merge, token_blocks, head_blocks, cols2, n_column, n_chunk, _ = out
     assert chunk % 256 == split % 256 == n_list % 256 == 0
     assert (n_split - 1) * split < chunk <= n_split * split
@@ -115,5 +120,5 @@ def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads,
     ffi, library = plans
     out = ffi.new("long[11]")
     shape = [d, n_kv, 512, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
-    library.plan_prefill(shape, 132, 196 + 512, 64, out)
+    library.plan_prefill(shape, 132, 144 * MIB, 196 + 512, 64, out)
     assert out[10] <= 256 * MIB
