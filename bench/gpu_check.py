@@ -23,9 +23,10 @@ from rich.console import Console
 
 from bench import nsight
 from bench.float_copy import float_copy
+from bench.gpu_memory import parse_split, watched
 from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
 from bench.heldout import find
-from bench.perplexity import Cache, Perplexity, parse_kv_mib
+from bench.perplexity import Cache, Perplexity
 
 TYPES = "f16,q8_0,q4_0,kvtc-k2v4,kvtc-k3v4,kvtc-k1v3,kvtc-k4v4"
 DEPTHS = "0,4096,16384,32768,65536,131072"
@@ -136,19 +137,23 @@ def bench(c: Check) -> str:
 
 
 def memory(c: Check) -> str:
-    """MiB of the cache at the greatest depth, everything beside the codes counted; the target is a fifth of f16's."""
+    """The cache's parts at the greatest depth, and what the device has in use; the target is a fifth of f16's cache."""
     depth, told, rows = max(map(int, c.depths.split(","))), [], []
     for shape in c.shapes:
         model = random_model(c, shape)
-        sizes = {}
+        caches = {}
         for kind in ("f16", "kvtc-k2v4"):
-            log = c.run(f"memory-{shape}-{kind}", c.binaries / "llama-bench", "-m", model, "-ngl", 99, "-p", 0, "-n", 1,
-                        "-r", 1, "-fa", 1, "-d", depth, "-v", *bench_types(kind))  # fmt: skip
-            sizes[kind] = parse_kv_mib(log)
-            rows.append((shape, kind, depth, sizes[kind]))
-        told.append(f"{shape}: {sizes['kvtc-k2v4']:.0f} MiB, f16 {sizes['f16']:.0f} at {depth} tokens, "
-                    f"{sizes['f16'] / sizes['kvtc-k2v4']:.2f} times less (wanted 5)")  # fmt: skip
-    write_csv(c.out / "memory.csv", ("model", "type", "tokens", "mib"), rows)
+            with watched() as peak:
+                log = c.run(f"memory-{shape}-{kind}", c.binaries / "llama-bench", "-m", model, "-ngl", 99, "-p", 512,
+                            "-n", 1, "-r", 1, "-fa", 1, "-d", depth, "-v", *bench_types(kind))  # fmt: skip
+            found = parse_split(log)
+            caches[kind] = found.cache
+            parts = (found.codes, found.exact, found.bases, found.compute)
+            rows.append((shape, kind, depth, found.cache, *parts, "" if peak.mib is None else peak.mib))
+        told.append(f"{shape}: {caches['kvtc-k2v4']:.0f} MiB, f16 {caches['f16']:.0f} at {depth} tokens, "
+                    f"{caches['f16'] / caches['kvtc-k2v4']:.2f} times less (wanted 5)")  # fmt: skip
+    columns = ("cache_mib", "codes_mib", "exact_mib", "bases_mib", "compute_mib", "device_mib")
+    write_csv(c.out / "memory.csv", ("model", "type", "tokens", *columns), rows)
     return "; ".join(told)
 
 

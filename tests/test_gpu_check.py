@@ -2,7 +2,7 @@
 
 Failures caught: a step that fails and is not reported, or keeps the others from running; a ratio over another depth's
 base; a verdict that hides the worst depth; rows of llama-bench that are lost; a kernel's figures under another's name,
-or in other units; ceilings that are no measurement.
+or in other units; ceilings that are no measurement; a cache whose parts do not add up, or a buffer counted twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import gpu_check, nsight
+from bench import gpu_check, gpu_memory, nsight
 from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
 
 
@@ -130,3 +130,34 @@ def test_ceilings_are_measured_on_the_named_device():
     assert run.returncode == 0, run.stderr
     bandwidth, rate = map(float, run.stdout.split()[-2:])
     assert 0 < bandwidth < 1e5 and 0 < rate < 1e3
+
+
+MEMORY = """llama_kv_cache: size =    2.11 MiB (   512 cells,  30 layers,  1/1 seqs), K (kvtc2):    0.70 MiB, V (kvtc4):    1.41 MiB
+print_info: 3.000 bpv, codes 2.11 MiB, exact rows 4.31 MiB (4 sinks, window 128, rollback 64, 196 slots), bases 9.81 MiB
+sched_reserve:      CUDA0 compute buffer size =    49.32 MiB
+sched_reserve:  CUDA_Host compute buffer size =     2.00 MiB
+sched_reserve:      CUDA0 compute buffer size =    60.00 MiB
+"""  # noqa: E501
+
+
+def test_memory_is_split_into_parts_that_add_up():
+    found = gpu_memory.parse_split(MEMORY)
+    assert (found.codes, found.exact, found.bases) == pytest.approx((2.11, 4.31, 9.81))
+    assert found.cache == pytest.approx(16.23)
+    assert found.compute == pytest.approx(62.0)
+    stock = gpu_memory.parse_split("llama_kv_cache: size =   22.50 MiB (1024 cells)\n")
+    assert (stock.codes, stock.exact, stock.bases, stock.compute) == (22.5, 0, 0, 0)
+
+
+def test_device_memory_is_the_most_that_was_seen(tmp_path, monkeypatch):
+    count = tmp_path / "count"
+    fake_tool(tmp_path, "nvidia-smi", f"echo x >> {count}; [ $(wc -l < {count}) = 2 ] && echo 900 || echo 500")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with gpu_memory.watched(0.01) as peak:
+        while not count.exists() or len(count.read_text()) < 8:
+            pass
+    assert peak.mib == 900
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with gpu_memory.watched(0.01) as peak:
+        pass
+    assert peak.mib is None

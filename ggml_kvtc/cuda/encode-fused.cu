@@ -258,7 +258,8 @@ bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
     const int64_t d = encode->ne[0];
     // nothing else may read the product, which is not written
     return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && (f.product->ne[1] <= MAX_TOKENS || encode_many_supports(cc, (int) d)) && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
+        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
+        (f.product->ne[1] <= MAX_TOKENS || encode_many_supports(cc, (int) d)) &&
         x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) &&
         bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
 }
