@@ -16,6 +16,7 @@ struct columns {
     int         n_list;   // likewise
     const int * list;     // [stream][n_list] cells
     const int * list_end; // [stream] entries in use
+    const int2 * ranges;  // [stream] least and greatest position of the queries
 };
 
 // columns before this one, a multiple of PREFILL_ALIGN, hold nothing: they are neither written nor read
@@ -32,8 +33,11 @@ __device__ __forceinline__ int get_listed(const columns & c, int stream, int col
 // keys, rotated, and values' coefficients: f16 [stream][head][column][d]
 void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
 
-// cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], then the list, in order
-void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream);
+// the same in the order of tiles (attend-sm90.cuh)
+void expand_tiles(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
+
+// cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], ranges, then the list, in order
+void list_either(const attn_args & a, int n_max, int * counts, int2 * ranges, int * list, int * list_end, cudaStream_t stream);
 
 // mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own; of all where the mask's rows are not
 // aligned to 16 bytes

@@ -282,4 +282,55 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     return p;
 }
 
+//
+// prefill on sm_90a: the expanded columns lie in tiles
+//
+
+constexpr int TILE_ROWS   = 128; // query rows of a block
+constexpr int TILE_STAGES = 2;
+
+template <int D> constexpr int TILE_KEYS = D <= 128 ? 128 : 64;
+
+inline int tile_keys(int d) {
+    return d <= 128 ? TILE_KEYS<128> : TILE_KEYS<256>;
+}
+
+struct tiles_plan {
+    int n_column, n_list, chunk, n_chunk, n_merge; // as in prefill_plan
+    int n_row_block;
+    int n_split, tiles_per_split; // of a chunk
+};
+
+// False where this kernel does not serve the shape.
+inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, tiles_plan & p) {
+    if (s.d != 64 && s.d != 128 && s.d != 256) {
+        return false;
+    }
+    const int align = PREFILL_ALIGN;
+    const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
+    const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
+    p.n_list      = ceil_div(std::min(s.n_kv, n_exact), align)*align;
+    p.n_column    = ceil_div(s.n_kv, align)*align + p.n_list;
+    p.chunk       = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
+    p.n_chunk     = ceil_div(p.n_column, p.chunk);
+    p.n_row_block = ceil_div(s.n_tokens*s.group, TILE_ROWS);
+
+    const int n_tile = p.chunk/tile_keys(s.d);
+    const int blocks = p.n_row_block*s.n_head_kv*s.n_stream;
+    double best = 0.0;
+    int n_split = 1;
+    for (int n = 1; n <= 16 && 2*n <= n_tile; ++n) { // as few ranges as fill the processors
+        const double use = (double) blocks*n/(ceil_div(blocks*n, gpu.n_sm)*gpu.n_sm);
+        if (use > best + 0.05) {
+            best    = use;
+            n_split = n;
+        }
+    }
+    p.tiles_per_split = ceil_div(n_tile, n_split);
+    p.n_split         = ceil_div(n_tile, p.tiles_per_split);
+    const size_t sums = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*p.n_split*(s.d + 2)*4;
+    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    return true;
+}
+
 } // namespace kvtc
