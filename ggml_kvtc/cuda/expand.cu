@@ -34,21 +34,6 @@ __device__ __forceinline__ void get_query_range(const attn_args & a, int stream,
     max_pos = hi;
 }
 
-// cell of a column, and its exact row: in the list, all keys count exactly; elsewhere those that do for all queries
-struct column_cell {
-    int cell, pos, slot;
-};
-
-__device__ __forceinline__ column_cell get_cell(const attn_args & a, const columns & c, int stream, int col, const int2 & range) {
-    column_cell x;
-    const bool listed = c.at + col < c.n_list;
-    x.cell = listed ? max(0, get_listed(c, stream, col)) : min(c.at + col - c.n_list, a.n_kv - 1);
-    const int2 info = a.info[(int64_t) stream*a.n_kv + x.cell];
-    x.pos  = info.x;
-    x.slot = info.x >= 0 && (listed || get_use(a, info.x, info.y, range.x, range.y) == USE_EXACT) ? info.y : -1;
-    return x;
-}
-
 // The first n_key_blocks blocks rebuild keys, the others decode values. Rows of a warp's next slab are on their way while it works.
 // tiled: in the order that attend-sm90.cuh states, else column after column.
 template <int D, bool in_shared, bool tiled>

@@ -333,4 +333,39 @@ inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_e
     return true;
 }
 
+template <int D> constexpr int REBUILD_GROUPS = D <= 128 ? 3 : 2; // of four warps, for slabs of 64 cells
+
+struct rebuild_plan {
+    int n_key_block, n_value_block;
+    int unit, lanes, stride; // as in staging
+    int at_table, at_freq, at_codes, at_stage; // keys: the decode matrix is at 0, and values' tables are
+    size_t shared;
+};
+
+// False where matrix or tables are too large, or rows no multiple of 8 bytes: expand_plan's kernel serves these.
+inline bool make_rebuild_plan(const attn_shape & s, const gpu_shape & gpu, int n_column, rebuild_plan & p) {
+    const int     n_group = s.d <= 128 ? REBUILD_GROUPS<128> : REBUILD_GROUPS<256>;
+    const staging rows    = make_staging(s);
+    if (rows.unit < 8) {
+        return false;
+    }
+    p.unit   = rows.unit;
+    p.lanes  = std::max(rows.lanes [0], rows.lanes [1]);
+    p.stride = std::max(rows.stride[0], rows.stride[1]);
+    int used = 0;
+    const auto take = [&used](int n, int align) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+    take((s.d/8 + 2)*s.d*16, 128);
+    p.at_table = take(s.pairs[0], 1024); // its tables are aligned to their size
+    used       = std::max(used, s.pairs[1]);
+    p.at_freq  = take(s.d/2*8, 128);
+    p.at_codes = take(s.d/8*16, 128);
+    p.at_stage = take(4*n_group*2*16*p.stride + 16, 128); // read past the end
+    p.shared   = used;
+    const int most    = ceil_div(n_column, 64*n_group);
+    const int blocks  = std::max(2, gpu.n_sm/(s.n_head_kv*s.n_stream));
+    p.n_key_block   = std::max(1, std::min(most, blocks*3/5)); // a key costs more than a value does
+    p.n_value_block = std::max(1, std::min(most, blocks - p.n_key_block));
+    return p.shared <= gpu.shared;
+}
+
 } // namespace kvtc

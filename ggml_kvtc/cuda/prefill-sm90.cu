@@ -135,7 +135,12 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
             sums.n_chunk    = 0;
         }
         const columns c = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end, ranges.get() };
-        expand_tiles(a, s, gpu, c, k.get(), v.get(), stream);
+        rebuild_plan rebuild;
+        if (make_rebuild_plan(s, gpu, c.n_all, rebuild)) {
+            rebuild_tiles(a, s.d, c, rebuild, k.get(), v.get(), stream);
+        } else {
+            expand_tiles(a, s, gpu, c, k.get(), v.get(), stream);
+        }
         const dim3 grid(c.n_all/keys, p.n_row_block, s.n_stream);
         const auto classify = s.d <= 128 ? classify_tiles<TILE_KEYS<128>> : classify_tiles<TILE_KEYS<256>>;
         classify<<<grid, THREADS, 0, stream>>>(a, c, p.n_row_block, aligned, classes.get(), mask.get());
