@@ -13,81 +13,77 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// a block for each tile and block of query rows: a thread has eight columns of some of the tokens
+// A block for each tile and some of the blocks of query rows: a thread has eight columns of some of the tokens.
 template <int KEYS>
 __launch_bounds__(THREADS)
 __global__ void classify_tiles(const attn_args a, const columns c, int n_row_block, bool aligned, uint8_t * classes, half * out) {
     constexpr int LANES  = KEYS/8;
     constexpr int STEP   = THREADS/LANES;                // from token to token of a thread
     constexpr int TOKENS = (TILE_ROWS + STEP - 1)/STEP;  // of a thread, at most
-    const int tile      = blockIdx.x;
-    const int row_block = blockIdx.y;
-    const int stream    = blockIdx.z;
-    const int n_tile    = gridDim.x;
-    const int col0      = tile*KEYS + threadIdx.x%LANES*8;
-    const int first     = row_block*TILE_ROWS/a.group;
-    const int last      = min(a.n_tokens, (row_block*TILE_ROWS + TILE_ROWS - 1)/a.group + 1);
-    uint8_t & result    = classes[((int64_t) stream*n_row_block + row_block)*n_tile + tile];
-    const bool listed   = c.at + tile*KEYS < c.n_list; // all columns of a tile are, or none
-    if ((tile + 1)*KEYS <= get_first_column(c, stream) || c.at + tile*KEYS - c.n_list >= a.n_kv) {
-        if (threadIdx.x == 0) {
-            result = TILE_HIDDEN;
-        }
-        return;
-    }
-    const int2 range = c.ranges[stream];
+    const int  tile   = blockIdx.x;
+    const int  stream = blockIdx.z;
+    const int  n_tile = gridDim.x;
+    const int  col0   = tile*KEYS + threadIdx.x%LANES*8;
+    const bool listed = c.at + tile*KEYS < c.n_list; // all columns of a tile are, or none
+    const bool empty  = (tile + 1)*KEYS <= get_first_column(c, stream) || c.at + tile*KEYS - c.n_list >= a.n_kv;
+    const int2 range  = c.ranges[stream];
+    const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     int  cell  [8]; // -1: none
     int  either[8]; // its position, where some queries have it exactly, or -1
     bool plain = !listed && aligned;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 8 && !empty; ++i) {
         const int x = listed ? get_listed(c, stream, col0 + i) : c.at + col0 + i - c.n_list;
         cell[i] = x < a.n_kv ? x : -1;
         const int2 info = cell[i] >= 0 ? a.info[(int64_t) stream*a.n_kv + x] : make_int2(-1, -1);
         either[i] = info.x >= 0 && get_use(a, info.x, info.y, range.x, range.y) == USE_EITHER ? info.x : -1;
         plain = plain && cell[i] >= 0 && either[i] < 0;
     }
-    const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
-    uint4 values[TOKENS];
-    bool  seen  = false; // by any
-    bool  added = false; // to any
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        const int token = first + threadIdx.x/LANES + t*STEP;
-        if (token >= last) {
-            break;
-        }
-        const half * from = mask ? mask + token*a.ne_m1 : nullptr;
-        if (plain) {
-            values[t] = from ? *(const uint4 *) (from + cell[0]) : make_uint4(0, 0, 0, 0);
-        } else {
-            const int query = a.query_pos[stream*a.n_tokens + token];
-            __align__(16) half x[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const bool ex = either[i] >= 0 && is_exact(a, query, either[i]);
-                const bool in = cell[i] >= 0 && ex == listed;
-                x[i] = !in ? __ushort_as_half(0xfc00) : from ? from[cell[i]] : __ushort_as_half(0);
-            }
-            values[t] = *(const uint4 *) x;
-        }
-        const uint4 & v = values[t];
-        added = added || (v.x | v.y | v.z | v.w) != 0;
-        seen  = seen  || v.x != 0xfc00fc00 || v.y != 0xfc00fc00 || v.z != 0xfc00fc00 || v.w != 0xfc00fc00;
-    }
-    seen  = __syncthreads_or(seen);
-    added = __syncthreads_or(added);
-    if (threadIdx.x == 0) {
-        result = !seen ? TILE_HIDDEN : added ? TILE_MASKED : TILE_PLAIN;
-    }
-    if (seen && added) {
+#pragma unroll 1
+    for (int row_block = blockIdx.y; row_block < n_row_block; row_block += gridDim.y) {
+        const int first = row_block*TILE_ROWS/a.group + threadIdx.x/LANES;
+        const int last  = min(a.n_tokens, (row_block*TILE_ROWS + TILE_ROWS - 1)/a.group + 1);
+        uint4 values[TOKENS];
+        bool  seen  = false; // by any
+        bool  added = false; // to any
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            const int token = first + threadIdx.x/LANES + t*STEP;
-            if (token >= last) {
+            const int token = first + t*STEP;
+            if (empty || token >= last) {
                 break;
             }
-            *(uint4 *) (out + ((int64_t) stream*a.n_tokens + token)*c.n_all + col0) = values[t]; // blocks that share a token write the same
+            const half * from = mask ? mask + token*a.ne_m1 : nullptr;
+            if (plain) {
+                values[t] = from ? *(const uint4 *) (from + cell[0]) : make_uint4(0, 0, 0, 0);
+            } else {
+                const int query = a.query_pos[stream*a.n_tokens + token];
+                __align__(16) half x[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const bool ex = either[i] >= 0 && is_exact(a, query, either[i]);
+                    const bool in = cell[i] >= 0 && ex == listed;
+                    x[i] = !in ? __ushort_as_half(0xfc00) : from ? from[cell[i]] : __ushort_as_half(0);
+                }
+                values[t] = *(const uint4 *) x;
+            }
+            const uint4 & v = values[t];
+            added = added || (v.x | v.y | v.z | v.w) != 0;
+            seen  = seen  || v.x != 0xfc00fc00 || v.y != 0xfc00fc00 || v.z != 0xfc00fc00 || v.w != 0xfc00fc00;
+        }
+        seen  = __syncthreads_or(seen);
+        added = __syncthreads_or(added);
+        if (threadIdx.x == 0) {
+            classes[((int64_t) stream*n_row_block + row_block)*n_tile + tile] = !seen ? TILE_HIDDEN : added ? TILE_MASKED : TILE_PLAIN;
+        }
+        if (seen && added) {
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                const int token = first + t*STEP;
+                if (token >= last) {
+                    break;
+                }
+                *(uint4 *) (out + ((int64_t) stream*a.n_tokens + token)*c.n_all + col0) = values[t]; // blocks that share a token write the same
+            }
         }
     }
 }
@@ -141,7 +137,7 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
         } else {
             expand_tiles(a, s, gpu, c, k.get(), v.get(), stream);
         }
-        const dim3 grid(c.n_all/keys, p.n_row_block, s.n_stream);
+        const dim3 grid(c.n_all/keys, ceil_div(p.n_row_block, 4), s.n_stream);
         const auto classify = s.d <= 128 ? classify_tiles<TILE_KEYS<128>> : classify_tiles<TILE_KEYS<256>>;
         classify<<<grid, THREADS, 0, stream>>>(a, c, p.n_row_block, aligned, classes.get(), mask.get());
         CUDA_CHECK(cudaGetLastError());
