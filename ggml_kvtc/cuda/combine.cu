@@ -321,6 +321,7 @@ void combine(const attn_args & a, int d, const partial_sums & sums, const output
         case  96: return launch_many< 96>(a, sums, out, stream);
         case 128: return launch_many<128>(a, sums, out, stream);
         case 256: return launch_many<256>(a, sums, out, stream);
+        case 512: return launch_many<512>(a, sums, out, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

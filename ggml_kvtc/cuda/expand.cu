@@ -316,7 +316,10 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
 template <int D, bool tiled>
 void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     const expand_plan p = make_expand_plan(s, gpu);
-    const auto kernel = p.in_shared ? rebuild_rows<D, true, tiled> : rebuild_rows<D, false, tiled>;
+    auto kernel = rebuild_rows<D, false, tiled>;
+    if constexpr (D <= 256) { // else it never fits
+        kernel = p.in_shared ? rebuild_rows<D, true, tiled> : kernel;
+    }
     allow_shared_memory((const void *) kernel, p.shared);
     const int most    = ceil_div(c.n_all, 16*p.n_warp);
     const int blocks  = std::max(2, 2*gpu.n_sm/(a.n_head_kv*a.n_stream));
@@ -335,6 +338,7 @@ void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & g
         case  96: return launch_rows< 96, false>(a, s, gpu, c, keys, values, stream);
         case 128: return launch_rows<128, false>(a, s, gpu, c, keys, values, stream);
         case 256: return launch_rows<256, false>(a, s, gpu, c, keys, values, stream);
+        case 512: return launch_rows<512, false>(a, s, gpu, c, keys, values, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", s.d);
     }
 }

@@ -16,9 +16,10 @@ namespace {
 // Up to this many tokens the codes are read directly: rebuilding keys costs each 8 or 16 query rows as much as writing them
 // out and reading them back costs all.
 constexpr int MAX_DECODE_TOKENS = 16;
+constexpr int MAX_DECODE_DIM    = 256; // larger heads are expanded for any number of tokens
 
 bool has_kernels(int d) {
-    return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
+    return d == 64 || d == 80 || d == 96 || d == 128 || d == 256 || d == 512;
 }
 
 attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & params) {
@@ -133,8 +134,12 @@ bool supports_attn(int device, const ggml_tensor * op) {
             return false;
         }
     }
+    const attn_shape shape = get_shape(op, params);
+    if (shape.d > MAX_DECODE_DIM) {
+        return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_AMPERE && params.max_bias == 0.0f && make_expand_plan(shape, get_gpu(device)).n_warp > 0;
+    }
     decode_plan plan;
-    return make_decode_plan(get_shape(op, params), get_gpu(device), plan);
+    return make_decode_plan(shape, get_gpu(device), plan);
 }
 
 } // namespace
@@ -157,7 +162,7 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return;
     }
 #endif
-    if (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape)) {
+    if (shape.d > MAX_DECODE_DIM || (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape))) {
         prefill(ctx, args, shape, gpu, out);
         return;
     }

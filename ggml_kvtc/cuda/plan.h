@@ -247,12 +247,13 @@ struct prefill_plan {
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
 constexpr int    PREFILL_MERGE   = 8;
+constexpr int    MAX_SINGLE_HEAD = 256;           // above, ggml has no kernel for one head at once, as ALiBi needs it
 
 // n_exact: most exact rows of a stream
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
     prefill_plan p;
     p.n_cols  = n_cols;
-    p.n_cols2 = alibi || s.group == 1 ? 1 : s.group == 2 ? 2 : s.group <= 4 ? 4 : 8;
+    p.n_cols2 = alibi || (s.group == 1 && s.d <= MAX_SINGLE_HEAD) ? 1 : s.group <= 2 ? 2 : s.group <= 4 ? 4 : 8;
     const int align = PREFILL_ALIGN;
     const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
     const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;

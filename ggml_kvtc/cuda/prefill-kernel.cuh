@@ -181,8 +181,12 @@ static void launch_chunk(const chunk_args & a, int n_block, int cc, cudaStream_t
 
 template <int D, int N, bool softcap>
 static void launch_chunk(const chunk_args & a, int n_cols2, int n_block, int cc, cudaStream_t stream) {
+    if constexpr (D <= MAX_SINGLE_HEAD) {
+        if (n_cols2 == 1) {
+            return launch_chunk<D, N, 1, softcap>(a, n_block, cc, stream);
+        }
+    }
     switch (n_cols2) {
-        case 1:  return launch_chunk<D, N,   1, softcap>(a, n_block, cc, stream);
         case 2:  return launch_chunk<D, N/2, 2, softcap>(a, n_block, cc, stream);
         case 4:  return launch_chunk<D, N/4, 4, softcap>(a, n_block, cc, stream);
         default: return launch_chunk<D, N/8, 8, softcap>(a, n_block, cc, stream);

@@ -62,6 +62,7 @@ void attend(const chunk_args & a, int d, const prefill_plan & p, int n_grid, int
         case  96: return attend_chunk_case< 96>(a, p.n_cols, p.n_cols2, n_grid, cc, stream);
         case 128: return attend_chunk_case<128>(a, p.n_cols, p.n_cols2, n_grid, cc, stream);
         case 256: return attend_chunk_case<256>(a, p.n_cols, p.n_cols2, n_grid, cc, stream);
+        case 512: return attend_chunk_case<512>(a, p.n_cols, p.n_cols2, n_grid, cc, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }
@@ -82,6 +83,7 @@ void merge_sums(const attn_args & a, const partial_sums & p, int d, int64_t n_ro
         case  96: return merge< 96>(a, p, n_row, values, meta, stream);
         case 128: return merge<128>(a, p, n_row, values, meta, stream);
         case 256: return merge<256>(a, p, n_row, values, meta, stream);
+        case 512: return merge<512>(a, p, n_row, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

@@ -5,7 +5,7 @@
 #include "kvtc-cases.h"
 
 static int kvtc_heads(int d) {
-    return d == 64 ? 3 : d == 256 ? 1 : 2;
+    return d == 64 ? 3 : d >= 256 ? 1 : 2;
 }
 
 static void kvtc_add_writes(std::vector<std::unique_ptr<test_case>> & cases) {
@@ -57,7 +57,7 @@ static void kvtc_add_reads(std::vector<std::unique_ptr<test_case>> & cases) {
             add(group % 2 ? 64 : 128, [&](auto & c) { c.v = 3; c.group = group; c.tokens = tokens; });
         }
     }
-    for (int d : { 80, 96, 256 }) {
+    for (int d : { 80, 96, 256, 512 }) {
         for (int group : { 1, 7 }) {
             for (int tokens : { 1, 17 }) {
                 add(d, [&](auto & c) { c.group = group; c.tokens = tokens; c.exact = KVTC_STORE; });

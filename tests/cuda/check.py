@@ -39,6 +39,11 @@ def cases() -> Iterator[tuple[str, object]]:
             for heads in (1, 4):
                 case = replace(plain, dk=d, heads=heads, tokens=tokens, rope=neox(d), k=2, v=4, n_kv=600)
                 yield f"head_dim {d} tokens {tokens} heads {heads}", case
+    for group in (1, 2, 4, 7, 8):
+        for tokens in (1, 16, 40):
+            case = replace(plain, dk=512, group=group, tokens=tokens, rope=neox(512), k=2, v=4, n_kv=400, heads=2)
+            yield f"head_dim 512 group {group} tokens {tokens}", case
+    yield "head_dim 512 softcap", replace(plain, dk=512, rope=neox(512), softcap=3.0, group=2, tokens=5, k=3, v=6)
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
         for tokens in (1, 2, 5, 16, 33):
             yield f"group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, heads=1 + group % 2)

@@ -43,7 +43,7 @@ def plans(tmp_path_factory):
 @st.composite
 def shapes(draw, tokens: st.SearchStrategy[int]) -> list[int]:
     """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V."""
-    d = draw(st.sampled_from([64, 80, 96, 128, 256]))
+    d = draw(st.sampled_from([64, 80, 96, 128, 256, 512]))
     heads = draw(st.integers(1, 16))
     bits = [draw(st.integers(1, 6)) for _ in range(2)]
     rows = [heads * d * b // 8 for b in bits]

@@ -1,0 +1,3 @@
+#include "prefill-kernel.cuh"
+
+KVTC_PREFILL_CASE(512, true)
