@@ -200,7 +200,7 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
     print(f"{device}: {ffi.ffi.string(ffi.base.ggml_backend_dev_description(ffi.device()[0])).decode()}")
     started, failures, count, worst = time.monotonic(), 0, 0, 0.0
     work = [(name, NMSE, lambda case=case: check_attention(case)) for name, case in cases()]
-    for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256)):
+    for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256), (1, 512)):
         for bits in range(1, 7):
             work.append((f"rows {heads} x {d} kvtc{bits}", 0.0, lambda a=(heads, d, bits): check_rows(*a)))
             for n_tokens in (1, 5, 37):
