@@ -1,4 +1,4 @@
-// A prompt's write: transform, code and store 16 tokens of one head in a block. The transform is a product of tf32 on tensor
+// A prompt's write: transform, code and store the tokens of one head, 32 in a block. The transform is a product of tf32 on tensor
 // cores, in three parts of which each drops what the others have, so that its error is that of f32.
 #include "encode.cuh"
 
@@ -6,9 +6,8 @@ namespace kvtc {
 
 namespace {
 
-constexpr int ROWS    = 16;
-constexpr int THREADS = 256;
-constexpr int WARPS   = THREADS/32;
+template <int D> constexpr int MANY_ROWS  = D <= 128 ? 32 : 16; // the matrix is read once for so many
+template <int D> constexpr int MANY_WARPS = D <= 128 ? 16 :  8; // that code two vectors each
 
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -27,12 +26,16 @@ __device__ __forceinline__ void split_tf32(float x, uint32_t & big, uint32_t & s
 }
 
 template <int D>
-__launch_bounds__(THREADS)
+__launch_bounds__(32*MANY_WARPS<D>, D <= 128 ? 2 : 1)
 __global__ void transform_and_write_many(const fused_args args) {
-    constexpr int LD    = D % 32 == 0 ? D + 16 : D; // rows of x on other banks than their neighbours
-    constexpr int TILES = (D/8 + WARPS - 1)/WARPS;  // of 8 components, for a warp
-    __shared__ __align__(16) float x[ROWS*LD];      // then z
-    __shared__ float scratch[WARPS][2*D];
+    constexpr int ROWS    = MANY_ROWS<D>;
+    constexpr int WARPS   = MANY_WARPS<D>;
+    constexpr int THREADS = 32*WARPS;
+    constexpr int LD      = D % 32 == 0 ? D + 16 : D; // rows of x on other banks than their neighbours
+    constexpr int TILES   = (D/8 + WARPS - 1)/WARPS;  // of 8 components, for a warp
+    __shared__ __align__(16) float big  [ROWS*LD];    // of x, then z
+    __shared__ __align__(16) float small[ROWS*LD];    // of x, then scratch of the warps
+    static_assert(ROWS*LD >= WARPS*2*D, "scratch does not fit");
     ggml_cuda_pdl_lc();
     const fused_side & a    = args.side [blockIdx.z];
     const int          side = args.index[blockIdx.z];
@@ -58,13 +61,27 @@ __global__ void transform_and_write_many(const fused_args args) {
     }
     const char * pack = find_pack(a.pack);
     ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
-    for (int i = threadIdx.x; i < ROWS*D; i += THREADS) {
-        const int r = i/D;
-        x[r*LD + i%D] = r < n ? *(const float *) (a.x + (token0 + r)*a.nb_x1 + h*a.nb_x2 + i%D*sizeof(float)) : 0.0f;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS*D/4; i += THREADS) {
+        const int r = i/(D/4);
+        const int c = i%(D/4)*4;
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (r < n) {
+            const float * from = (const float *) (a.x + (token0 + r)*a.nb_x1 + h*a.nb_x2) + c;
+            x = make_float4(from[0], from[1], from[2], from[3]);
+        }
+        uint4 upper;
+        uint4 lower;
+        split_tf32(x.x, upper.x, lower.x);
+        split_tf32(x.y, upper.y, lower.y);
+        split_tf32(x.z, upper.z, lower.z);
+        split_tf32(x.w, upper.w, lower.w);
+        *(uint4 *) (big   + r*LD + c) = upper;
+        *(uint4 *) (small + r*LD + c) = lower;
     }
     __syncthreads();
 
-    float acc[TILES][4] = {};
+    float acc[TILES][ROWS/16][4] = {};
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
         const int tile = warp + t*WARPS;
@@ -74,24 +91,26 @@ __global__ void transform_and_write_many(const fused_args args) {
             }
 #pragma unroll
             for (int s = 0; s < D/16; ++s) {
-                const float4 lo = *(const float4 *) (x + r8*LD       + 16*s + 4*q4);
-                const float4 hi = *(const float4 *) (x + (r8 + 8)*LD + 16*s + 4*q4);
-                const float values[2][4] = { { lo.x, hi.x, lo.y, hi.y }, { lo.z, hi.z, lo.w, hi.w } };
-                const float factors[2][2] = { { e[s].x, e[s].y }, { e[s].z, e[s].w } };
+                uint32_t b_big[4], b_small[4];
+                split_tf32(e[s].x, b_big[0], b_small[0]);
+                split_tf32(e[s].y, b_big[1], b_small[1]);
+                split_tf32(e[s].z, b_big[2], b_small[2]);
+                split_tf32(e[s].w, b_big[3], b_small[3]);
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    uint32_t a_big[4], a_small[4], b_big[2], b_small[2];
+                for (int m = 0; m < ROWS/16; ++m) {
+                    const int at = (16*m + r8)*LD + 16*s + 4*q4;
+                    const uint4 big_lo   = *(const uint4 *) (big   + at);
+                    const uint4 big_hi   = *(const uint4 *) (big   + at + 8*LD);
+                    const uint4 small_lo = *(const uint4 *) (small + at);
+                    const uint4 small_hi = *(const uint4 *) (small + at + 8*LD);
+                    const uint32_t a_big  [2][4] = { { big_lo.x,   big_hi.x,   big_lo.y,   big_hi.y   }, { big_lo.z,   big_hi.z,   big_lo.w,   big_hi.w   } };
+                    const uint32_t a_small[2][4] = { { small_lo.x, small_hi.x, small_lo.y, small_hi.y }, { small_lo.z, small_hi.z, small_lo.w, small_hi.w } };
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        split_tf32(values[k][i], a_big[i], a_small[i]);
+                    for (int k = 0; k < 2; ++k) {
+                        mma_tf32(acc[t][m], a_small[k], b_big  [2*k], b_big  [2*k + 1]);
+                        mma_tf32(acc[t][m], a_big  [k], b_small[2*k], b_small[2*k + 1]);
+                        mma_tf32(acc[t][m], a_big  [k], b_big  [2*k], b_big  [2*k + 1]);
                     }
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        split_tf32(factors[k][i], b_big[i], b_small[i]);
-                    }
-                    mma_tf32(acc[t], a_small, b_big  [0], b_big  [1]);
-                    mma_tf32(acc[t], a_big,   b_small[0], b_small[1]);
-                    mma_tf32(acc[t], a_big,   b_big  [0], b_big  [1]);
                 }
             }
         }
@@ -102,19 +121,23 @@ __global__ void transform_and_write_many(const fused_args args) {
         const int c = 8*(warp + t*WARPS) + 2*q4;
         if (c < D) {
             const float2 bias = *(const float2 *) (a.bias + h*D + c);
-            *(float2 *) (x + r8*LD       + c) = make_float2(acc[t][0] + bias.x, acc[t][1] + bias.y);
-            *(float2 *) (x + (r8 + 8)*LD + c) = make_float2(acc[t][2] + bias.x, acc[t][3] + bias.y);
+#pragma unroll
+            for (int m = 0; m < ROWS/16; ++m) {
+                *(float2 *) (big + (16*m + r8)*LD     + c) = make_float2(acc[t][m][0] + bias.x, acc[t][m][1] + bias.y);
+                *(float2 *) (big + (16*m + r8 + 8)*LD + c) = make_float2(acc[t][m][2] + bias.x, acc[t][m][3] + bias.y);
+            }
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n*D; i += THREADS) {
-        *(float *) (a.z + (token0 + i/D)*a.nb_z1 + h*a.nb_z2 + i%D*sizeof(float)) = x[i/D*LD + i%D];
+        *(float *) (a.z + (token0 + i/D)*a.nb_z1 + h*a.nb_z2 + i%D*sizeof(float)) = big[i/D*LD + i%D];
     }
     const uint32_t payload = get_head(pack, side, h).payload;
+    float * const scratch = small + warp*2*D;
     for (int r = warp; r < n; r += WARPS) {
         const int64_t row = a.idxs[token0 + r];
         if (row >= 0) {
-            code_vector(pack, side, h, args.n_head, D, x + r*LD, scratch[warp], scratch[warp] + D, a.rows + row*a.nb_row + payload);
+            code_vector(pack, side, h, args.n_head, D, big + r*LD, scratch, scratch + D, a.rows + row*a.nb_row + payload);
             __syncwarp(); // scratch is used again
         }
     }
@@ -122,7 +145,7 @@ __global__ void transform_and_write_many(const fused_args args) {
 
 template <int D>
 void launch(const fused_args & a, cudaStream_t stream) {
-    ggml_cuda_kernel_launch(transform_and_write_many<D>, { dim3((a.n_tokens + ROWS - 1)/ROWS, a.n_head, a.n_side), THREADS, 0, stream }, a);
+    ggml_cuda_kernel_launch(transform_and_write_many<D>, { dim3((a.n_tokens + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head, a.n_side), 32*MANY_WARPS<D>, 0, stream }, a);
 }
 
 } // namespace
