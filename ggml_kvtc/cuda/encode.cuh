@@ -145,6 +145,8 @@ struct fused_args {
     int        n_side, d, n_head, n_tokens;
 };
 
+// a block for each head and token
+void encode_few(const fused_args & a, cudaStream_t stream);
 // for more tokens than a block for each serves well
 bool encode_many_supports(int cc, int d);
 void encode_many(const fused_args & a, cudaStream_t stream);

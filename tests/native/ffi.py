@@ -34,6 +34,8 @@ struct ggml_tensor * ggml_new_tensor_2d(struct ggml_context *, int type, int64_t
 struct ggml_tensor * ggml_new_tensor_3d(struct ggml_context *, int type, int64_t, int64_t, int64_t);
 struct ggml_tensor * ggml_new_tensor_4d(struct ggml_context *, int type, int64_t, int64_t, int64_t, int64_t);
 struct ggml_tensor * ggml_view_1d(struct ggml_context *, struct ggml_tensor *, int64_t, size_t offset);
+struct ggml_tensor * ggml_view_3d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t,
+    size_t nb1, size_t nb2, size_t offset);
 struct ggml_tensor * ggml_view_4d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t, int64_t,
                                   size_t nb1, size_t nb2, size_t nb3, size_t offset);
 struct ggml_tensor * ggml_mul_mat(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
