@@ -50,7 +50,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     ggml_cuda_pdl_lc();
 
     // of the pack, which no kernel writes
-    const char * pack    = find_pack(a.pack);
+    const char * pack    = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * matrix  = at<half>(pack, head.decode); // [component][channel]
     const int    channel = threadIdx.x%(D/8)*8;
@@ -181,7 +181,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int n_row = a.n_tokens*a.n_stream*a.group;
-    const char * pack = find_pack(a.pack);
+    const char * pack = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * from = at<half>(pack, head.decode); // [component][channel]
 

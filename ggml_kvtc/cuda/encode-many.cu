@@ -56,7 +56,7 @@ __global__ void transform_and_write_many(const fused_args args) {
     if (warp < D/8) {
         load(warp);
     }
-    const char * pack = find_pack(a.pack);
+    const char * pack = a.pack;
     ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
     for (int i = threadIdx.x; i < ROWS*D; i += THREADS) {
         const int r = i/D;

@@ -32,7 +32,7 @@ __global__ void write_codes(const write_args a, int side) {
     if (row < 0) {
         return;
     }
-    const char  * pack  = find_pack(a.pack);
+    const char  * pack  = a.pack;
     const float * z     = (const float *) (a.z + token*a.nb_z1 + h*a.nb_z2);
     float       * plain = scratch + threadIdx.x/32*3*a.d;
     for (int c = lane; c < a.d; c += 32) {

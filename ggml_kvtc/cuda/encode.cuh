@@ -143,6 +143,7 @@ struct fused_args {
     fused_side side[2]; // keys and values, or one of them
     int        index[2];
     int        n_side, d, n_head, n_tokens;
+    double     inv_d;    // 1/d
 };
 
 // a block for each head and token

@@ -130,6 +130,7 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     }
     fused_args a;
     a.d      = (int) f.product->src[0]->ne[0];
+    a.inv_d  = 1.0/a.d;
     a.n_head = (int) f.product->src[0]->ne[2];
     a.side [0] = a.side [1] = get_side(f);
     a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
