@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <vector>
 
+static_assert(sizeof(ggml_kvtc_cuda_pack) % 16 == 0 && sizeof(ggml_kvtc_cuda_head) % 16 == 0, "heads are 16-byte aligned");
 static_assert(sizeof(ggml_kvtc_cuda_limits) == 6*sizeof(int32_t), "limits are six numbers");
 
 namespace {
@@ -50,19 +52,18 @@ uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
 }
 
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
-              uint32_t payload, ggml_kvtc_cuda_head * head) {
+              uint32_t payload) {
+    const uint32_t place = (uint32_t) GGML_KVTC_CUDA_HEAD_AT(which, h);
     const int d = side.d;
     const int G = d/8;
     const int8_t * w = side.group_widths(h, budget, B);
 
     size_t n_levels = 0;
     size_t n_bounds = 0;
-    std::vector<uint32_t> first_level(G);
-    std::vector<uint32_t> first_bound(G);
     ggml_kvtc_cuda_head tmp = {};
     for (int g = 0; g < G; ++g) {
-        first_level[g] = (uint32_t) n_levels;
-        first_bound[g] = (uint32_t) n_bounds;
+        tmp.first_level[g] = (uint32_t) n_levels;
+        tmp.first_bound[g] = (uint32_t) n_bounds;
         if (w[g] > 0) {
             n_levels += (size_t) 8 << w[g];
             n_bounds += 8*(((size_t) 1 << w[g]) - 1);
@@ -73,36 +74,35 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     }
     std::vector<uint32_t> pairs_at;
     tmp.n_pairs = place_pairs(w, G, pairs_at);
-    uint8_t * widths; uint32_t * levels_at; ggml_fp16_t * levels; uint32_t * bounds_at; float * bounds;
-    float * inv_scale; float * mean; ggml_fp16_t * decode; ggml_kvtc_cuda_code * codes; uint8_t * tables;
+    uint8_t * widths; ggml_fp16_t * levels; float * bounds; float * mean; ggml_fp16_t * decode; uint8_t * tables;
     ggml_kvtc_cuda_pair_code * pair_codes; uint8_t * pairs;
     tmp.payload   = payload;
     tmp.n_bytes   = ggml_kvtc_head_bytes(side, h, budget, B);
     tmp.gain_base = side.gain[2*h];
     tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
     tmp.widths    = out.put(G, &widths);
-    tmp.levels_at = out.put(G, &levels_at);
+    tmp.levels_at = place + offsetof(ggml_kvtc_cuda_head, first_level);
     tmp.levels    = out.put(n_levels, &levels);
-    tmp.bounds_at = out.put(G, &bounds_at);
+    tmp.bounds_at = place + offsetof(ggml_kvtc_cuda_head, first_bound);
     tmp.bounds    = out.put(n_bounds, &bounds);
-    tmp.inv_scale = out.put(d, &inv_scale);
+    tmp.inv_scale = place + offsetof(ggml_kvtc_cuda_head, inverse_scale);
     tmp.mean      = out.put(d, &mean);
     tmp.decode    = out.put((size_t) d*d, &decode);
-    tmp.codes     = out.put(G, &codes);
+    tmp.codes     = place + offsetof(ggml_kvtc_cuda_head, group_code);
     tmp.tables    = out.put(tmp.n_tables, &tables);
     tmp.pair_codes = out.put(G, &pair_codes);
     tmp.pairs      = out.put(tmp.n_pairs, &pairs);
     if (!out.base) {
         return;
     }
-    *head = tmp;
+    ggml_kvtc_cuda_code * codes = tmp.group_code;
+    const uint32_t * first_level = tmp.first_level;
+    const uint32_t * first_bound = tmp.first_bound;
 
     uint32_t at    = 8; // behind the gain code
     uint32_t table = 0;
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
-        levels_at[g] = first_level[g];
-        bounds_at[g] = first_bound[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
         const bool     pair = w[g] > 0 && w[g] <= 4;
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
@@ -140,14 +140,15 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     const float * scale = &side.scale[(size_t) h*d];
     const float   floor = 1e-3f**std::max_element(scale, scale + d);
     for (int i = 0; i < d; ++i) {
-        inv_scale[i] = 1.0f/std::max(scale[i], floor);
-        mean     [i] = side.mean[(size_t) h*d + i];
+        tmp.inverse_scale[i] = 1.0f/std::max(scale[i], floor);
+        mean[i] = side.mean[(size_t) h*d + i];
         for (int c = 0; c < d; ++c) {
             // K: row i gives channel i;  V: row c gives what component c adds
             const ggml_fp16_t x = ggml_fp32_to_fp16(side.decode[((size_t) h*d + i)*d + c]);
             decode[which == GGML_KVTC_K ? (size_t) i*d + c : (size_t) c*d + i] = x;
         }
     }
+    memcpy(out.base + place, &tmp, sizeof(tmp));
 }
 
 void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, ggml_kvtc_cuda_pack * pack) {
@@ -158,15 +159,13 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
     const int B      = (int) cal.bits.size();
     const int budget = cal.budget_index(bits);
 
-    ggml_kvtc_cuda_head * heads;
-    const uint32_t heads_at = out.put(side.H, &heads);
     uint32_t payload = 0;
     for (int h = 0; h < side.H; ++h) {
-        put_head(out, side, which, h, budget, B, payload, heads ? &heads[h] : nullptr);
+        put_head(out, side, which, h, budget, B, payload);
         payload = (payload + ggml_kvtc_head_bytes(side, h, budget, B) + 3)/4*4;
     }
     if (pack) {
-        pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8), heads_at, {} };
+        pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8) };
     }
 }
 
@@ -175,6 +174,8 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
     out.align = 16;
     ggml_kvtc_cuda_pack * pack;
     out.put(1, &pack);
+    const int n_head = std::max(bits_k > 0 ? cal.find(il, GGML_KVTC_K)->H : 0, bits_v > 0 ? cal.find(il, GGML_KVTC_V)->H : 0);
+    out.reserve(2*(size_t) n_head*sizeof(ggml_kvtc_cuda_head));
     put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
     put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
 
@@ -241,11 +242,11 @@ void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
     GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
     std::fill(limits, limits + 6, 0);
     for (int s = 0; s < 2; ++s) {
-        const auto * heads = (const ggml_kvtc_cuda_head *) ((const char *) data + pack->side[s].heads);
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
-            limits[s]     = std::max(limits[s], (int32_t) heads[h].n_bytes);
-            limits[2 + s] = std::max(limits[2 + s], (int32_t) heads[h].n_tables);
-            limits[4 + s] = std::max(limits[4 + s], (int32_t) heads[h].n_pairs);
+            const auto & head = *(const ggml_kvtc_cuda_head *) ((const char *) data + GGML_KVTC_CUDA_HEAD_AT(s, h));
+            limits[s]     = std::max(limits[s], (int32_t) head.n_bytes);
+            limits[2 + s] = std::max(limits[2 + s], (int32_t) head.n_tables);
+            limits[4 + s] = std::max(limits[4 + s], (int32_t) head.n_pairs);
         }
     }
 }

@@ -1,18 +1,29 @@
 // Layout of a pack for CUDA devices: what the kernels in cuda/ read of one layer, apart from the rows. All offsets are bytes
 // from the start of the pack, all arrays are 16-byte aligned.
 //
-//   +--------+------------+------------+------+-----------------------------------------------+
-//   | header | K head 0 … | V head 0 … | freq | per head: widths, levels, bounds, matrices, … |
-//   +--------+------------+------------+------+-----------------------------------------------+
+//   +--------+----------+----------+----------+----------+---+---------------------------------------+--------------+
+//   | header | K head 0 | V head 0 | K head 1 | V head 1 | … | per head: levels, bounds, matrices, … | freq, turns  |
+//   +--------+----------+----------+----------+----------+---+---------------------------------------+--------------+
 //
+// Where a head is described follows from its number, and what its writing needs first lies there too: each read that must wait for
+// another costs a kernel of few blocks the latency of the device's memory. A side of another type leaves its places empty.
 // Tables and matrices are f16, as the calibration file has them.
 #pragma once
 
+#include "kvtc-pack.h"
+
 #include <stdint.h>
 
-#define GGML_KVTC_CUDA_TURNS      128
-#define GGML_KVTC_CUDA_COLUMN     1024        // bytes from a group's table of pairs to its next one
-#define GGML_KVTC_CUDA_PACK_MAGIC 0x4356544cu // "LTVC"
+#define GGML_KVTC_CUDA_TURNS  128
+#define GGML_KVTC_CUDA_COLUMN 1024        // bytes from a group's table of pairs to its next one
+
+// How to read one group.
+struct ggml_kvtc_cuda_code {
+    uint16_t byte;       // first byte, counted from the payload's start
+    uint8_t  width;
+    uint8_t  run;        // groups of this width from here on
+    uint32_t table;      // byte offset in the head's tables
+};
 
 struct ggml_kvtc_cuda_head {
     uint32_t payload;    // byte offset of the head's gain code in a row, a multiple of 4
@@ -36,14 +47,11 @@ struct ggml_kvtc_cuda_head {
     uint32_t pairs;      // the same tables with pairs for widths up to 4, for kernels that look up without a branch
     uint32_t n_pairs;    // bytes of these, a multiple of 16
     uint32_t n_wide;     // groups, the first ones, of which one may have more than 4 bits
-};
-
-// How to read one group.
-struct ggml_kvtc_cuda_code {
-    uint16_t byte;       // first byte, counted from the payload's start
-    uint8_t  width;
-    uint8_t  run;        // groups of this width from here on
-    uint32_t table;      // byte offset in the head's tables
+    // what codes, bounds_at, levels_at and inv_scale point to
+    struct ggml_kvtc_cuda_code group_code[GGML_KVTC_MAX_DIM/8];
+    uint32_t first_bound  [GGML_KVTC_MAX_DIM/8];
+    uint32_t first_level  [GGML_KVTC_MAX_DIM/8];
+    float    inverse_scale[GGML_KVTC_MAX_DIM];
 };
 
 // The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
@@ -60,8 +68,6 @@ struct ggml_kvtc_cuda_side {
     uint32_t n_head;
     uint32_t d;
     uint32_t row_bytes;
-    uint32_t heads;      // ggml_kvtc_cuda_head [n_head]
-    uint32_t pad[3];
 };
 
 struct ggml_kvtc_cuda_pack {
@@ -76,6 +82,9 @@ struct ggml_kvtc_cuda_pack {
     uint32_t pad[3];
     uint32_t freq;       // u64 [d_k/2] turns per position in units of 2^-64, modulo 1: angle = 2*pi * (position * freq mod 2^64) / 2^64
 };
+
+// Where head h of a side is described.
+#define GGML_KVTC_CUDA_HEAD_AT(side, h) (sizeof(struct ggml_kvtc_cuda_pack) + (2*(size_t) (h) + (side))*sizeof(struct ggml_kvtc_cuda_head))
 
 // Sizes that a kernel's launch needs and the host cannot read from a pack on the device: the most of any head.
 struct ggml_kvtc_cuda_limits {

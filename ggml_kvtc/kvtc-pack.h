@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define GGML_KVTC_PACK_MAGIC  0x4356544bu // "KTVC"
+#define GGML_KVTC_CUDA_PACK_MAGIC 0x4356544cu // "LTVC", see kvtc-pack-cuda.h
 #define GGML_KVTC_GROUP       8           // components that share one width
 #define GGML_KVTC_GAIN_STEPS  32          // gain codes per octave
 #define GGML_KVTC_PAD         16          // leading dimensions are multiples of the widest vector
@@ -57,6 +58,13 @@ struct ggml_kvtc_pack_header {
 
 static inline const void * ggml_kvtc_pack_at(const void * pack, uint32_t offset) {
     return (const char *) pack + offset;
+}
+
+// A pack for the CPU; behind one for a CUDA device, whose header begins alike, where a tensor holds both: tests have one graph on
+// two backends. Devices find theirs without a look, as every read that others wait for costs them time.
+static inline const void * ggml_kvtc_pack_find(const void * pack) {
+    const struct ggml_kvtc_pack_header * header = (const struct ggml_kvtc_pack_header *) pack;
+    return header->magic == GGML_KVTC_CUDA_PACK_MAGIC ? (const char *) pack + header->size : pack;
 }
 
 static inline const struct ggml_kvtc_pack_head * ggml_kvtc_pack_get_head(const void * pack, enum ggml_kvtc_side side, int h) {

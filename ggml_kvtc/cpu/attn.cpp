@@ -81,7 +81,7 @@ class unit {
 public:
     unit(const ggml_tensor * dst, const shape & s, float * scratch) : dst(dst), s(s), scratch(scratch) {
         memcpy(&p, dst->op_params, sizeof(p));
-        pack  = dst->src[5]->data;
+        pack  = ggml_kvtc_pack_find(dst->src[5]->data);
         coded[GGML_KVTC_K] = ggml_kvtc_is_type(dst->src[1]->type);
         coded[GGML_KVTC_V] = ggml_kvtc_is_type(dst->src[2]->type);
 

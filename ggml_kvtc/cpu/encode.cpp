@@ -162,7 +162,7 @@ void ggml_kvtc_cpu_decode(const void * pack, ggml_kvtc_side which, int64_t n, co
 void ggml_compute_forward_kvtc_set_rows(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * z    = dst->src[1];
     const ggml_tensor * idxs = dst->src[2];
-    const void        * pack = dst->src[3]->data;
+    const void        * pack = ggml_kvtc_pack_find(dst->src[3]->data);
     const auto         which = (ggml_kvtc_side) ggml_get_op_params_i32(dst, 0);
 
     const int64_t n_tokens = z->ne[1];

@@ -37,19 +37,20 @@ __device__ __forceinline__ float * get_output(const attn_args & a, const output 
 
 template <int D>
 __launch_bounds__(N_THREADS<D>)
-__global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const output out) {
+__global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const exact_rows exact, const output out) {
     constexpr int THREADS = N_THREADS<D>;
     constexpr int SLICE   = N_SLICE<D>;
     constexpr int PARTS   = THREADS/D;               // of the splits, summed apart
     constexpr int ROWS    = (D + SLICE - 1)/SLICE;   // of the matrix, for a thread
     constexpr int HELD    = ROWS <= 8 ? ROWS : 8;    // that are loaded before they are needed
+    constexpr int AHEAD   = 8;                       // splits of a thread, likewise
     static_assert(THREADS % 32 == 0 && THREADS % D == 0, "threads do not divide evenly");
     __shared__ float sums[PARTS][D];
     __shared__ float part[SLICE][D];
     ggml_cuda_pdl_lc();
 
     // of the pack, which no kernel writes
-    const char * pack    = find_pack(a.pack);
+    const char * pack    = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * matrix  = at<half>(pack, head.decode); // [component][channel]
     const int    channel = threadIdx.x%(D/8)*8;
@@ -63,30 +64,55 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     ggml_cuda_pdl_sync();
 
     const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
-    float top   = -INFINITY;
-    float total = 0.0f;
-    for (int s = threadIdx.x % 32; s < n_split; s += 32) { // every warp for itself
-        top = fmaxf(top, meta[row*n_split + s].x);
+    meta   += row*n_split;
+    values += row*n_split*D + threadIdx.x%D;
+    // all that is read is on its way before any of it is needed
+    const int    lane  = threadIdx.x % 32;
+    const float2 first = lane < n_split ? meta[lane] : make_float2(-INFINITY, 0.0f); // every warp for itself
+    float2 m[AHEAD];
+    float  y[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        const int s = threadIdx.x/D + k*PARTS;
+        m[k] = s < n_split ? meta[s] : make_float2(-INFINITY, 0.0f);
+        y[k] = s < n_split ? values[s*D] : 0.0f;
+    }
+    // Attention has read the rows that these replace. The first rows of a token's group take a side each.
+    exact_component component[2] = {};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        if (side < exact.n_side && threadIdx.x < D && blockIdx.x%a.group == side%a.group) {
+            component[side] = load_component(exact.side[side], blockIdx.x/a.group, blockIdx.y, threadIdx.x);
+        }
+    }
+    float top = first.x;
+    for (int s = lane + 32; s < n_split; s += 32) {
+        top = fmaxf(top, meta[s].x);
     }
     top = warp_reduce_max(top);
-    for (int s = threadIdx.x % 32; s < n_split && top != -INFINITY; s += 32) {
-        total += exp2f(meta[row*n_split + s].x - top)*meta[row*n_split + s].y;
+    const float base = top == -INFINITY ? 0.0f : top; // no column is seen: all weights are 0
+    float total = exp2f(first.x - base)*first.y;
+    for (int s = lane + 32; s < n_split; s += 32) {
+        total += exp2f(meta[s].x - base)*meta[s].y;
     }
     total = warp_reduce_sum(total);
     float seen;
-    const float2 norm = get_norm(a, row, top, total, seen);
+    const float norm = get_norm(a, row, top, total, seen).y;
     {
-        const int c = threadIdx.x % D;
         float value = 0.0f;
-        if (norm.y != 0.0f) {
-#pragma unroll 8
-            for (int s = threadIdx.x/D; s < n_split; s += PARTS) {
-                value += exp2f(meta[row*n_split + s].x - norm.x)*values[(row*n_split + s)*D + c];
-            }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            value += exp2f(m[k].x - base)*y[k];
         }
-        sums[threadIdx.x/D][c] = value*norm.y;
+#pragma unroll 8
+        for (int s = threadIdx.x/D + AHEAD*PARTS; s < n_split; s += PARTS) {
+            value += exp2f(meta[s].x - base)*values[s*D];
+        }
+        sums[threadIdx.x/D][threadIdx.x%D] = value*norm;
     }
     __syncthreads();
+    store_component(component[0]);
+    store_component(component[1]);
 
     float acc[8] = {};
     const auto add = [&](int c, const uint4 & m) {
@@ -155,7 +181,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int n_row = a.n_tokens*a.n_stream*a.group;
-    const char * pack = find_pack(a.pack);
+    const char * pack = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * from = at<half>(pack, head.decode); // [component][channel]
 
@@ -284,13 +310,14 @@ void launch_many(const attn_args & a, const partial_sums & sums, const output & 
 }
 
 template <int D>
-void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const output & out, cudaStream_t stream) {
+void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream) {
     const int per_kv = a.n_tokens*a.n_stream*a.group;
-    if (per_kv <= 64) {
-        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream }, a, values, meta, n_split, out);
+    if (per_kv <= COMBINE_FEW) {
+        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream }, a, values, meta, n_split, exact, out);
         CUDA_CHECK(cudaGetLastError());
         return;
     }
+    GGML_ASSERT(exact.n_side == 0);
     partial_sums sums = {};
     sums.meta       = meta;
     sums.values     = values;
@@ -303,13 +330,13 @@ void launch(const attn_args & a, const float * values, const float2 * meta, int 
 
 } // namespace
 
-void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const output & out, cudaStream_t stream) {
+void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream) {
     switch (d) {
-        case  64: return launch< 64>(a, values, meta, n_split, out, stream);
-        case  80: return launch< 80>(a, values, meta, n_split, out, stream);
-        case  96: return launch< 96>(a, values, meta, n_split, out, stream);
-        case 128: return launch<128>(a, values, meta, n_split, out, stream);
-        case 256: return launch<256>(a, values, meta, n_split, out, stream);
+        case  64: return launch< 64>(a, values, meta, n_split, exact, out, stream);
+        case  80: return launch< 80>(a, values, meta, n_split, exact, out, stream);
+        case  96: return launch< 96>(a, values, meta, n_split, exact, out, stream);
+        case 128: return launch<128>(a, values, meta, n_split, exact, out, stream);
+        case 256: return launch<256>(a, values, meta, n_split, exact, out, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

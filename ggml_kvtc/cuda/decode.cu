@@ -43,7 +43,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
     const int token0  = row0/a.group;
     const int token1  = min(a.n_tokens - 1, (row0 + ROWS - 1)/a.group);
 
-    const char * base = find_pack(a.pack);
+    const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);

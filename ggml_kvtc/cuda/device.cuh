@@ -35,14 +35,8 @@ struct attn_args {
     int             log2_heads;
 };
 
-// A pack on a device; behind a pack for the CPU where a tensor holds both, as tests of one graph on two backends have it.
-__device__ __forceinline__ const char * find_pack(const char * pack) {
-    const auto * cpu = (const ggml_kvtc_pack_header *) pack;
-    return cpu->magic == GGML_KVTC_PACK_MAGIC ? pack + (cpu->size + 63)/64*64 : pack;
-}
-
 __device__ __forceinline__ const ggml_kvtc_cuda_head & get_head(const char * pack, int side, int h) {
-    return ((const ggml_kvtc_cuda_head *) (pack + ((const ggml_kvtc_cuda_pack *) pack)->side[side].heads))[h];
+    return *(const ggml_kvtc_cuda_head *) (pack + GGML_KVTC_CUDA_HEAD_AT(side, h));
 }
 
 template <typename T>

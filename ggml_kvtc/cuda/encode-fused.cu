@@ -1,327 +1,282 @@
 // Decode's write: transform, code and store a few vectors in one kernel, in place of a product, a sum and a write.
-#include "kvtc-cuda.h"
+//
+// A block for each head and token. A warp takes 16 rows of the matrix at once; their sums over the warp leave each component in two
+// neighbouring threads, which code it too, so that vectors meet in shared memory only for the sums in f64. The time is that of reads and
+// operations that wait for each other, so all reads are on their way before the product.
 #include "encode.cuh"
-
-#include "ggml-impl.h"
 
 namespace kvtc {
 
 namespace {
 
-constexpr int MAX_TOKENS = 16; // more go to encode-many.cu
-constexpr int THREADS    = 256;
-constexpr int WARPS      = THREADS/32;
-constexpr int LANES      = GGML_KVTC_GROUP;
-constexpr int NARROW     = 16; // levels of a component that are loaded before they are needed, all at once
+constexpr int THREADS = 256;
+constexpr int WARPS   = THREADS/32;
+constexpr int LANES   = GGML_KVTC_GROUP;
+constexpr int ROWS    = 16;         // of a warp at once; d is a multiple
+constexpr int SPAN    = ROWS*WARPS; // components that the block takes at once
+constexpr int NARROW  = 16;         // levels of a component whose bounds a thread has before it needs them
+constexpr int NEAR    = 4096;       // of a head's bounds and levels, those that may lie in shared memory
 
-// Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes.
-__device__ __forceinline__ double2 ordered_sums(const double (&x)[2][GGML_KVTC_MAX_DIM], int d, double (&lanes)[2][LANES]) {
-    if (threadIdx.x < 2*LANES) {
-        const double * from = x[threadIdx.x/LANES];
-        double sum = 0.0;
-#pragma unroll 8
-        for (int c = threadIdx.x%LANES; c < d; c += LANES) {
-            sum += from[c];
-        }
-        lanes[threadIdx.x/LANES][threadIdx.x%LANES] = sum;
+// N numbers of a thread to half as many: the thread N further on, or before, keeps the others
+template <int N>
+__device__ __forceinline__ void halve(float (&x)[ROWS]) {
+    const bool upper = threadIdx.x & N;
+#pragma unroll
+    for (int i = 0; i < N/2; ++i) {
+        const float lo = x[i];
+        const float hi = x[i + N/2];
+        x[i] = (upper ? hi : lo) + __shfl_xor_sync(0xffffffff, upper ? lo : hi, N);
     }
-    __syncthreads();
+}
+
+// sums over the warp of 16 numbers: that of number lane/2
+__device__ __forceinline__ float sum_rows(float (&x)[ROWS]) {
+    static_assert(ROWS == 16, "a warp has two threads for each number");
+    halve<16>(x);
+    halve< 8>(x);
+    halve< 4>(x);
+    halve< 2>(x);
+    return x[0] + __shfl_xor_sync(0xffffffff, x[0], 1);
+}
+
+// Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes. A warp takes them for itself.
+template <int DIM>
+__device__ __forceinline__ double2 ordered_sums(const double (*x)[DIM], int d) {
+    const int lane = threadIdx.x % 32;
+    const double * from = x[lane/LANES % 2];
+    double sum = 0.0;
+#pragma unroll 8
+    for (int c = lane%LANES; c < d; c += LANES) {
+        sum += from[c];
+    }
     double2 total = make_double2(0.0, 0.0);
 #pragma unroll
     for (int l = 0; l < LANES; ++l) {
-        total.x += lanes[0][l];
-        total.y += lanes[1][l];
+        total.x += __shfl_sync(0xffffffff, sum, l);
+        total.y += __shfl_sync(0xffffffff, sum, l + LANES);
     }
-    __syncthreads();
     return total;
 }
 
+// 1/sqrt(squares/d), rounded to f32 from what f64's operations give; 0 for a vector that is coded as zeros. A root in f32 and a step
+// of Newton's are nearer than 2^-43: enough, unless they lie that close to the middle of two numbers.
+__device__ __forceinline__ float get_inverse_norm(double squares, int d, double inv_d) {
+    const double x = squares*inv_d;
+    if (x > 1e-15 && x < 1e30) {
+        const double y = rsqrtf((float) x);
+        const double r = y*(1.5 - 0.5*x*y*y);
+        const float lower = (float) (r*(1.0 - 0x1p-40));
+        if (lower == (float) (r*(1.0 + 0x1p-40))) {
+            return lower;
+        }
+    }
+    const double norm = sqrt(squares/d);
+    return norm >= 1e-9 && isfinite(norm) ? (float) (1.0/norm) : 0.0f;
+}
+
+// Code of a gain. sums: of the components' products with their levels, and of the levels' squares. f32 tells the step, unless it
+// is close to the middle of two.
+__device__ __forceinline__ uint8_t get_gain_code(double power, const double2 & sums, bool keep_norm, float base) {
+    const double divisor = keep_norm ? sums.y : sums.x;
+    if (divisor > 1e-30 && divisor < 1e30 && power > 1e-30 && power < 1e30 && base > 1e-30f) {
+        const float ratio = log2f((float) power) - log2f((float) divisor);
+        const float step  = GGML_KVTC_GAIN_STEPS*((keep_norm ? 0.5f*ratio : ratio) - log2f(base));
+        const float whole = rintf(step);
+        if (fabsf(step - whole) < 0.48f) {
+            return (uint8_t) fminf(255.0f, fmaxf(1.0f, whole));
+        }
+    }
+    const double gain = !(divisor > 0.0) ? 0.0 : keep_norm ? sqrt(power/divisor) : power/divisor;
+    return gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) base)))) : 0;
+}
+
+// what a thread needs to code one component
+struct component {
+    int   width;
+    int   byte;     // of its group, from the payload's start
+    float inv_scale;
+    int   bounds;   // its group's place in the head's bounds
+    int   levels;   // and in its levels
+};
+
+// A head's arrays begin in shared memory: groups of many levels come first.
+__device__ __forceinline__ bool is_near(const component & x, int w) {
+    return x.levels + (LANES << w) <= NEAR && x.bounds + (LANES << w) <= NEAR;
+}
+
+// N: spans of a vector
+template <int N>
 __launch_bounds__(THREADS)
 __global__ void transform_and_write(const fused_args args) {
+    constexpr int DIM = N*SPAN;
     const fused_side & a    = args.side [blockIdx.z];
     const int          side = args.index[blockIdx.z];
-    __shared__ __align__(16) float x[GGML_KVTC_MAX_DIM];
-    __shared__ float  z[GGML_KVTC_MAX_DIM];
-    __shared__ double terms[2][GGML_KVTC_MAX_DIM];
-    __shared__ double lanes[2][LANES];
-    __shared__ __align__(16) half levels[GGML_KVTC_MAX_DIM][NARROW];
-    constexpr int N = GGML_KVTC_MAX_DIM/THREADS; // components of a thread
+    __shared__ double terms[4][DIM]; // squares, whitened and not; products with levels, and levels' squares
+    __shared__ __align__(16) float near_bounds[NEAR];
+    __shared__ __align__(16) half  near_levels[NEAR];
     ggml_cuda_pdl_lc();
     const int h     = blockIdx.x;
     const int token = blockIdx.y;
     const int d     = args.d;
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
-    const int l     = threadIdx.x % LANES;
+    const int u     = lane/2;       // of the warp's components
+    const int part  = lane%2;       // of the component's two threads
+    const int l     = u%LANES;
 
     // the matrix first: it is the most to wait for
     const float * encode = a.encode + (int64_t) h*d*d;
-    constexpr int U = 16; // rows of a warp whose loads are on their way together; d is a multiple of 16
-    float4 e[U];
-    const auto load = [&](int c0, int i) {
+    float4 e[ROWS];
+    const auto load = [&](int row0, int i) {
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-            e[u] = *(const float4 *) (encode + min(c0 + u*WARPS, d - 1)*d + i);
+        for (int r = 0; r < ROWS; ++r) {
+            e[r] = *(const float4 *) (encode + (row0 + r)*d + i);
         }
     };
-    if (4*lane < d) {
-        load(warp, 4*lane);
+    if (ROWS*warp < d && 4*lane < d) {
+        load(ROWS*warp, 4*lane);
     }
     // all that coding needs of the pack is on its way while the product is taken
-    const char * pack = find_pack(a.pack);
+    const char * pack = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, side, h);
-    ggml_kvtc_cuda_code code_of[N];
-    float         inv_scale[N];
-    float         bias     [N];
-    const float * bound    [N];
-    const half  * level_of [N];
+    const uint32_t levels_at = head.levels;
+    const uint32_t bounds_at = head.bounds;
+    const uint32_t payload   = head.payload;
+    const uint32_t n_bytes   = head.n_bytes;
+    const bool     keep_norm = head.keep_norm != 0;
+    const float    gain_base = head.gain_base;
+    const uint32_t next      = h + 1 < args.n_head ? get_head(pack, side, h + 1).payload : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes;
+    component own [N];
+    float     bias[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int c = min(threadIdx.x + i*THREADS, d - 1);
-        code_of  [i] = at<ggml_kvtc_cuda_code>(pack, head.codes)[c/LANES];
-        inv_scale[i] = at<float>(pack, head.inv_scale)[c];
-        bias     [i] = a.bias[h*d + c];
-        bound    [i] = at<float>(pack, head.bounds) + at<uint32_t>(pack, head.bounds_at)[c/LANES] + l;
-        level_of [i] = at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[c/LANES] + (l << code_of[i].width);
+        const int c = min(ROWS*warp + i*SPAN + u, d - 1);
+        const ggml_kvtc_cuda_code code = head.group_code[c/LANES];
+        own[i].width     = code.width;
+        own[i].byte      = code.byte;
+        own[i].inv_scale = head.inverse_scale[c];
+        own[i].bounds    = (int) head.first_bound[c/LANES];
+        own[i].levels    = (int) head.first_level[c/LANES];
+        bias[i] = a.bias[h*d + c];
     }
-    float midpoints[N][NARROW - 1];
+    const float * bounds = at<float>(pack, bounds_at);
+    const half  * levels = at<half> (pack, levels_at);
+    float midpoints[N][NARROW/2]; // every second one: the other thread has the others
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int w = threadIdx.x + i*THREADS < d ? code_of[i].width : 0;
+        const int c = ROWS*warp + i*SPAN + u;
+        const int w = c < d ? own[i].width : 0;
         const int n = w >= 1 && w <= 4 ? 1 << w : 0;
 #pragma unroll
-        for (int k = 0; k < NARROW - 1; ++k) {
-            midpoints[i][k] = k < n - 1 ? bound[i][k*LANES] : INFINITY;
+        for (int k = 0; k < NARROW/2; ++k) {
+            midpoints[i][k] = 2*k + part < n - 1 ? bounds[own[i].bounds + (2*k + part)*LANES + l] : INFINITY;
         }
-#pragma unroll
-        for (int k = 0; k < NARROW; k += 2) { // levels come in pairs
-            if (k < n) {
-                *(half2 *) &levels[threadIdx.x + i*THREADS][k] = *(const half2 *) (level_of[i] + k);
+        // A group's 16 threads fetch its levels and, where a search reads one after the other, its bounds.
+        if (is_near(own[i], w)) {
+            for (int k = lane%16; k < (w > 0 ? 1 << w : 0); k += 16) {
+                copy_async<16>(near_levels + own[i].levels + 8*k, levels + own[i].levels + 8*k);
+            }
+            for (int k = lane%16; k < (w > 4 ? 2*((1 << w) - 1) : 0); k += 16) {
+                copy_async<16>(near_bounds + own[i].bounds + 4*k, bounds + own[i].bounds + 4*k);
             }
         }
     }
+    copy_commit();
     ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
-    for (int c = threadIdx.x; c < d; c += THREADS) {
-        x[c] = *(const float *) (a.x + token*a.nb_x1 + h*a.nb_x2 + c*sizeof(float));
-    }
+    const float * x = (const float *) (a.x + token*a.nb_x1 + h*a.nb_x2);
     const int64_t row = a.idxs[token];
-    __syncthreads();
 
-    for (int c0 = warp; c0 < d; c0 += U*WARPS) {
-        float sum[U] = {};
-        for (int i = 4*lane; i < d; i += 4*32) {
-            const float4 y = *(const float4 *) (x + i);
-            if (c0 != warp || i != 4*lane) {
-                load(c0, i);
-            }
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                sum[u] += e[u].x*y.x + e[u].y*y.y + e[u].z*y.z + e[u].w*y.w;
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            sum[u] = warp_reduce_sum(sum[u]);
-            if (lane == u && c0 + u*WARPS < d) {
-                z[c0 + u*WARPS] = sum[u];
-            }
-        }
-    }
-    __syncthreads();
+    float z[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int c = threadIdx.x + i*THREADS;
-        if (c < d) {
-            const float y = z[c] + bias[i];
-            const float u = y*inv_scale[i];
-            *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = y;
-            z[c] = y;
-            terms[0][c] = (double) u*u;
-            terms[1][c] = (double) y*y;
+        const int row0 = ROWS*warp + i*SPAN;
+        if (row0 < d) {
+            float sum[ROWS] = {};
+            for (int k = 4*lane; k < d; k += 4*32) {
+                const float4 y = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+                if (i > 0 || k != 4*lane) {
+                    load(row0, k);
+                }
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    sum[r] += e[r].x*y.x + e[r].y*y.y + e[r].z*y.z + e[r].w*y.w;
+                }
+            }
+            const int c = row0 + u;
+            z[i] = sum_rows(sum) + bias[i];
+            if (part == 0) {
+                const float white = z[i]*own[i].inv_scale;
+                *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[i];
+                terms[0][c] = (double) white*white;
+                terms[1][c] = (double) z[i]*z[i];
+            }
         }
     }
-    __syncthreads();
+    copy_wait<0>();
     if (row < 0) {
         return;
     }
-    uint8_t * out = a.rows + row*a.nb_row + head.payload;
-    const double2 squares = ordered_sums(terms, d, lanes); // of the whitened and of the plain vector
-    const double  norm = sqrt(squares.x/d);
-    const bool    zero = !(norm >= 1e-9 && isfinite(norm));
-    const float   inv  = zero ? 0.0f : (float) (1.0/norm);
+    __syncthreads();
+    uint8_t * out = a.rows + row*a.nb_row + payload;
+    const double2 squares = ordered_sums<DIM>(terms, d);
+    const float   inv     = get_inverse_norm(squares.x, d, args.inv_d); // 0: all codes are
 
 #pragma unroll
-    for (int i = 0; i < N; ++i) { // a warp's last groups may be beyond d
-        const int  c      = threadIdx.x + i*THREADS;
-        const bool inside = c < d;
-        const int  w      = inside ? code_of[i].width : 0;
-        int   code  = 0;
-        float level = 0.0f;
-        if (!zero && w > 0) {
-            const float y = z[c]*inv;
-            if (w <= 4) {
+    for (int i = 0; i < N; ++i) {
+        const int c = ROWS*warp + i*SPAN + u;
+        if (c - u < d) {
+            const int   w = own[i].width;
+            const float y = z[i]*inv;
+            int code = 0;
 #pragma unroll
-                for (int k = 0; k < NARROW - 1; ++k) {
-                    code += y > midpoints[i][k]; // bounds never fall: as many are below y as the search steps over
-                }
+            for (int k = 0; k < NARROW/2; ++k) {
+                code += y > midpoints[i][k]; // bounds never fall: as many are below y as the search steps over
             }
-            for (int step = w <= 4 ? 0 : 1 << w >> 1; step > 0; step /= 2) { // bounds never fall
-                if (y > bound[i][(code + step - 1)*LANES]) {
+            code += __shfl_xor_sync(0xffffffff, code, 1);
+            const bool    near = is_near(own[i], w);
+            const float * from = (near ? near_bounds : bounds) + own[i].bounds + l;
+            for (int step = w > 4 ? 1 << w >> 1 : 0; step > 0; step /= 2) {
+                if (y > from[(code + step - 1)*LANES]) {
                     code += step;
                 }
             }
-            level = __half2float(w <= 4 ? levels[c][code] : level_of[i][code]);
-        }
-        const uint64_t word = (uint64_t) code << l*w;
-        uint32_t lo = (uint32_t) word;
-        uint32_t hi = (uint32_t) (word >> 32);
-        for (int k = LANES/2; k > 0; k /= 2) {
-            lo |= __shfl_xor_sync(0xffffffff, lo, k, LANES);
-            hi |= __shfl_xor_sync(0xffffffff, hi, k, LANES);
-        }
-        if (inside) {
-            terms[0][c] = (double) z[c]*level;
-            terms[1][c] = (double) level*level;
-            if (l < w) {
-                out[code_of[i].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
+            code = inv == 0.0f ? 0 : code;
+            const float level = inv == 0.0f || w == 0 ? 0.0f : __half2float((near ? near_levels : levels)[own[i].levels + (l << w) + code]);
+            const uint64_t word = (uint64_t) code << l*w;
+            uint32_t lo = (uint32_t) word;
+            uint32_t hi = (uint32_t) (word >> 32);
+#pragma unroll
+            for (int k = LANES; k > 1; k /= 2) {
+                lo |= __shfl_xor_sync(0xffffffff, lo, k);
+                hi |= __shfl_xor_sync(0xffffffff, hi, k);
+            }
+            if (part == 0) {
+                terms[2][c] = (double) z[i]*level;
+                terms[3][c] = (double) level*level;
+                if (l < w) {
+                    out[own[i].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
+                }
             }
         }
     }
-    __syncthreads();
-    const double2 sums = ordered_sums(terms, d, lanes); // with the levels, and of the levels' squares
-    if (threadIdx.x == 0) {
-        double gain = 0.0;
-        if (!zero) {
-            if (head.keep_norm) {
-                gain = sums.y > 0.0 ? sqrt(squares.y/sums.y) : 0.0;
-            } else {
-                gain = sums.x > 0.0 ? squares.y/sums.x : 0.0;
-            }
-        }
-        out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;
-    }
-    const ggml_kvtc_cuda_side & s = ((const ggml_kvtc_cuda_pack *) pack)->side[side];
-    const int end = (int) ((h + 1 < args.n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
-    for (int i = (int) head.n_bytes + threadIdx.x; i < end; i += THREADS) {
+    for (uint32_t i = n_bytes + threadIdx.x; i < next - payload; i += THREADS) {
         out[i] = 0;
     }
-}
-
-// the node after i that computes something
-int next_node(const ggml_cgraph * graph, int i) {
-    for (++i; i < graph->n_nodes; ++i) {
-        const ggml_op op = graph->nodes[i]->op;
-        if (op != GGML_OP_NONE && op != GGML_OP_VIEW && op != GGML_OP_RESHAPE && op != GGML_OP_PERMUTE && op != GGML_OP_TRANSPOSE) {
-            break;
+    __syncthreads();
+    if (warp == 0) {
+        const double2 sums = ordered_sums<DIM>(terms + 2, d);
+        if (lane == 0) {
+            out[0] = inv == 0.0f ? 0 : get_gain_code(squares.y, sums, keep_norm, gain_base);
         }
     }
-    return i;
-}
-
-// The sum is written while other blocks still read x: a graph's allocator may have given it the memory of x.
-bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * pa = (const char *) a->data;
-    const char * pb = (const char *) b->data;
-    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
-}
-
-struct fused_nodes {
-    const ggml_tensor * product;
-    const ggml_tensor * sum;
-    ggml_tensor       * write;
-    int last;
-};
-
-// product, sum and write of codes from node i on, if a kernel may do them at once
-bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
-    if (i >= graph->n_nodes) {
-        return false;
-    }
-    f.product = graph->nodes[i];
-    if (f.product->op != GGML_OP_MUL_MAT || f.product->src[0]->type != GGML_TYPE_F32) {
-        return false;
-    }
-    const int i_sum = next_node(graph, i);
-    f.last = next_node(graph, i_sum);
-    if (f.last >= graph->n_nodes) {
-        return false;
-    }
-    f.sum   = graph->nodes[i_sum];
-    f.write = graph->nodes[f.last];
-    if (f.sum->op != GGML_OP_ADD || f.sum->src[0] != f.product || f.write->op != GGML_OP_KVTC_SET_ROWS || f.write->src[1] != f.sum ||
-            !ggml_kvtc_is_type(f.write->type)) {
-        return false;
-    }
-    const ggml_tensor * encode = f.product->src[0];
-    const ggml_tensor * x      = f.product->src[1];
-    const ggml_tensor * bias   = f.sum->src[1];
-    const int64_t d = encode->ne[0];
-    // nothing else may read the product, which is not written
-    return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-        encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
-        (f.product->ne[1] <= MAX_TOKENS || encode_many_supports(cc, (int) d)) &&
-        x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) &&
-        bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
-}
-
-fused_side get_side(const fused_nodes & f) {
-    const ggml_tensor * x = f.product->src[1];
-    fused_side a;
-    a.x      = (const char *) x->data;
-    a.nb_x1  = x->nb[1];
-    a.nb_x2  = x->nb[2];
-    a.encode = (const float *) f.product->src[0]->data;
-    a.bias   = (const float *) f.sum->src[1]->data;
-    a.z      = (char *) f.sum->data;
-    a.nb_z1  = f.sum->nb[1];
-    a.nb_z2  = f.sum->nb[2];
-    a.idxs   = (const int64_t *) f.write->src[2]->data;
-    a.pack   = (const char *) f.write->src[3]->data;
-    a.rows   = (uint8_t *) f.write->data;
-    a.nb_row = f.write->nb[1];
-    return a;
 }
 
 } // namespace
 
-} // namespace kvtc
-
-int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
-    using namespace kvtc;
-    ggml_tensor * node = graph->nodes[i];
-    if (node->op == GGML_OP_KVTC_SET_ROWS) { // exact keys and values
-        const int    j    = next_node(graph, i);
-        ggml_tensor * next = j < graph->n_nodes ? graph->nodes[j] : nullptr;
-        if (!next || next->op != GGML_OP_KVTC_SET_ROWS || ggml_kvtc_is_type(node->type) || ggml_kvtc_is_type(next->type) ||
-                !ggml_are_same_shape(node->src[1], next->src[1]) || overlap(node->src[1], next) || overlap(next->src[1], node) || overlap(node, next)) {
-            return 0;
-        }
-        ggml_cuda_kvtc_set_exact(ctx, node, next);
-        return j - i;
-    }
-    const int cc = ggml_cuda_info().devices[ctx.device].cc;
-    fused_nodes f;
-    if (!find_write(graph, i, cc, f)) {
-        return 0;
-    }
-    fused_args a;
-    a.d      = (int) f.product->src[0]->ne[0];
-    a.n_head = (int) f.product->src[0]->ne[2];
-    a.side [0] = a.side [1] = get_side(f);
-    a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
-    fused_nodes g;
-    const bool both = find_write(graph, next_node(graph, f.last), cc, g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
-        g.product->ne[1] == f.product->ne[1] && !overlap(f.sum, g.product->src[1]) && !overlap(g.sum, f.product->src[1]) && !overlap(f.sum, g.sum);
-    if (both) {
-        a.side [1] = get_side(g);
-        a.index[1] = ggml_get_op_params_i32(g.write, 0);
-    }
-    a.n_side   = both ? 2 : 1;
-    a.n_tokens = (int) f.product->ne[1];
-    if (a.n_tokens > MAX_TOKENS) {
-        encode_many(a, ctx.stream());
-    } else {
-        ggml_cuda_kernel_launch(transform_and_write, { dim3(a.n_head, a.n_tokens, a.n_side), THREADS, 0, ctx.stream() }, a);
-    }
-    return (both ? g.last : f.last) - i;
+void encode_few(const fused_args & a, cudaStream_t stream) {
+    const auto kernel = a.d <= SPAN ? transform_and_write<1> : a.d <= 2*SPAN ? transform_and_write<2> : transform_and_write<4>;
+    static_assert(GGML_KVTC_MAX_DIM <= 4*SPAN, "no kernel for the largest vectors");
+    ggml_cuda_kernel_launch(kernel, { dim3(a.n_head, a.n_tokens, a.n_side), THREADS, 0, stream }, a);
 }
+
+} // namespace kvtc

@@ -59,7 +59,7 @@ __global__ void transform_and_write_many(const fused_args args) {
     if (warp < D/8) {
         load(warp);
     }
-    const char * pack = find_pack(a.pack);
+    const char * pack = a.pack;
     ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
 #pragma unroll 4
     for (int i = threadIdx.x; i < ROWS*D/4; i += THREADS) {

@@ -1,6 +1,7 @@
 // The write operation: a warp codes one head vector, or threads round components to the exact rows' f16.
 #include "kvtc-cuda.h"
 #include "encode.cuh"
+#include "exact.cuh"
 
 namespace kvtc {
 
@@ -13,8 +14,8 @@ struct write_args {
     int64_t         nb_z1, nb_z2; // token, head
     const int64_t * idxs;
     const char    * pack;
-    char          * dst;
-    int64_t         nb_1, nb_2;
+    uint8_t       * dst;
+    int64_t         nb_1;
     int             n_tokens, n_head, d;
 };
 
@@ -31,34 +32,22 @@ __global__ void write_codes(const write_args a, int side) {
     if (row < 0) {
         return;
     }
-    const char  * pack  = find_pack(a.pack);
+    const char  * pack  = a.pack;
     const float * z     = (const float *) (a.z + token*a.nb_z1 + h*a.nb_z2);
     float       * plain = scratch + threadIdx.x/32*3*a.d;
     for (int c = lane; c < a.d; c += 32) {
         plain[c] = z[c];
     }
     __syncwarp();
-    code_vector(pack, side, h, a.n_head, a.d, plain, plain + a.d, plain + 2*a.d, (uint8_t *) a.dst + row*a.nb_1 + get_head(pack, side, h).payload);
+    code_vector(pack, side, h, a.n_head, a.d, plain, plain + a.d, plain + 2*a.d, a.dst + row*a.nb_1 + get_head(pack, side, h).payload);
 }
 
-struct exact_args {
-    write_args side[2]; // keys and values, or one of them
-};
-
-__global__ void write_exact(const exact_args args) {
+__global__ void write_exact(const exact_rows rows, int n_head, int d) {
     ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
-    const write_args & a = args.side[blockIdx.z];
-    const int i     = blockIdx.y*THREADS + threadIdx.x;
-    const int c     = i%a.d;
-    const int h     = i/a.d;
-    const int token = blockIdx.x;
-    if (h >= a.n_head) {
-        return;
-    }
-    const int64_t row = a.idxs[token];
-    if (row >= 0) {
-        *(half *) (a.dst + row*a.nb_1 + h*a.nb_2 + c*sizeof(half)) = __float2half(*(const float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)));
+    const int i = blockIdx.y*THREADS + threadIdx.x;
+    if (i < n_head*d) {
+        store_component(load_component(rows.side[blockIdx.z], blockIdx.x, i/d, i%d));
     }
 }
 
@@ -74,28 +63,30 @@ static kvtc::write_args get_args(const ggml_tensor * dst) {
     a.nb_z2    = z->nb[2];
     a.idxs     = (const int64_t *) dst->src[2]->data;
     a.pack     = (const char *) dst->src[3]->data;
-    a.dst      = (char *) dst->data;
+    a.dst      = (uint8_t *) dst->data;
     a.nb_1     = dst->nb[1];
-    a.nb_2     = dst->nb[2];
     a.n_tokens = (int) z->ne[1];
     a.n_head   = (int) z->ne[2];
     a.d        = (int) z->ne[0];
     return a;
 }
 
-static void write_exact_rows(const kvtc::write_args & a, const kvtc::write_args & b, int n_side, cudaStream_t stream) {
+static void write_exact_rows(const kvtc::exact_rows & rows, const ggml_tensor * z, cudaStream_t stream) {
     using namespace kvtc;
-    if (a.n_tokens > 0) {
-        ggml_cuda_kernel_launch(kvtc::write_exact, { dim3(a.n_tokens, (a.n_head*a.d + THREADS - 1)/THREADS, n_side), THREADS, 0, stream }, exact_args{ { a, b } });
+    const int d        = (int) z->ne[0];
+    const int n_tokens = (int) z->ne[1];
+    const int n_head   = (int) z->ne[2];
+    if (n_tokens > 0) {
+        ggml_cuda_kernel_launch(write_exact, { dim3(n_tokens, (n_head*d + THREADS - 1)/THREADS, rows.n_side), THREADS, 0, stream }, rows, n_head, d);
     }
 }
 
 void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     using namespace kvtc;
-    const write_args a = get_args(dst);
     if (!ggml_kvtc_is_type(dst->type)) {
-        return write_exact_rows(a, a, 1, ctx.stream());
+        return write_exact_rows({ { get_exact_side(dst), {} }, 1 }, dst->src[1], ctx.stream());
     }
+    const write_args a = get_args(dst);
     constexpr int WARPS = THREADS/32;
     const int64_t n = (int64_t) a.n_tokens*a.n_head;
     if (n > 0) {
@@ -105,5 +96,5 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
 }
 
 void ggml_cuda_kvtc_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * keys, ggml_tensor * values) {
-    write_exact_rows(get_args(keys), get_args(values), 2, ctx.stream());
+    write_exact_rows({ { kvtc::get_exact_side(keys), kvtc::get_exact_side(values) }, 2 }, keys->src[1], ctx.stream());
 }

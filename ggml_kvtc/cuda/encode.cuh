@@ -143,8 +143,11 @@ struct fused_args {
     fused_side side[2]; // keys and values, or one of them
     int        index[2];
     int        n_side, d, n_head, n_tokens;
+    double     inv_d;    // 1/d
 };
 
+// a block for each head and token
+void encode_few(const fused_args & a, cudaStream_t stream);
 // for more tokens than a block for each serves well
 bool encode_many_supports(int cc, int d);
 void encode_many(const fused_args & a, cudaStream_t stream);

@@ -53,7 +53,7 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
     const int block   = side == GGML_KVTC_K ? blockIdx.x   : blockIdx.x - n_key_blocks;
     const int n_block = side == GGML_KVTC_K ? n_key_blocks : gridDim.x  - n_key_blocks;
 
-    const char * base = find_pack(a.pack);
+    const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & h    = get_head(base, side, head);
     const int rope_type = (int) pack.rope_type;

@@ -2,6 +2,7 @@
 #include "kvtc-cuda.h"
 #include "combine.cuh"
 #include "decode.cuh"
+#include "exact.cuh"
 #include "prefill.cuh"
 
 #include <algorithm>
@@ -146,7 +147,8 @@ bool supports_attn(int device, const ggml_tensor * op) {
 
 } // namespace kvtc
 
-void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+// exact: written by the last kernel, if there are only a few query rows
+static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvtc::exact_rows & exact) {
     using namespace kvtc;
     const ggml_kvtc_attn_params params = get_params(dst);
     const attn_shape shape = get_shape(dst, params);
@@ -172,7 +174,7 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan90.n_split*shape.d);
         ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan90.n_split);
         decode_sm90(args, shape.d, plan90, values.get(), meta.get(), ctx.stream());
-        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, out, ctx.stream());
+        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, exact, out, ctx.stream());
         return;
     }
 #endif
@@ -181,7 +183,22 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan.n_split*shape.d);
     ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan.n_split);
     decode (args, shape.d, plan, values.get(), meta.get(), ctx.stream());
-    combine(args, shape.d, values.get(), meta.get(), plan.n_split, out, ctx.stream());
+    combine(args, shape.d, values.get(), meta.get(), plan.n_split, exact, out, ctx.stream());
+}
+
+void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    attend(ctx, dst, {});
+}
+
+bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * keys, const ggml_tensor * values) {
+    using namespace kvtc;
+    const attn_shape s = get_shape(dst, get_params(dst));
+    const ggml_tensor * z = keys->src[1];
+    if (s.n_tokens > MAX_DECODE_TOKENS || !combine_writes_exact(s) || z->ne[0] != s.d || z->ne[1] != s.n_tokens*s.n_stream || z->ne[2] != s.n_head_kv) {
+        return false;
+    }
+    attend(ctx, dst, { { get_exact_side(keys), get_exact_side(values) }, 2 });
+    return true;
 }
 
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {

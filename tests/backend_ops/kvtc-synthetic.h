@@ -161,21 +161,22 @@ struct universal_pack {
 
     universal_pack(int H, int d, int bits_k, int bits_v, const ggml_kvtc_rope * rope) {
         const ggml_kvtc_calibration & cal = get_calibration(H, d);
-        const size_t at = (ggml_kvtc_pack_size(&cal, 0, bits_k, bits_v) + 63)/64*64;
-        bytes.resize(at + ggml_kvtc_cuda_pack_size(&cal, 0, bits_k, bits_v));
-        ggml_kvtc_pack_write     (&cal, 0, bits_k, bits_v, bytes.data());
-        ggml_kvtc_cuda_pack_write(&cal, 0, bits_k, bits_v, bytes.data() + at);
+        const size_t at = ggml_kvtc_cuda_pack_size(&cal, 0, bits_k, bits_v); // a multiple of 64
+        bytes.resize(at + ggml_kvtc_pack_size(&cal, 0, bits_k, bits_v));
+        ggml_kvtc_cuda_pack_write(&cal, 0, bits_k, bits_v, bytes.data());
+        ggml_kvtc_pack_write     (&cal, 0, bits_k, bits_v, bytes.data() + at);
         if (rope) {
-            ggml_kvtc_pack_set_rope     (bytes.data(),      rope);
-            ggml_kvtc_cuda_pack_set_rope(bytes.data() + at, rope);
+            ggml_kvtc_cuda_pack_set_rope(bytes.data(),      rope);
+            ggml_kvtc_pack_set_rope     (bytes.data() + at, rope);
         }
-        ggml_kvtc_cuda_pack_limits(bytes.data() + at, limits);
+        ggml_kvtc_cuda_pack_limits(bytes.data(), limits);
     }
 
     // Rows of random codes. Gains stay near 1 or are 0, so that no single token takes all of the attention; the bytes that no
     // head owns are random as well.
     std::vector<uint8_t> random_rows(rng_t & rng, ggml_kvtc_side side, size_t n) const {
-        const auto & layout = ((const ggml_kvtc_pack_header *) bytes.data())->side[side];
+        const void * pack   = ggml_kvtc_pack_find(bytes.data());
+        const auto & layout = ((const ggml_kvtc_pack_header *) pack)->side[side];
         std::vector<uint8_t> rows(n*layout.row_bytes);
         for (uint8_t & byte : rows) {
             byte = (uint8_t) rng();
@@ -183,7 +184,7 @@ struct universal_pack {
         for (size_t i = 0; i < n; ++i) {
             for (uint32_t h = 0; h < layout.n_head; ++h) {
                 const uint32_t gain = rng() % 16 == 0 ? 0 : 48 + rng() % 32;
-                rows[i*layout.row_bytes + ggml_kvtc_pack_get_head(bytes.data(), side, (int) h)->payload] = (uint8_t) gain;
+                rows[i*layout.row_bytes + ggml_kvtc_pack_get_head(pack, side, (int) h)->payload] = (uint8_t) gain;
             }
         }
         return rows;

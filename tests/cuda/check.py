@@ -116,6 +116,24 @@ def check_chunks(case: object) -> float:
         del os.environ["GGML_KVTC_SCRATCH_MIB"]
 
 
+def check_store(case: object) -> float:
+    """NMSE of attention whose batch is then written over exact rows that it reads, which a device may do with its last kernel."""
+    from attention_case import Inputs, expected, run_and_store
+
+    x = Inputs(case)
+    n = case.streams * case.tokens
+    idxs = x.slot[x.slot >= 0][:n].astype(np.int64)
+    assert len(idxs) == n, "the store has too few rows"
+    idxs[3::4] = -1
+    out, stores = run_and_store(x, idxs)
+    right = expected(x)
+    for side, start in ((0, 0), (1, stores[0].size)):
+        store = x.store[start : start + stores[side].size].reshape(stores[side].shape).copy()
+        store[:, idxs[idxs >= 0]] = x.batch_z(side).transpose(1, 0, 2)[:, idxs >= 0].astype(np.float16)
+        assert stores[side].tobytes() == store.tobytes(), f"exact rows of side {side} differ"
+    return float(((out - right) ** 2).sum() / (right**2).sum())
+
+
 def check_rows(n_head: int, d: int, bits: int) -> float:
     """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal."""
     import ffi
@@ -206,6 +224,14 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
             for n_tokens in (1, 5, 37):
                 name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
                 work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
+    for d in (64, 80, 96, 128, 256):
+        for tokens, streams, group in ((1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 3, 3), (16, 1, 4), (16, 1, 8), (40, 1, 4)):
+            from attention_case import Case
+            from kvtc_gguf.reference_rope import Rope
+
+            case = Case(dk=d, tokens=tokens, streams=streams, group=group, n_kv=300, window=250, exact="store", rope=Rope(d, neox=True))
+            name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}"
+            work.append((name, NMSE, lambda case=case: check_store(case)))
     for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
         from attention_case import Case
 

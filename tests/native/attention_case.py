@@ -6,6 +6,7 @@ import functools
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ffi
 import ggml_graph
@@ -165,48 +166,74 @@ class Inputs:
 
 def run(x: Inputs, n_threads: int = 1) -> np.ndarray:
     """The operation's result f32 [S, T, n_head, dv]."""
+    with ggml_graph.graph(128) as g:
+        return of_result(x, g.compute(build(g, x)[0], n_threads))
+
+
+def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The same, and the exact store's sides f16 [H, n_slots, d] after the batch was written to its rows idxs i64 [S * T]."""
     case = x.case
     with ggml_graph.graph(128) as g:
-        cells = []
-        for (kind, d), rows in zip(case.sides, x.rows, strict=True):
-            kind = ffi.kvtc_type(kind) if isinstance(kind, int) else PLAIN[kind]
-            # the cache is longer than the view of it
-            spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
-            cache = np.concatenate([rows, spare], axis=1)
-            tensor = g.rows(kind, case.heads * d, cache.reshape(-1, rows.shape[2]))
-            strides = (rows.shape[2], ffi.base.ggml_row_size(kind, d), cache[0].size)
-            cells.append(ffi.base.ggml_view_4d(g.ctx, tensor, d, case.n_kv, case.heads, case.streams, *strides, 0))
-        q, mask = g.tensor(x.q), ffi.ffi.NULL
-        if case.permuted:
-            q = ffi.base.ggml_permute(g.ctx, g.tensor(x.q.transpose(0, 2, 1, 3)), 0, 2, 1, 3)
-        if case.mask != "none":
-            padded = np.zeros((case.streams, 1, case.tokens + 3, case.n_kv), np.float16)
-            padded[:, 0, : case.tokens] = x.mask
-            mask = g.tensor(padded)
-        batch = [x.batch_z(side) for side in (ffi.K, ffi.V)]
-        if case.permuted:
-            z = [b if b is None else ffi.base.ggml_permute(g.ctx, g.tensor(b), 0, 2, 1, 3) for b in batch]
-        else:
-            z = [b if b is None else g.tensor(b.transpose(1, 0, 2)) for b in batch]
-        z = [ffi.ffi.NULL if b is None else b for b in z]
-        info = np.concatenate([np.stack([x.pos, x.slot], axis=2).reshape(-1), x.query_pos.reshape(-1)])
-        params = ffi.ffi.new(
-            "struct ggml_kvtc_attn_params *",
-            {
-                "scale": case.dk**-0.5,
-                "max_bias": case.max_bias,
-                "logit_softcap": case.softcap,
-                "n_sink": case.sinks,
-                "n_window": case.window,
-                "n_slots": x.n_slots,
-                "limits": ffi.limits(x.pack),
-            },
-        )
-        store = g.tensor(None if case.exact == "none" else x.store)
-        tensors = (q, *cells, mask, g.tensor(x.sink_logits), g.pack(x.pack), g.tensor(info), store, *z)
-        result = ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0])
-        n_head = case.heads * case.group
-        return g.compute(result, n_threads).view(np.float32).reshape(case.streams, case.tokens, n_head, -1)
+        result, store, z, pack = build(g, x)
+        results, start = [result], 0
+        for side, d in enumerate((case.dk, case.dv or case.dk)):
+            strides = 2 * d, 2 * d * x.n_slots
+            rows = ffi.base.ggml_view_3d(g.ctx, store, d, x.n_slots, case.heads, *strides, start)
+            start += 2 * d * x.n_slots * case.heads
+            results.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], g.tensor(idxs), pack, side))
+        out, *sides = g.compute_all(results, 1, poison=False)
+        stores = [side.view(np.float16).reshape(case.heads, x.n_slots, -1) for side in sides]
+        return of_result(x, out), stores
+
+
+def of_result(x: Inputs, out: np.ndarray) -> np.ndarray:
+    """The operation's bytes as f32 [S, T, n_head, dv]."""
+    case = x.case
+    return out.view(np.float32).reshape(case.streams, case.tokens, case.heads * case.group, -1)
+
+
+def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
+    """The operation's node, and of its sources the exact store, the batch's z, and the pack."""
+    case = x.case
+    cells = []
+    for (kind, d), rows in zip(case.sides, x.rows, strict=True):
+        kind = ffi.kvtc_type(kind) if isinstance(kind, int) else PLAIN[kind]
+        # the cache is longer than the view of it
+        spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
+        cache = np.concatenate([rows, spare], axis=1)
+        tensor = g.rows(kind, case.heads * d, cache.reshape(-1, rows.shape[2]))
+        strides = (rows.shape[2], ffi.base.ggml_row_size(kind, d), cache[0].size)
+        cells.append(ffi.base.ggml_view_4d(g.ctx, tensor, d, case.n_kv, case.heads, case.streams, *strides, 0))
+    q, mask = g.tensor(x.q), ffi.ffi.NULL
+    if case.permuted:
+        q = ffi.base.ggml_permute(g.ctx, g.tensor(x.q.transpose(0, 2, 1, 3)), 0, 2, 1, 3)
+    if case.mask != "none":
+        padded = np.zeros((case.streams, 1, case.tokens + 3, case.n_kv), np.float16)
+        padded[:, 0, : case.tokens] = x.mask
+        mask = g.tensor(padded)
+    batch = [x.batch_z(side) for side in (ffi.K, ffi.V)]
+    if case.permuted:
+        z = [b if b is None else ffi.base.ggml_permute(g.ctx, g.tensor(b), 0, 2, 1, 3) for b in batch]
+    else:
+        z = [b if b is None else g.tensor(b.transpose(1, 0, 2)) for b in batch]
+    z = [ffi.ffi.NULL if b is None else b for b in z]
+    info = np.concatenate([np.stack([x.pos, x.slot], axis=2).reshape(-1), x.query_pos.reshape(-1)])
+    params = ffi.ffi.new(
+        "struct ggml_kvtc_attn_params *",
+        {
+            "scale": case.dk**-0.5,
+            "max_bias": case.max_bias,
+            "logit_softcap": case.softcap,
+            "n_sink": case.sinks,
+            "n_window": case.window,
+            "n_slots": x.n_slots,
+            "limits": ffi.limits(x.pack),
+        },
+    )
+    store = g.tensor(None if case.exact == "none" else x.store)
+    pack = g.pack(x.pack)
+    tensors = (q, *cells, mask, g.tensor(x.sink_logits), pack, g.tensor(info), store, *z)
+    return ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0]), store, z, pack
 
 
 def expected(x: Inputs) -> np.ndarray:

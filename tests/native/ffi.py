@@ -1,7 +1,7 @@
 """The built libraries as Python sees them: ggml's few functions a test needs, and everything of the kvtc headers.
 
 The folder is $KVTC_LIB_DIR, or build/bin of this repository. The kvtc declarations come from the headers themselves.
-With $KVTC_TEST_DEVICE (CUDA0, say) graphs run on that device of ggml's, and packs hold its layout behind the CPU's.
+With $KVTC_TEST_DEVICE (CUDA0, say) graphs run on that device of ggml's, and packs hold its layout before the CPU's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ struct ggml_tensor * ggml_new_tensor_2d(struct ggml_context *, int type, int64_t
 struct ggml_tensor * ggml_new_tensor_3d(struct ggml_context *, int type, int64_t, int64_t, int64_t);
 struct ggml_tensor * ggml_new_tensor_4d(struct ggml_context *, int type, int64_t, int64_t, int64_t, int64_t);
 struct ggml_tensor * ggml_view_1d(struct ggml_context *, struct ggml_tensor *, int64_t, size_t offset);
+struct ggml_tensor * ggml_view_3d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t,
+    size_t nb1, size_t nb2, size_t offset);
 struct ggml_tensor * ggml_view_4d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t, int64_t,
                                   size_t nb1, size_t nb2, size_t nb3, size_t offset);
 struct ggml_tensor * ggml_mul_mat(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
@@ -155,24 +157,24 @@ class Native:
     def pack(self, layer: int, bits_k: int, bits_v: int) -> np.ndarray:
         """The pack of a layer, u8 at an address that is a multiple of 64; bits 0: a side of another type."""
         size = base.ggml_kvtc_pack_size(self.handle, layer, bits_k, bits_v)
-        extra = base.ggml_kvtc_cuda_pack_size(self.handle, layer, bits_k, bits_v) if DEVICE else 0
-        pack = aligned(size + extra)
-        base.ggml_kvtc_pack_write(self.handle, layer, bits_k, bits_v, pointer(pack))
+        first = base.ggml_kvtc_cuda_pack_size(self.handle, layer, bits_k, bits_v) if DEVICE else 0
+        pack = aligned(first + size)
+        base.ggml_kvtc_pack_write(self.handle, layer, bits_k, bits_v, pointer(pack[first:]))
         if DEVICE:
-            base.ggml_kvtc_cuda_pack_write(self.handle, layer, bits_k, bits_v, pointer(device_part(pack)))
+            base.ggml_kvtc_cuda_pack_write(self.handle, layer, bits_k, bits_v, pointer(pack))
         return pack
 
 
-def device_part(pack: np.ndarray) -> np.ndarray:
-    """The part of a pack in the layout of a device; it starts at a multiple of 64, where the CPU's ends."""
-    return pack[int(pack[8:16].view(np.uint64)[0]) :]
+def cpu_part(pack: np.ndarray) -> np.ndarray:
+    """The part of a pack in the CPU's layout: behind that of a device, if it holds both."""
+    return pack[int(pack[8:16].view(np.uint64)[0]) :] if DEVICE else pack
 
 
 def limits(pack: np.ndarray) -> list[int]:
     """What the parameters of the attention operation say of a pack on a device; zeros without one."""
     result = ffi.new("int32_t[6]")
     if DEVICE:
-        base.ggml_kvtc_cuda_pack_limits(pointer(device_part(pack)), result)
+        base.ggml_kvtc_cuda_pack_limits(pointer(pack), result)
     return list(result)
 
 
@@ -207,23 +209,23 @@ def set_rope(pack: np.ndarray, rope: Any, head_dim: int) -> None:
     given = ffi.NULL if factors is None else pointer(factors, "float *")
     assert base.ggml_kvtc_rope_from_params(pointer(params, "int32_t *"), given, result)
     assert result.n_rot <= head_dim
-    base.ggml_kvtc_pack_set_rope(pointer(pack), result)
+    base.ggml_kvtc_pack_set_rope(pointer(cpu_part(pack)), result)
     if DEVICE:
-        base.ggml_kvtc_cuda_pack_set_rope(pointer(device_part(pack)), result)
+        base.ggml_kvtc_cuda_pack_set_rope(pointer(pack), result)
 
 
 def encode_rows(pack: np.ndarray, side: int, z: np.ndarray, row_bytes: int) -> np.ndarray:
     """Rows u8 [n, row_bytes] of z f32 [n, H, d]; what they held before is 0xFF."""
     rows = np.full((len(z), row_bytes), 0xFF, np.uint8)
     z = np.ascontiguousarray(z, np.float32)
-    cpu.ggml_kvtc_cpu_encode(pointer(pack), side, len(z), pointer(z, "float *"), pointer(rows, "uint8_t *"))
+    cpu.ggml_kvtc_cpu_encode(pointer(cpu_part(pack)), side, len(z), pointer(z, "float *"), pointer(rows, "uint8_t *"))
     return rows
 
 
 def decode_rows(pack: np.ndarray, side: int, rows: np.ndarray, n_head: int, head_dim: int) -> np.ndarray:
     """z f32 [n, H, d] of rows u8 [n, row_bytes]."""
     z = np.full((len(rows), n_head, head_dim), np.nan, np.float32)
-    cpu.ggml_kvtc_cpu_decode(pointer(pack), side, len(rows), pointer(rows, "uint8_t *"), pointer(z, "float *"))
+    cpu.ggml_kvtc_cpu_decode(pointer(cpu_part(pack)), side, len(rows), pointer(rows, "uint8_t *"), pointer(z, "float *"))
     return z
 
 
