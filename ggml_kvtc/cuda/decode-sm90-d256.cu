@@ -10,9 +10,9 @@
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order.
 #include "decode.cuh"
 #include "hopper.cuh"
-#include "nibbles.cuh"
 #include "pairs.cuh"
 #include "slabs.cuh"
+#include "values-sm90.cuh"
 
 #include <type_traits>
 
@@ -23,16 +23,6 @@ namespace {
 constexpr int D      = 256;
 constexpr int WARPS  = GROUP_WARPS;
 constexpr int GROUPS = SM90_D256_GROUPS;
-
-// what the warps of a group exchange
-struct exchange {
-    uint2 weights[WARPS][32];   // of 16 cells, as mma's operand, relative to the warp's largest logits
-    float top    [WARPS][8];    // these, of each query
-    int   chosen [SLAB90];      // slots of values that count exactly, or -1
-    int2  range  [2][WARPS];    // of positions, in this slab and the next
-};
-
-static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
 
 // ONE: one token, whose keys either count exactly or do not
 template <bool ONE>
@@ -96,13 +86,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         code.table += (uint32_t) __cvta_generic_to_shared(smem + p.at_pairs);
         codes[threadIdx.x] = code;
     }
-    const int my_group = 8*part + r8; // of values' components
-    const pair_code v_code  = at<pair_code>(base, vh.pair_codes)[my_group];
-    const uint32_t  v_width = v_code.shift >> 9;
-    const bool any_spread = __any_sync(0xffffffff, v_width < 4);
-    const bool any_wide   = __any_sync(0xffffffff, v_width > 4);
-    level_bytes levels;
-    load_levels(levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[my_group], v_width);
+    value_sums<D> sums;
+    sums.init(base, vh, part);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
@@ -137,14 +122,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
 
-    float o[4][4];                                  // components 64*part + 8*r8 + 2*t, and + 1
-    float o_top[2] = { -INFINITY, -INFINITY };      // what o is relative to: of all cells of the group
-    float top  [2] = { -INFINITY, -INFINITY };      // of this warp's
-    float sum  [2] = { 0.0f, 0.0f };
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
-    }
+    float top[2] = { -INFINITY, -INFINITY }; // of this warp's cells
+    float sum[2] = { 0.0f, 0.0f };
     int anchor = INT_MIN;
     const auto set_anchor = [&](int pos) { // the group's threads together
         anchor = pos;
@@ -439,74 +418,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
             const bool any_exact = __any_sync(0xffffffff, meet(group, any_chosen)); // all of the above, and the values, are there
 
-            // all cells of the slab, a quarter of the components
-            float2 most = make_float2(-INFINITY, -INFINITY); // of the group, queries 2*q4, 2*q4 + 1
-            float  high = -INFINITY;                         // query r8
-            float  part_top[WARPS];
-#pragma unroll
-            for (int j = 0; j < WARPS; ++j) {
-                const float2 x = *(const float2 *) &shared.top[j][2*q4];
-                most.x = fmaxf(most.x, x.x);
-                most.y = fmaxf(most.y, x.y);
-                part_top[j] = shared.top[j][r8];
-                high = fmaxf(high, part_top[j]);
-            }
-            if (__any_sync(0xffffffff, most.x > o_top[0] || most.y > o_top[1])) {
-                const float fade[2] = { o_top[0] == -INFINITY ? 0.0f : exp2f(o_top[0] - most.x), o_top[1] == -INFINITY ? 0.0f : exp2f(o_top[1] - most.y) };
-#pragma unroll
-                for (int t = 0; t < 4; ++t) {
-                    o[t][0] *= fade[0];
-                    o[t][1] *= fade[1];
-                    o[t][2] *= fade[0];
-                    o[t][3] *= fade[1];
-                }
-                o_top[0] = most.x;
-                o_top[1] = most.y;
-            }
-            uint32_t word[WARPS][4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
-#pragma unroll
-            for (int j = 0; j < WARPS; ++j) {
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const uint32_t * from = (const uint32_t *) (v_rows + (16*j + n%2 + n/2*8)*p.rows.stride[1] + v_code.word);
-                    word[j][n] = __funnelshift_r(from[0], from[1], v_code.shift);
-                }
-            }
-            if (any_spread) {
-#pragma unroll
-                for (int j = 0; j < WARPS; ++j) {
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        word[j][n] = spread(word[j][n], v_width);
-                    }
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < WARPS; ++j) {
-                uint32_t z[8][2];
-                decode_four(word[j], levels, z);
-                if (any_exact || any_wide) {
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        const int cell = 16*j + 2*q4 + n%2 + n/2*8;
-                        const int from = any_exact ? shared.chosen[cell] : -1;
-                        if (from != -1) {
-                            set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, my_group*8));
-                        } else if (v_width > 4) {
-                            const half * wide = at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[my_group];
-                            set_row(z, n, look_up_wide(v_rows + (16*j + n%2 + n/2*8)*p.rows.stride[1], v_code, wide));
-                        }
-                    }
-                }
-                const half2 f = __float2half2_rn(part_top[j] == -INFINITY ? 0.0f : exp2f(part_top[j] - high));
-                const uint2 x = shared.weights[j][lane];
-                const uint32_t b[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
-#pragma unroll
-                for (int t = 0; t < 4; ++t) {
-                    const uint32_t zv[4] = { z[2*t][0], z[2*t + 1][0], z[2*t][1], z[2*t + 1][1] };
-                    mma(o[t], zv, b[0], b[1]);
-                }
-            }
+            sums.add_slab(a, head, shared, v_rows, p.rows.stride[1], any_exact);
         }
     }
 
@@ -530,12 +442,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             all_top[warp*8 + row] = top[x];
             all_sum[warp*8 + row] = s;
             if (part == 0) {
-                all_o_top[group*8 + row] = o_top[x];
+                all_o_top[group*8 + row] = sums.top[x];
             }
         }
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-            *(float2 *) (all_o + (group*8 + row)*LD + my_group*8 + 2*t) = make_float2(o[t][x], o[t][x + 2]);
+            *(float2 *) (all_o + (group*8 + row)*LD + sums.first + 2*t) = make_float2(sums.o[t][x], sums.o[t][x + 2]);
         }
     }
     __syncthreads();

@@ -1,0 +1,127 @@
+// The sum of values in decode-sm90-d256.cu: the four warps of a group exchange the weights of a slab of 64 cells, and each sums a
+// quarter of the components of all of them. A thread decodes the same eight components of every value.
+#pragma once
+
+#include "nibbles.cuh"
+#include "plan.h"
+#include "slabs.cuh"
+
+namespace kvtc {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// what the warps of a group exchange
+struct exchange {
+    uint2 weights[GROUP_WARPS][32]; // of 16 cells, as mma's operand, relative to the warp's largest logits
+    float top    [GROUP_WARPS][8];  // these, of each query
+    int   chosen [SLAB90];          // slots of values that count exactly, or -1
+    int2  range  [2][GROUP_WARPS];  // of positions, in this slab and the next
+};
+
+static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
+
+// D: 256, so that a warp's quarter is eight groups, one for each lane/4
+template <int D>
+struct value_sums {
+    float       o[4][4];     // components first + 2*t, + 1, of queries 2*(lane%4), + 1
+    float       top[2];      // what o is relative to
+    level_bytes levels;
+    pair_code   code;
+    uint32_t    width;
+    bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
+    bool        any_wide;
+    const half * wide;       // levels in global memory
+    int         first;       // of the thread's components
+
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part) {
+        static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
+        const int group = 8*part + threadIdx.x%32/4;
+        first = 8*group;
+        code  = at<pair_code>(base, head.pair_codes)[group];
+        width = code.shift >> 9;
+        any_spread = __any_sync(0xffffffff, width < 4);
+        any_wide   = __any_sync(0xffffffff, width > 4);
+        wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
+        load_levels(levels, wide, width);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
+        }
+        top[0] = top[1] = -INFINITY;
+    }
+
+    // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart
+    __device__ __forceinline__ void add_slab(const attn_args & a, int head, const exchange & shared, const uint8_t * rows, int stride, bool any_exact) {
+        const int lane = threadIdx.x % 32;
+        const int q4   = lane % 4;
+        const int r8   = lane / 4;
+        float2 most = make_float2(-INFINITY, -INFINITY); // of the group, queries 2*q4, 2*q4 + 1
+        float  high = -INFINITY;                         // query r8
+        float  part_top[GROUP_WARPS];
+#pragma unroll
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            const float2 x = *(const float2 *) &shared.top[j][2*q4];
+            most.x = fmaxf(most.x, x.x);
+            most.y = fmaxf(most.y, x.y);
+            part_top[j] = shared.top[j][r8];
+            high = fmaxf(high, part_top[j]);
+        }
+        if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
+            const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                o[t][0] *= fade[0];
+                o[t][1] *= fade[1];
+                o[t][2] *= fade[0];
+                o[t][3] *= fade[1];
+            }
+            top[0] = most.x;
+            top[1] = most.y;
+        }
+        uint32_t word[GROUP_WARPS][4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
+#pragma unroll
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const uint32_t * from = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
+                word[j][n] = __funnelshift_r(from[0], from[1], code.shift);
+            }
+        }
+        if (any_spread) {
+#pragma unroll
+            for (int j = 0; j < GROUP_WARPS; ++j) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    word[j][n] = spread(word[j][n], width);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            uint32_t z[8][2];
+            decode_four(word[j], levels, z);
+            if (any_exact || any_wide) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const int cell = 16*j + 2*q4 + n%2 + n/2*8;
+                    const int from = any_exact ? shared.chosen[cell] : -1;
+                    if (from != -1) {
+                        set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, first));
+                    } else if (width > 4) {
+                        set_row(z, n, look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide));
+                    }
+                }
+            }
+            const half2 f = __float2half2_rn(part_top[j] == -INFINITY ? 0.0f : exp2f(part_top[j] - high));
+            const uint2 x = shared.weights[j][lane];
+            const uint32_t b[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                const uint32_t zv[4] = { z[2*t][0], z[2*t + 1][0], z[2*t][1], z[2*t + 1][1] };
+                mma(o[t], zv, b[0], b[1]);
+            }
+        }
+    }
+};
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
+} // namespace kvtc
