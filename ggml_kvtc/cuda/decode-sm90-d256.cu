@@ -1,10 +1,9 @@
 // Attention for few query rows of head_dim 256 on Hopper (sm_90a): as decode-sm90.cu, in the shared memory and registers that a
 // matrix of 256 x 256 leaves.
 //
-// Four warps share a slab of 64 cells. A warp decodes the keys of 16 cells, which are wgmma's operand of rows, rebuilds them in two
-// halves of 128 channels (rotation pairs lie within a half), rotates them and multiplies them by the queries. Then the warps exchange
-// weights: for the sum of values each takes all 64 cells and a quarter of the components, so that it needs a quarter of the sums in
-// registers, and a thread decodes the same eight components of every value, whose levels it holds (nibbles.cuh).
+// Four warps share a slab of 64 cells. A warp decodes the keys of 16 cells, which are wgmma's operand of rows, while those decoded
+// before are rebuilt; it rotates them and multiplies them by the queries. Then the warps exchange weights: for the sum of values each
+// takes all 64 cells and a quarter of the components (values-sm90.cuh), so that it needs a quarter of the sums in registers.
 //
 // Of the 32 components 32*s .. 32*s + 31 of a key, lane 4*r + q of a warp has the eight of group 4*s + q, of keys r and r + 8. They
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order.
@@ -86,8 +85,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         code.table += (uint32_t) __cvta_generic_to_shared(smem + p.at_pairs);
         codes[threadIdx.x] = code;
     }
+    uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
+    for (int i = threadIdx.x; i < D; i += THREADS) {
+        store_levels(levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[i/8], at<uint8_t>(base, vh.widths)[i/8], i/8, i%8);
+    }
     value_sums<D> sums;
-    sums.init(base, vh, part);
+    sums.init(base, vh, part, levels, smem + p.at_wide);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
@@ -221,63 +224,60 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 meet(group, false); // what was exchanged has been read by all
             }
 
+            // Keys times the matrix: the product of some components runs while the next are decoded, the smallest first. The warps
+            // must multiply together, so rows that are decoded otherwise take their turn in between
             uint32_t k[KS][4];
-            const auto put = [&k](int s, int i, const uint4 & x, half2 gain) {
-                k[2*s + 0][i]     = mul_half2(x.x, gain);
-                k[2*s + 0][i + 2] = mul_half2(x.y, gain);
-                k[2*s + 1][i]     = mul_half2(x.z, gain);
-                k[2*s + 1][i + 2] = mul_half2(x.w, gain);
+            uint32_t x[D/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+            uint32_t ones[4];
+            const auto put = [&k](int s, int i, const uint4 & y, half2 gain) {
+                k[2*s + 0][i]     = mul_half2(y.x, gain);
+                k[2*s + 0][i + 2] = mul_half2(y.y, gain);
+                k[2*s + 1][i]     = mul_half2(y.z, gain);
+                k[2*s + 1][i + 2] = mul_half2(y.w, gain);
             };
-            {
-                const uint8_t * row[2];
-                half2 gain[2];
+            const uint8_t * row[2];
+            half2 gain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                row[i]  = k_rows + 8*i*p.rows.stride[0];
+                gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
+            }
+            set_ones(ones);
+#pragma unroll
+            for (int s = D/32 - 1; s >= 0; --s) {
+                const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    row[i]  = k_rows + 8*i*p.rows.stride[0];
-                    gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
+                    put(s, i, decode_eight(row[i], code), gain[i]);
                 }
-#pragma unroll
-                for (int s = 0; s < D/32; ++s) {
-                    const pair_code code = load_code(codes + 4*s + q4);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        put(s, i, decode_eight(row[i], code), gain[i]);
-                    }
-                }
-                if (n_wide > 0) {
-#pragma unroll
-                    for (int s = 0; s < D/32; ++s) {
-                        if (4*s < n_wide) {
-                            const pair_code code = load_code(codes + 4*s + q4);
-                            if (is_wide(code)) {
-#pragma unroll
-                                for (int i = 0; i < 2; ++i) {
-                                    put(s, i, decode_wide(row[i], code), gain[i]);
-                                }
-                            }
-                        }
-                    }
-                }
-                if (any_chosen) {
+                if (any_chosen || 4*s < n_wide) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const int from = __shfl_sync(0xffffffff, chosen, r8 + 8*i);
                         if (from != -1) {
-#pragma unroll
-                            for (int s = 0; s < D/32; ++s) {
-                                put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
-                            }
+                            put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
+                        } else if (is_wide(code)) {
+                            put(s, i, decode_wide(row[i], code), gain[i]);
                         }
                     }
                 }
+                wgmma_fence();
+                if (s == D/32 - 1) {
+                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                } else {
+                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                }
+                wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
             }
+            wgmma<false>(x, ones, of_matrix + 2*D*KS);
+            wgmma_commit();
             again = pass == 0 && any_either;
             if (!again) {
                 __syncwarp();
                 fetch_rows(a, p.rows, 0, k_copy, first + SLAB90, more);
             }
 
-            // keys, rotated, times queries
+            // rotated, times queries
             float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             const uint32_t * turn[2];
             uint32_t         sign[2]; // of the sines
@@ -287,68 +287,52 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 turn[i] = fine + min(abs(away), reach)*TURN90<D> + 4*q4;
                 sign[i] = away < 0 ? 0x80008000 : 0;
             }
+            wgmma_wait();
+            const auto multiply = [&](auto near) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) { // 128 channels
-                uint32_t x[D/8]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
-                uint32_t ones[4];
-                const uint64_t of_half = of_matrix + h*D/2;
-                set_ones(ones);
-                wgmma_fence();
-                wgmma<true>(x, k[KS - 1], of_half + 2*D*(KS - 1)); // the smallest come first
+                for (int u = 0; u < D/32; ++u) {
+                    uint32_t qf[4];
+                    ldmatrix_x4(qf, turned_row + 32*u);
+                    uint4 cs[2];
+                    if constexpr (decltype(near)::value) {
 #pragma unroll
-                for (int s = KS - 2; s >= 0; --s) {
-                    wgmma<false>(x, k[s], of_half + 2*D*s);
-                }
-                wgmma<false>(x, ones, of_half + 2*D*KS);
-                wgmma_commit();
-                wgmma_wait();
-                const auto multiply = [&](auto near) {
-#pragma unroll
-                    for (int u = 0; u < D/64; ++u) {
-                        const int v = h*D/64 + u;
-                        uint32_t qf[4];
-                        ldmatrix_x4(qf, turned_row + 32*v);
-                        uint4 cs[2];
-                        if constexpr (decltype(near)::value) {
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                cs[i] = *(const uint4 *) (turn[i] + 16*v);
-                            }
-                        }
-#pragma unroll
-                        for (int m = 0; m < 2; ++m) {
-                            uint32_t kf[4];
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                half2 cos, sin;
-                                if constexpr (decltype(near)::value) {
-                                    const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                                    const uint32_t su = (m == 0 ? cs[i].y : cs[i].w) ^ sign[i];
-                                    cos = *(const half2 *) &cu;
-                                    sin = *(const half2 *) &su;
-                                } else {
-                                    const int    pair = 16*v + 8*m + 2*q4;
-                                    const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                                    const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                    cos = __floats2half2_rn(cs0.x, cs1.x);
-                                    sin = __floats2half2_rn(cs0.y, cs1.y);
-                                }
-                                const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
-                                const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
-                                const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
-                                const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
-                                kf[i]     = *(const uint32_t *) &y0;
-                                kf[i + 2] = *(const uint32_t *) &y1;
-                            }
-                            mma(w, kf, qf[2*m], qf[2*m + 1]);
+                        for (int i = 0; i < 2; ++i) {
+                            cs[i] = *(const uint4 *) (turn[i] + 16*u);
                         }
                     }
-                };
-                if (near) {
-                    multiply(std::true_type());
-                } else {
-                    multiply(std::false_type());
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        uint32_t kf[4];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            half2 cos, sin;
+                            if constexpr (decltype(near)::value) {
+                                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
+                                const uint32_t su = (m == 0 ? cs[i].y : cs[i].w) ^ sign[i];
+                                cos = *(const half2 *) &cu;
+                                sin = *(const half2 *) &su;
+                            } else {
+                                const int    pair = 16*u + 8*m + 2*q4;
+                                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
+                                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
+                                cos = __floats2half2_rn(cs0.x, cs1.x);
+                                sin = __floats2half2_rn(cs0.y, cs1.y);
+                            }
+                            const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
+                            const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
+                            const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
+                            const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
+                            kf[i]     = *(const uint32_t *) &y0;
+                            kf[i + 2] = *(const uint32_t *) &y1;
+                        }
+                        mma(w, kf, qf[2*m], qf[2*m + 1]);
+                    }
                 }
+            };
+            if (near) {
+                multiply(std::true_type());
+            } else {
+                multiply(std::false_type());
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x

@@ -1,5 +1,5 @@
-// Codes to coefficients without shared memory: a thread that decodes the same eight components of every row holds their levels in
-// registers, and permutations of bytes look them up. Four rows are looked up at once.
+// Codes to coefficients by permutations of bytes: a thread that decodes the same eight components of many rows holds their levels in
+// registers. Four rows are looked up at once.
 #pragma once
 
 #include "pairs.cuh"
@@ -25,23 +25,32 @@ __device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t x, uint32_t y
     return (x & mask) | (y & ~mask);
 }
 
-// levels: f16 [8][2^width]; of no bits or more than 4, zeros
-__device__ __forceinline__ void load_levels(level_bytes & t, const half * levels, int width) {
+// In shared memory, [group of 8 groups][component][lower, upper][group] of four words: threads of eight groups read neighbours.
+constexpr int LEVEL_BYTES = 256; // of a group
+
+// component c of a group, of its f16 [8][2^width]; of no bits or more than 4, zeros
+__device__ __forceinline__ void store_levels(uint4 * to, const half * levels, int width, int group, int c) {
+    uint32_t x[8] = {};
+    if (width > 0 && width <= 4) {
+        const uint32_t * pairs = (const uint32_t *) (levels + (c << width));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            x[i] = pairs[i & (((1 << width) - 1) >> 1)];
+        }
+    }
+    to += (group/8*16 + 2*c)*8 + group%8;
+    to[0] = make_uint4(permute(x[0], x[1], 0x6420), permute(x[2], x[3], 0x6420), permute(x[4], x[5], 0x6420), permute(x[6], x[7], 0x6420));
+    to[8] = make_uint4(permute(x[0], x[1], 0x7531), permute(x[2], x[3], 0x7531), permute(x[4], x[5], 0x7531), permute(x[6], x[7], 0x7531));
+}
+
+__device__ __forceinline__ void load_levels(level_bytes & t, const uint4 * from, int group) {
+    from += group/8*16*8 + group%8;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint32_t x[2] = { 0, 0 };
-            if (width > 0 && width <= 4) {
-                const uint32_t * pairs = (const uint32_t *) (levels + (c << width));
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    x[j] = pairs[(2*i + j) & (((1 << width) - 1) >> 1)];
-                }
-            }
-            t.lower[c][i] = permute(x[0], x[1], 0x6420);
-            t.upper[c][i] = permute(x[0], x[1], 0x7531);
-        }
+        const uint4 x = from[2*c*8];
+        const uint4 y = from[2*c*8 + 8];
+        t.lower[c][0] = x.x; t.lower[c][1] = x.y; t.lower[c][2] = x.z; t.lower[c][3] = x.w;
+        t.upper[c][0] = y.x; t.upper[c][1] = y.y; t.upper[c][2] = y.z; t.upper[c][3] = y.w;
     }
 }
 
@@ -90,7 +99,7 @@ __device__ __forceinline__ void set_row(uint32_t (&x)[8][2], int n, const uint4 
     }
 }
 
-// eight codes of more than 4 bits, their levels in global memory
+// eight codes of more than 4 bits, whose levels may lie anywhere
 __device__ __forceinline__ uint4 look_up_wide(const uint8_t * row, const pair_code & code, const half * levels) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
     const uint64_t bits = (uint64_t) __funnelshift_r(word[1], word[2], code.shift) << 32 | __funnelshift_r(word[0], word[1], code.shift);

@@ -24,16 +24,17 @@ template <int D>
 struct value_sums {
     float       o[4][4];     // components first + 2*t, + 1, of queries 2*(lane%4), + 1
     float       top[2];      // what o is relative to
-    level_bytes levels;
+    const uint4 * levels;    // in shared memory
     pair_code   code;
     uint32_t    width;
     bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
     bool        any_wide;
-    const half * wide;       // levels in global memory
+    const half * wide;       // levels of a wide group, in shared memory if there is room
     int         first;       // of the thread's components
 
-    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part) {
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
+        levels = all_levels;
         const int group = 8*part + threadIdx.x%32/4;
         first = 8*group;
         code  = at<pair_code>(base, head.pair_codes)[group];
@@ -41,7 +42,23 @@ struct value_sums {
         any_spread = __any_sync(0xffffffff, width < 4);
         any_wide   = __any_sync(0xffffffff, width > 4);
         wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
-        load_levels(levels, wide, width);
+        if (any_wide) {
+            const int lane   = threadIdx.x % 32;
+            const int of_all = at<uint8_t>(base, head.widths)[lane]; // of group `lane`
+            int end = of_all > 4 ? 16 << of_all : 0;
+            for (int i = 1; i < 32; i *= 2) {
+                const int before = __shfl_up_sync(0xffffffff, end, i);
+                end += lane >= i ? before : 0;
+            }
+            end = __shfl_sync(0xffffffff, end, group);
+            if (width > 4 && end <= SM90_WIDE) {
+                uint4 * to = (uint4 *) (wide_levels + end - (16 << width));
+                for (int i = lane%4; i < 1 << width; i += 4) {
+                    to[i] = ((const uint4 *) wide)[i];
+                }
+                wide = (const half *) to;
+            }
+        }
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
             o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
@@ -56,14 +73,12 @@ struct value_sums {
         const int r8   = lane / 4;
         float2 most = make_float2(-INFINITY, -INFINITY); // of the group, queries 2*q4, 2*q4 + 1
         float  high = -INFINITY;                         // query r8
-        float  part_top[GROUP_WARPS];
 #pragma unroll
         for (int j = 0; j < GROUP_WARPS; ++j) {
             const float2 x = *(const float2 *) &shared.top[j][2*q4];
             most.x = fmaxf(most.x, x.x);
             most.y = fmaxf(most.y, x.y);
-            part_top[j] = shared.top[j][r8];
-            high = fmaxf(high, part_top[j]);
+            high = fmaxf(high, shared.top[j][r8]);
         }
         if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
             const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
@@ -77,41 +92,48 @@ struct value_sums {
             top[0] = most.x;
             top[1] = most.y;
         }
-        uint32_t word[GROUP_WARPS][4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
-#pragma unroll
+        level_bytes table;
+        load_levels(table, levels, first/8);
+#pragma unroll 1
         for (int j = 0; j < GROUP_WARPS; ++j) {
+            uint32_t word[4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const uint32_t * from = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
-                word[j][n] = __funnelshift_r(from[0], from[1], code.shift);
+                word[n] = __funnelshift_r(from[0], from[1], code.shift);
             }
-        }
-        if (any_spread) {
-#pragma unroll
-            for (int j = 0; j < GROUP_WARPS; ++j) {
+            if (any_spread) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    word[j][n] = spread(word[j][n], width);
+                    word[n] = spread(word[n], width);
                 }
             }
-        }
-#pragma unroll
-        for (int j = 0; j < GROUP_WARPS; ++j) {
             uint32_t z[8][2];
-            decode_four(word[j], levels, z);
-            if (any_exact || any_wide) {
+            decode_four(word, table, z);
+            if (any_wide) {
+                if (width > 4) {
+                    uint4 y[4]; // all are on their way before the first is needed
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const int cell = 16*j + 2*q4 + n%2 + n/2*8;
-                    const int from = any_exact ? shared.chosen[cell] : -1;
-                    if (from != -1) {
-                        set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, first));
-                    } else if (width > 4) {
-                        set_row(z, n, look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide));
+                    for (int n = 0; n < 4; ++n) {
+                        y[n] = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        set_row(z, n, y[n]);
                     }
                 }
             }
-            const half2 f = __float2half2_rn(part_top[j] == -INFINITY ? 0.0f : exp2f(part_top[j] - high));
+            if (any_exact) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const int from = shared.chosen[16*j + 2*q4 + n%2 + n/2*8];
+                    if (from != -1) {
+                        set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, first));
+                    }
+                }
+            }
+            const float part_top = shared.top[j][r8];
+            const half2 f = __float2half2_rn(part_top == -INFINITY ? 0.0f : exp2f(part_top - high));
             const uint2 x = shared.weights[j][lane];
             const uint32_t b[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
 #pragma unroll
