@@ -186,7 +186,6 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             fetch_rows(a, p.rows, 0, k_copy, first + SLAB90, more);
             continue;
         }
-        fetch_rows(a, p.rows, 1, v_copy, first, true);
         const int pos  = now.cell.x;
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
@@ -204,10 +203,6 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         const int  reach  = p.n_fine - 1;
         const bool near   = n_rp > 0 && lowest != INT_MAX && highest - lowest <= 2*reach;
         const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor - reach || highest > anchor + reach ? lowest + reach : anchor;
-        if (wanted != anchor) {
-            set_anchor(wanted);
-            meet(group, false);
-        }
         int row_pos[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -268,10 +263,17 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                     wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
                 }
                 wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
+                if (s == D/32 - 2 && pass == 0) {
+                    fetch_rows(a, p.rows, 1, v_copy, first, true);
+                }
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
             again = pass == 0 && any_either;
+            if (wanted != anchor) {
+                set_anchor(wanted);
+                meet(group, false);
+            }
             if (!again) {
                 __syncwarp();
                 fetch_rows(a, p.rows, 0, k_copy, first + SLAB90, more);

@@ -102,12 +102,17 @@ __device__ __forceinline__ void set_row(uint32_t (&x)[8][2], int n, const uint4 
 // eight codes of more than 4 bits, whose levels may lie anywhere
 __device__ __forceinline__ uint4 look_up_wide(const uint8_t * row, const pair_code & code, const half * levels) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
-    const uint64_t bits = (uint64_t) __funnelshift_r(word[1], word[2], code.shift) << 32 | __funnelshift_r(word[0], word[1], code.shift);
-    const uint32_t w    = code.shift >> 9;
-    const auto level = [&](int c) {
-        return (uint32_t) __half_as_ushort(levels[(c << w) + ((uint32_t) (bits >> c*w) & ((1u << w) - 1))]);
-    };
-    return make_uint4(level(0) | level(1) << 16, level(2) | level(3) << 16, level(4) | level(5) << 16, level(6) | level(7) << 16);
+    uint32_t lo = __funnelshift_r(word[0], word[1], code.shift);
+    uint32_t hi = __funnelshift_r(word[1], word[2], code.shift);
+    const uint32_t w = code.shift >> 9;
+    uint32_t x[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+        x[c] = __half_as_ushort((levels + (c << w))[lo & ((1u << w) - 1)]);
+        lo = __funnelshift_r(lo, hi, w);
+        hi >>= w;
+    }
+    return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
 } // namespace kvtc

@@ -22,17 +22,27 @@ __device__ __forceinline__ int column_channel(int c, int rope_type, int n_rot) {
 // as columns 2*q, 2*q + 1 of four steps. The last two groups hold the mean's upper and lower half, then zeros.
 template <int D, int THREADS>
 __device__ __forceinline__ void load_columns(half * matrix, const char * base, const ggml_kvtc_cuda_head & head, int rope_type, int n_rot) {
-#pragma unroll (D/64)
-    for (int i = threadIdx.x; i < D*(D/32); i += THREADS) {
-        const int column = i%D;
-        const int block  = i/D; // of 32 components
-        const uint4 * from = (const uint4 *) (at<half>(base, head.decode) + column_channel(column, rope_type, n_rot)*D + block*32);
-        const uint4 x[4] = { from[0], from[1], from[2], from[3] };
-        uint4 * to = (uint4 *) matrix + block*4*D + column;
-        to[0*D] = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
-        to[1*D] = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
-        to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
-        to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+    // Lanes 8*p + c read piece p of column c's 64 bytes, so that a load touches few lines, and exchange words
+    const int lane = threadIdx.x % 32;
+    const bool odd[2] = { (lane & 8) != 0, (lane & 16) != 0 };
+#pragma unroll 8
+    for (int i = threadIdx.x/32; i < D/8*(D/32); i += THREADS/32) {
+        const int column = i%(D/8)*8 + lane%8;
+        const int block  = i/(D/8); // of 32 components
+        const uint4 from = ((const uint4 *) (at<half>(base, head.decode) + column_channel(column, rope_type, n_rot)*D))[block*4 + lane/8];
+        uint32_t x[4] = { from.x, from.y, from.z, from.w };
+#pragma unroll
+        for (int k = 0; k < 2; ++k) { // word j of piece p and word p of piece j change places: bit 0, then bit 1, of p and j
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                uint32_t & lower = x[k == 0 ? 2*j : j];
+                uint32_t & upper = x[k == 0 ? 2*j + 1 : j + 2];
+                const uint32_t other = __shfl_xor_sync(0xffffffff, odd[k] ? lower : upper, 8 << k);
+                lower = odd[k] ? other : lower;
+                upper = odd[k] ? upper : other;
+            }
+        }
+        ((uint4 *) matrix)[(block*4 + lane/8)*D + column] = make_uint4(x[0], x[1], x[2], x[3]);
     }
     for (int i = threadIdx.x; i < 2*D; i += THREADS) {
         uint4 x = make_uint4(0, 0, 0, 0);

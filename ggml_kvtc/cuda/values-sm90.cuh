@@ -28,7 +28,7 @@ struct value_sums {
     pair_code   code;
     uint32_t    width;
     bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
-    bool        any_wide;
+    bool        few_wide;    // one or two wider
     const half * wide;       // levels of a wide group, in shared memory if there is room
     int         first;       // of the thread's components
 
@@ -40,9 +40,10 @@ struct value_sums {
         code  = at<pair_code>(base, head.pair_codes)[group];
         width = code.shift >> 9;
         any_spread = __any_sync(0xffffffff, width < 4);
-        any_wide   = __any_sync(0xffffffff, width > 4);
+        const uint32_t of_wide = __ballot_sync(0xffffffff, width > 4);
+        few_wide = of_wide != 0 && __popc(of_wide) <= 2*4;
         wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
-        if (any_wide) {
+        if (of_wide != 0) {
             const int lane   = threadIdx.x % 32;
             const int of_all = at<uint8_t>(base, head.widths)[lane]; // of group `lane`
             int end = of_all > 4 ? 16 << of_all : 0;
@@ -64,6 +65,42 @@ struct value_sums {
             o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
         }
         top[0] = top[1] = -INFINITY;
+    }
+
+    // 16 cells' components of wide groups, if there are few: all threads look some of them up, and the group's own take them
+    // rows: of codes, from the first of the cells on
+    __device__ __forceinline__ void share_wide(uint32_t (&z)[8][2], const uint8_t * rows, int stride) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(0xffffffff, width > 4 && lane%4 == 0); left != 0; left &= left - 1) {
+            const int owner = __ffs(left) - 1;
+            const uint32_t shift  = __shfl_sync(0xffffffff, code.shift, owner);
+            const uint32_t word   = __shfl_sync(0xffffffff, code.word,  owner);
+            const half   * level  = (const half *) __shfl_sync(0xffffffff, (unsigned long long) wide, owner);
+            const uint32_t w      = shift >> 9;
+            const uint32_t mask   = (1u << w) - 1;
+            const uint32_t bit    = shift%32 + lane%2*4*w; // of four components of cell lane/2
+            const uint32_t * from = (const uint32_t *) (rows + lane/2*stride + word) + bit/32;
+            const uint32_t bits   = __funnelshift_r(from[0], from[1], bit);
+            uint32_t x[4];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                x[c] = __half_as_ushort(level[((lane%2*4 + c) << w) + (bits >> c*w & mask)]);
+            }
+            const uint32_t y[2] = { x[0] | x[1] << 16, x[2] | x[3] << 16 };
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const int cell = lane%4*2 + n%2 + n/2*8;
+                uint32_t of[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    of[i] = __shfl_sync(0xffffffff, y[i%2], 2*cell + i/2);
+                }
+                if (lane/4 == owner/4) {
+                    set_row(z, n, make_uint4(of[0], of[1], of[2], of[3]));
+                }
+            }
+        }
     }
 
     // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart
@@ -110,17 +147,17 @@ struct value_sums {
             }
             uint32_t z[8][2];
             decode_four(word, table, z);
-            if (any_wide) {
-                if (width > 4) {
-                    uint4 y[4]; // all are on their way before the first is needed
+            if (few_wide) {
+                share_wide(z, rows + (16*j - 2*q4)*stride, stride);
+            } else if (width > 4) {
+                uint4 y[4]; // all are on their way before the first is needed
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        y[n] = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide);
-                    }
+                for (int n = 0; n < 4; ++n) {
+                    y[n] = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide);
+                }
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        set_row(z, n, y[n]);
-                    }
+                for (int n = 0; n < 4; ++n) {
+                    set_row(z, n, y[n]);
                 }
             }
             if (any_exact) {
