@@ -237,7 +237,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 row[i]  = k_rows + 8*i*p.rows.stride[0];
                 gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
             }
-            set_ones(ones);
+            set_upper_ones(ones);
 #pragma unroll
             for (int s = D/32 - 1; s >= 0; --s) {
                 const pair_code code = load_code(codes + 4*s + q4);
@@ -267,7 +267,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                     fetch_rows(a, p.rows, 1, v_copy, first, true);
                 }
             }
-            wgmma<false>(x, ones, of_matrix + 2*D*KS);
+            wgmma<false>(x, ones, of_matrix + 2*D*KS - D); // the last components again, by zeros, and the mean by ones
             wgmma_commit();
             again = pass == 0 && any_either;
             if (wanted != anchor) {

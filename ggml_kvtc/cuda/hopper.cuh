@@ -81,6 +81,12 @@ __device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
     asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
 }
 
+// the same, as the upper eight components of 16
+__device__ __forceinline__ void set_upper_ones(uint32_t (&x)[4]) {
+    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
+    asm volatile("mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, %4; mov.b32 %3, %4;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
+}
+
 // the four warps of a group meet; true where it is true for any thread
 __device__ __forceinline__ bool meet(int group, bool x) {
     int any;

@@ -195,7 +195,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
 }
 
 //
-// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 136 KiB, so there are fewer groups, no tables for values
+// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 132 KiB, so there are fewer groups, no tables for values
 // (nibbles.cuh), and the table of rotations is read in both directions from an anchor
 //
 
@@ -234,7 +234,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
         int used = 0;
         const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
         p.n_fine = n_fine;
-        take((s.d/8 + 2)*s.d*16);
+        take((s.d/8 + 1)*s.d*16);
         p.at_pairs    = take(s.pairs[0], 1024); // its tables are aligned to their size
         p.at_queries  = take(n_row*(s.d + 8)*4);
         p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
