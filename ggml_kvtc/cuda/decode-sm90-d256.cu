@@ -280,7 +280,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
 
             // rotated, times queries
-            float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            float w [4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            float w2[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // of every other product, so that each waits for the one before the last
             const uint32_t * turn[2];
             uint32_t         sign[2]; // of the sines
 #pragma unroll
@@ -327,7 +328,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                             kf[i]     = *(const uint32_t *) &y0;
                             kf[i + 2] = *(const uint32_t *) &y1;
                         }
-                        mma(w, kf, qf[2*m], qf[2*m + 1]);
+                        mma(m == 0 ? w : w2, kf, qf[2*m], qf[2*m + 1]);
                     }
                 }
             };
@@ -335,6 +336,11 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 multiply(std::true_type());
             } else {
                 multiply(std::false_type());
+            }
+
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                w[i] += w2[i];
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x

@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_columns(half * matrix, const char * base, c
     // Lanes 8*p + c read piece p of column c's 64 bytes, so that a load touches few lines, and exchange words
     const int lane = threadIdx.x % 32;
     const bool odd[2] = { (lane & 8) != 0, (lane & 16) != 0 };
-#pragma unroll 8
+#pragma unroll (D/16)
     for (int i = threadIdx.x/32; i < D/8*(D/32); i += THREADS/32) {
         const int column = i%(D/8)*8 + lane%8;
         const int block  = i/(D/8); // of 32 components
