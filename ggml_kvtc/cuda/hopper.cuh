@@ -20,7 +20,30 @@ __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// 64 rows x 128 (64) columns += 64 x 16, of registers, times 16 x 128 (64)
+// 64 rows x 256 (128, 64) columns += 64 x 16, of registers, times 16 x 256 (128, 64)
+template <bool start>
+__device__ __forceinline__ void wgmma(uint32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f16.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n"
+        "}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
+          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
+          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]),
+          "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]),
+          "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]),
+          "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]),
+          "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
+}
+
 template <bool start>
 __device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
@@ -56,6 +79,12 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4],
 __device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
     const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
     asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
+}
+
+// the same, as the upper eight components of 16
+__device__ __forceinline__ void set_upper_ones(uint32_t (&x)[4]) {
+    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
+    asm volatile("mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, %4; mov.b32 %3, %4;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
 }
 
 // the four warps of a group meet; true where it is true for any thread

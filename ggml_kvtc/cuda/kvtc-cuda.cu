@@ -177,6 +177,14 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
         combine(args, shape.d, values.get(), meta.get(), plan90.n_split, exact, out, ctx.stream());
         return;
     }
+    sm90_d256_plan plan256;
+    if (ggml_cuda_info().devices[ctx.device].cc == GGML_CUDA_CC_HOPPER && make_sm90_d256_plan(shape, gpu, plan256)) {
+        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan256.n_split*shape.d);
+        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan256.n_split);
+        decode_sm90_d256(args, plan256, values.get(), meta.get(), ctx.stream());
+        combine(args, shape.d, values.get(), meta.get(), plan256.n_split, out, ctx.stream());
+        return;
+    }
 #endif
     decode_plan plan;
     GGML_ASSERT(make_decode_plan(shape, gpu, plan));

@@ -93,6 +93,45 @@ def cases() -> Iterator[tuple[str, object]]:
     for tokens in (1, 33):
         yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
         yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
+    yield from large_cases(replace(plain, dk=256, heads=1, rope=neox(256), k=2, v=4))
+
+
+def large_cases(plain: object) -> Iterator[tuple[str, object]]:
+    """Cases of few query rows of a large head, for which there is a kernel of its own."""
+    from kvtc_gguf.reference_rope import Rope
+
+    for k, v in ((1, 1), (2, 3), (3, 4), (2, 6), (4, 4), (6, 2)):
+        yield f"large, widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
+    for group, tokens in ((1, 1), (2, 4), (4, 1), (4, 2), (8, 1), (1, 7)):
+        yield f"large, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
+    for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):
+        yield f"large, cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
+    variants = {
+        "no rope": {"rope": None},
+        "normal": {"rope": Rope(256, neox=False)},
+        "neox 64 of 256": {"rope": Rope(64, neox=True)},
+        "normal 192 of 256": {"rope": Rope(192, neox=False)},
+        "attn factor": {"rope": Rope(256, neox=True, attn_factor=1.5)},
+        "shuffled": {"order": "shuffled", "start": 61},
+        "sparse": {"order": "sparse"},
+        "far": {"start": 999_900, "n_kv": 2000},
+        "interleaved": {"order": "interleaved"},
+        "all exact": {"exact": "store", "window": 10_000},
+        "batch exact": {"exact": "batch"},
+        "nothing exact": {"exact": "none"},
+        "long window": {"exact": "store", "window": 500, "n_kv": 1500},
+        "holes": {"mask": "holes"},
+        "dead": {"mask": "dead"},
+        "no mask": {"mask": "none", "empty": 0},
+        "streams": {"streams": 3, "order": "shuffled"},
+        "softcap": {"softcap": 3.0, "n_kv": 600},
+        "sink logits": {"sink_logits": True, "n_kv": 600},
+        "alibi": {"max_bias": 8.0, "heads": 3, "n_kv": 600},
+        "strided": {"permuted": True, "exact": "batch"},
+    }
+    for name, extra in variants.items():
+        for tokens in (1, 4):
+            yield f"large, {name} tokens {tokens}", replace(plain, tokens=tokens, **extra)
 
 
 def check_attention(case: object) -> float:

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "ggml_kvtc"
 # Turing, Ampere, Hopper, Blackwell; ggml builds 12.0 with its architecture's own instructions, as do we.
 ARCHITECTURES = ("75", "80", "90", "120a")
-# Files that exist for one architecture alone, see ggml_kvtc/CMakeLists.txt.
-SINGLE = {name: ("90a",) for name in ("decode-sm90.cu", "attend-sm90.cu", "prefill-sm90.cu", "rebuild-sm90.cu")}
+# Files with this in their names exist for one architecture alone, see ggml_kvtc/CMakeLists.txt.
+HOPPER = "sm90"
 # What ggml-cuda's own CMakeLists.txt passes to nvcc, less what its headers and nvcc's own code do not keep to.
 WARNINGS = "-Wall,-Wextra,-Wcast-qual,-Wno-unused-function,-Wno-unused-parameter,-Wno-array-bounds"
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", f"-Xcompiler=-fPIC,{WARNINGS}")
@@ -108,7 +108,7 @@ def main(
 
     def compile_one(path: Path) -> bool:
         began = time.monotonic()
-        names = SINGLE.get(path.name, ARCHITECTURES)
+        names = ("90a",) if HOPPER in path.name else ARCHITECTURES
         codes = [f"--generate-code=arch=compute_{name},code=sm_{name}" for name in names]
         with tempfile.TemporaryDirectory() as scratch:
             command = [nvcc, "-c", *common, *codes, path, "-o", Path(scratch) / "object.o"]

@@ -31,6 +31,15 @@ int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
     return ok;
 }
 
+int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
+    sm90_d256_plan p = {};
+    const bool ok = make_sm90_d256_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
+    const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
+        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1] };
+    std::copy(std::begin(values), std::end(values), out);
+    return ok;
+}
+
 // out: chunk, n_list, n_split, split, n_merge, n_token_block, n_head_block, n_cols2, n_column, n_chunk, bytes of scratch
 void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out) {
     const attn_shape s = get_shape(shape);

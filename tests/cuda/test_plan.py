@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 GPUS = {"turing": (72, 64 << 10), "ampere": (84, 99 << 10), "hopper": (132, 227 << 10)}
+DIMS = st.sampled_from([64, 80, 96, 128, 256, 512])
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def plans(tmp_path_factory):
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
+        int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
         int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
     """)
@@ -41,9 +43,9 @@ def plans(tmp_path_factory):
 
 
 @st.composite
-def shapes(draw, tokens: st.SearchStrategy[int]) -> list[int]:
+def shapes(draw, tokens: st.SearchStrategy[int], dims: st.SearchStrategy[int] = DIMS) -> list[int]:
     """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V."""
-    d = draw(st.sampled_from([64, 80, 96, 128, 256, 512]))
+    d = draw(dims)
     heads = draw(st.integers(1, 16))
     bits = [draw(st.integers(1, 6)) for _ in range(2)]
     rows = [heads * d * b // 8 for b in bits]
@@ -92,6 +94,26 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
         check_splits(shape, list(out), GPUS["hopper"][1])
+
+
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(1, 8), st.just(256)))
+def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
+    ffi, library = plans
+    out = ffi.new("long[18]")
+    if library.plan_sm90_d256(shape, *GPUS["hopper"], out):
+        assert shape[2] * shape[3] <= 8
+        assert out[7] % 1024 == 0  # tables are aligned to their own size
+        check_splits(shape, list(out), GPUS["hopper"][1])
+
+
+@pytest.mark.parametrize("heads, group", [(4, 2), (1, 4), (16, 2)])
+@pytest.mark.parametrize("n_kv", [256, 1536, 131072])
+def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv):
+    ffi, library = plans
+    pairs = 5 * 4096  # of 2-bit keys of bench/random_model.py's shape
+    shape = [256, n_kv, 1, group, heads, 1, heads * 64, heads * 128, 65, 129, 0, 0, pairs, 0]
+    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[18]"))
 
 
 @settings(deadline=None, max_examples=300)

@@ -1,0 +1,186 @@
+// The sum of values in decode-sm90-d256.cu: the four warps of a group exchange the weights of a slab of 64 cells, and each sums a
+// quarter of the components of all of them. A thread decodes the same eight components of every value.
+#pragma once
+
+#include "nibbles.cuh"
+#include "plan.h"
+#include "slabs.cuh"
+
+namespace kvtc {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// what the warps of a group exchange
+struct exchange {
+    uint2 weights[GROUP_WARPS][32]; // of 16 cells, as mma's operand, relative to the warp's largest logits
+    float top    [GROUP_WARPS][8];  // these, of each query
+    int   chosen [SLAB90];          // slots of values that count exactly, or -1
+    int2  range  [2][GROUP_WARPS];  // of positions, in this slab and the next
+};
+
+static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
+
+// D: 256, so that a warp's quarter is eight groups, one for each lane/4
+template <int D>
+struct value_sums {
+    float       o[4][4];     // components first + 2*t, + 1, of queries 2*(lane%4), + 1
+    float       top[2];      // what o is relative to
+    const uint4 * levels;    // in shared memory
+    pair_code   code;
+    uint32_t    width;
+    bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
+    bool        few_wide;    // one or two wider
+    const half * wide;       // levels of a wide group, in shared memory if there is room
+    int         first;       // of the thread's components
+
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels) {
+        static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
+        levels = all_levels;
+        const int group = 8*part + threadIdx.x%32/4;
+        first = 8*group;
+        code  = at<pair_code>(base, head.pair_codes)[group];
+        width = code.shift >> 9;
+        any_spread = __any_sync(0xffffffff, width < 4);
+        const uint32_t of_wide = __ballot_sync(0xffffffff, width > 4);
+        few_wide = of_wide != 0 && __popc(of_wide) <= 2*4;
+        wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
+        if (of_wide != 0) {
+            const int lane   = threadIdx.x % 32;
+            const int of_all = at<uint8_t>(base, head.widths)[lane]; // of group `lane`
+            int end = of_all > 4 ? 16 << of_all : 0;
+            for (int i = 1; i < 32; i *= 2) {
+                const int before = __shfl_up_sync(0xffffffff, end, i);
+                end += lane >= i ? before : 0;
+            }
+            end = __shfl_sync(0xffffffff, end, group);
+            if (width > 4 && end <= SM90_WIDE) {
+                uint4 * to = (uint4 *) (wide_levels + end - (16 << width));
+                for (int i = lane%4; i < 1 << width; i += 4) {
+                    to[i] = ((const uint4 *) wide)[i];
+                }
+                wide = (const half *) to;
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
+        }
+        top[0] = top[1] = -INFINITY;
+    }
+
+    // 16 cells' components of wide groups, if there are few: all threads look some of them up, and the group's own take them
+    // rows: of codes, from the first of the cells on
+    __device__ __forceinline__ void share_wide(uint32_t (&z)[8][2], const uint8_t * rows, int stride) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(0xffffffff, width > 4 && lane%4 == 0); left != 0; left &= left - 1) {
+            const int owner = __ffs(left) - 1;
+            const uint32_t shift  = __shfl_sync(0xffffffff, code.shift, owner);
+            const uint32_t word   = __shfl_sync(0xffffffff, code.word,  owner);
+            const half   * level  = (const half *) __shfl_sync(0xffffffff, (unsigned long long) wide, owner);
+            const uint32_t w      = shift >> 9;
+            const uint32_t mask   = (1u << w) - 1;
+            const uint32_t bit    = shift%32 + lane%2*4*w; // of four components of cell lane/2
+            const uint32_t * from = (const uint32_t *) (rows + lane/2*stride + word) + bit/32;
+            const uint32_t bits   = __funnelshift_r(from[0], from[1], bit);
+            uint32_t x[4];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                x[c] = __half_as_ushort(level[((lane%2*4 + c) << w) + (bits >> c*w & mask)]);
+            }
+            const uint32_t y[2] = { x[0] | x[1] << 16, x[2] | x[3] << 16 };
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const int cell = lane%4*2 + n%2 + n/2*8;
+                uint32_t of[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    of[i] = __shfl_sync(0xffffffff, y[i%2], 2*cell + i/2);
+                }
+                if (lane/4 == owner/4) {
+                    set_row(z, n, make_uint4(of[0], of[1], of[2], of[3]));
+                }
+            }
+        }
+    }
+
+    // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart
+    __device__ __forceinline__ void add_slab(const attn_args & a, int head, const exchange & shared, const uint8_t * rows, int stride, bool any_exact) {
+        const int lane = threadIdx.x % 32;
+        const int q4   = lane % 4;
+        const int r8   = lane / 4;
+        float2 most = make_float2(-INFINITY, -INFINITY); // of the group, queries 2*q4, 2*q4 + 1
+        float  high = -INFINITY;                         // query r8
+#pragma unroll
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            const float2 x = *(const float2 *) &shared.top[j][2*q4];
+            most.x = fmaxf(most.x, x.x);
+            most.y = fmaxf(most.y, x.y);
+            high = fmaxf(high, shared.top[j][r8]);
+        }
+        if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
+            const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                o[t][0] *= fade[0];
+                o[t][1] *= fade[1];
+                o[t][2] *= fade[0];
+                o[t][3] *= fade[1];
+            }
+            top[0] = most.x;
+            top[1] = most.y;
+        }
+        level_bytes table;
+        load_levels(table, levels, first/8);
+#pragma unroll 1
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            uint32_t word[4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const uint32_t * from = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
+                word[n] = __funnelshift_r(from[0], from[1], code.shift);
+            }
+            if (any_spread) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    word[n] = spread(word[n], width);
+                }
+            }
+            uint32_t z[8][2];
+            decode_four(word, table, z);
+            if (few_wide) {
+                share_wide(z, rows + (16*j - 2*q4)*stride, stride);
+            } else if (width > 4) {
+                uint4 y[4]; // all are on their way before the first is needed
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    y[n] = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide);
+                }
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    set_row(z, n, y[n]);
+                }
+            }
+            if (any_exact) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const int from = shared.chosen[16*j + 2*q4 + n%2 + n/2*8];
+                    if (from != -1) {
+                        set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, first));
+                    }
+                }
+            }
+            const float part_top = shared.top[j][r8];
+            const half2 f = __float2half2_rn(part_top == -INFINITY ? 0.0f : exp2f(part_top - high));
+            const uint2 x = shared.weights[j][lane];
+            const uint32_t b[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                const uint32_t zv[4] = { z[2*t][0], z[2*t + 1][0], z[2*t][1], z[2*t + 1][1] };
+                mma(o[t], zv, b[0], b[1]);
+            }
+        }
+    }
+};
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
+} // namespace kvtc
