@@ -10,128 +10,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import typer
 
+from tests.cuda.cases import cases
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "native"), str(HERE.parent / "python"), str(HERE.parents[1] / "python")]
 NMSE = 1e-5  # the bound of test-backend-ops is 5e-4; f16 operands leave about 1e-6
-
-
-def cases() -> Iterator[tuple[str, object]]:
-    """Names and cases; a name is unique."""
-    from attention_case import Case
-    from kvtc_gguf.reference_rope import Rope
-
-    def neox(d: int) -> Rope:
-        return Rope(d, neox=True)
-
-    plain = Case(n_kv=200, exact="some")
-    for k in range(1, 7):
-        for v in range(1, 7):
-            yield f"widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
-    for d in (64, 80, 96, 128, 256):
-        for tokens in (1, 3, 16, 17, 70):
-            for heads in (1, 4):
-                case = replace(plain, dk=d, heads=heads, tokens=tokens, rope=neox(d), k=2, v=4, n_kv=600)
-                yield f"head_dim {d} tokens {tokens} heads {heads}", case
-    for group in (1, 2, 4, 7, 8):
-        for tokens in (1, 16, 40):
-            case = replace(plain, dk=512, group=group, tokens=tokens, rope=neox(512), k=2, v=4, n_kv=400, heads=2)
-            yield f"head_dim 512 group {group} tokens {tokens}", case
-    yield "head_dim 512 softcap", replace(plain, dk=512, rope=neox(512), softcap=3.0, group=2, tokens=5, k=3, v=6)
-    for group in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
-        for tokens in (1, 2, 5, 16, 33):
-            yield f"group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, heads=1 + group % 2)
-    for n_kv in (1, 2, 15, 31, 32, 33, 64, 255, 256, 257, 1000, 5000):
-        yield f"cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
-        if n_kv >= 40:
-            yield f"cells {n_kv}, prefill", replace(plain, tokens=40, n_kv=n_kv, empty=0, window=20)
-    ropes = {
-        "none": None,
-        "normal": Rope(64, neox=False),
-        "neox": neox(64),
-        "normal 40 of 64": Rope(40, neox=False),
-        "neox 40 of 64": neox(40),
-        "neox 2 of 64": neox(2),
-        "yarn": Rope(64, neox=True, freq_scale=0.25, ext_factor=1.0, n_ctx_orig=512),
-        "attn factor": Rope(64, neox=False, attn_factor=1.5),
-    }
-    for name, rope in ropes.items():
-        for order in ("contiguous", "shuffled", "sparse", "interleaved"):
-            for start in (0, 61, 999_900):
-                for tokens in (1, 30):
-                    label = f"rope {name} {order} from {start} tokens {tokens}"
-                    yield label, replace(plain, rope=rope, order=order, start=start, tokens=tokens)
-    for exact in ("none", "store", "some", "batch"):
-        for sinks, window in ((0, 0), (4, 0), (0, 32), (4, 32), (70, 100), (0, 10_000)):
-            for tokens in (1, 12, 50):
-                label = f"exact {exact} sinks {sinks} window {window} tokens {tokens}"
-                yield label, replace(plain, exact=exact, sinks=sinks, window=window, tokens=tokens, n_kv=300)
-    for window in (1, 40, 64, 100, 250):
-        yield f"edge {window}", replace(plain, tokens=300, n_kv=1700, window=window, k=1, v=1, exact="store")
-    for mask in ("causal", "holes", "dead", "none"):
-        for tokens in (1, 4, 40):
-            empty = 0 if mask == "none" else 70
-            yield f"mask {mask} tokens {tokens}", replace(plain, mask=mask, tokens=tokens, empty=empty)
-    for streams in (2, 3):
-        for tokens in (1, 6, 20):
-            yield f"streams {streams} tokens {tokens}", replace(plain, streams=streams, tokens=tokens, order="shuffled")
-    for name, extra in {
-        "softcap": {"softcap": 3.0, "dk": 128, "rope": neox(128)},
-        "softcap, head_dim 64": {"softcap": 3.0},
-        "sink logits": {"sink_logits": True},
-        "alibi": {"max_bias": 8.0},
-        "alibi, 6 heads": {"max_bias": 8.0, "heads": 3},
-    }.items():
-        for tokens in (1, 20):
-            yield f"{name} tokens {tokens}", replace(plain, tokens=tokens, n_kv=600, **extra)
-    for tokens in (1, 33):
-        yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
-        yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
-    yield from large_cases(replace(plain, dk=256, heads=1, rope=neox(256), k=2, v=4))
-
-
-def large_cases(plain: object) -> Iterator[tuple[str, object]]:
-    """Cases of few query rows of a large head, for which there is a kernel of its own."""
-    from kvtc_gguf.reference_rope import Rope
-
-    for k, v in ((1, 1), (2, 3), (3, 4), (2, 6), (4, 4), (6, 2)):
-        yield f"large, widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
-    for group, tokens in ((1, 1), (2, 4), (4, 1), (4, 2), (8, 1), (1, 7)):
-        yield f"large, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
-    for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):
-        yield f"large, cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
-    variants = {
-        "no rope": {"rope": None},
-        "normal": {"rope": Rope(256, neox=False)},
-        "neox 64 of 256": {"rope": Rope(64, neox=True)},
-        "normal 192 of 256": {"rope": Rope(192, neox=False)},
-        "attn factor": {"rope": Rope(256, neox=True, attn_factor=1.5)},
-        "shuffled": {"order": "shuffled", "start": 61},
-        "sparse": {"order": "sparse"},
-        "far": {"start": 999_900, "n_kv": 2000},
-        "interleaved": {"order": "interleaved"},
-        "all exact": {"exact": "store", "window": 10_000},
-        "batch exact": {"exact": "batch"},
-        "nothing exact": {"exact": "none"},
-        "long window": {"exact": "store", "window": 500, "n_kv": 1500},
-        "holes": {"mask": "holes"},
-        "dead": {"mask": "dead"},
-        "no mask": {"mask": "none", "empty": 0},
-        "streams": {"streams": 3, "order": "shuffled"},
-        "softcap": {"softcap": 3.0, "n_kv": 600},
-        "sink logits": {"sink_logits": True, "n_kv": 600},
-        "alibi": {"max_bias": 8.0, "heads": 3, "n_kv": 600},
-        "strided": {"permuted": True, "exact": "batch"},
-    }
-    for name, extra in variants.items():
-        for tokens in (1, 4):
-            yield f"large, {name} tokens {tokens}", replace(plain, tokens=tokens, **extra)
 
 
 def check_attention(case: object) -> float:
@@ -268,7 +156,16 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
             from attention_case import Case
             from kvtc_gguf.reference_rope import Rope
 
-            case = Case(dk=d, tokens=tokens, streams=streams, group=group, n_kv=300, window=250, exact="store", rope=Rope(d, neox=True))
+            case = Case(
+                dk=d,
+                tokens=tokens,
+                streams=streams,
+                group=group,
+                n_kv=300,
+                window=250,
+                exact="store",
+                rope=Rope(d, neox=True),
+            )
             name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}"
             work.append((name, NMSE, lambda case=case: check_store(case)))
     for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
