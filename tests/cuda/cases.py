@@ -1,4 +1,4 @@
-"""Cases of the attention operation for `tests.cuda.check`: names and inputs; tests/native/attention_case.py makes the data."""
+"""Cases of the attention operation for `tests.cuda.check`; tests/native/attention_case.py makes their data."""
 
 from __future__ import annotations
 

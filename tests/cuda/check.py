@@ -44,7 +44,7 @@ def check_chunks(case: object) -> float:
 
 
 def check_store(case: object) -> float:
-    """NMSE of attention whose batch is then written over exact rows that it reads, which a device may do with its last kernel."""
+    """NMSE of attention whose batch is then written over exact rows that it reads, perhaps by its last kernel."""
     from attention_case import Inputs, expected, run_and_store
 
     x = Inputs(case)
