@@ -33,7 +33,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int GV      = D/64;              // groups of a value that a thread decodes
+    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
+    constexpr int KEYS    = 16*SHARE;
+    constexpr int N_SET   = N_WARP/SHARE;
     constexpr int TURN    = D/2 + 16;          // words of a position in the table of rotations: neighbours do not share banks
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -42,6 +44,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int warp  = threadIdx.x / 32;
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
+    const int own   = warp % SHARE; // of the shared keys
+    const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
 
@@ -131,6 +135,15 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
         queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
     }
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
+    float2 * tops    = (float2 *) (smem + p.at_tops);
+    const auto meet_set = [&](bool x) {
+        if constexpr (SHARE == 1) {
+            return __any_sync(0xffffffff, x);
+        } else {
+            return meet<SHARE>(1 + GROUPS + set, x);
+        }
+    };
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
@@ -155,11 +168,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
 
-    float o[KS][4];
+    float o[4][4];
     float top[2] = { -INFINITY, -INFINITY };
     float sum[2] = { 0.0f, 0.0f };
 #pragma unroll
-    for (int t = 0; t < KS; ++t) {
+    for (int t = 0; t < 4; ++t) {
         o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
     }
     int anchor = INT_MIN;
@@ -225,12 +238,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         copy_commit();
     };
     struct ahead { // what is read from global memory a slab ahead
-        int2 cell; // of lane % 16
+        int2 cell; // of lane % KEYS
         half mask[ONE ? 1 : 2][2];
     };
     const auto look = [&](int slab, ahead & x) {
         const int first = slab*SLAB + 16*part;
-        const int mine  = first + lane%16;
+        const int mine  = first - 16*own + lane%KEYS;
         x.cell = info[min(mine, a.n_kv - 1)];
         if constexpr (ONE) {
             x.mask[0][0] = mine >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine] : __ushort_as_half(0);
@@ -254,17 +267,16 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int slab_end  = min(split_end, slab + per_group);
     ahead next;
     fetch(0, slab, slab < slab_end);
-    fetch(1, slab, slab < slab_end);
     if (slab < slab_end) {
         look(slab, next);
     }
-    copy_wait<2>(); // all but these fetches
+    copy_wait<1>(); // all but this fetch
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
 
     const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
-    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
+    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1]; // of the warp's own keys; values of its partner's: 16*p.stride[1] away
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
     const float gain_base[2] = { kh.gain_base, vh.gain_base };
 
@@ -285,15 +297,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         if (lane == 0) {
             ranges[slab%2*WARPS + part] = make_int2(lowest_here, highest_here);
         }
-        copy_wait<1>(); // the keys
-        // also: they have arrived for all threads of the warp, and the turned queries were read by all
+        copy_wait<0>(); // the keys
+        // also: they have arrived for all threads of the warp, and what the last slab left is free
         if (!__any_sync(0xffffffff, meet(group, seen))) {
-            copy_wait<0>();
-            __syncwarp();
             fetch(0, slab + 1, more);
-            fetch(1, slab + 1, more);
             continue;
         }
+        fetch(1, slab, true);
         const int pos  = now.cell.x;
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
@@ -303,7 +313,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         int lowest  = INT_MAX;
         int highest = -1;
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
+        for (int i = 0; i < WARPS; i += SHARE) {
             const int2 range = ranges[slab%2*WARPS + i];
             lowest  = min(lowest, range.x);
             highest = max(highest, range.y);
@@ -317,7 +327,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         int row_pos[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row_pos[i] = __shfl_sync(0xffffffff, pos, r8 + 8*i);
+            row_pos[i] = __shfl_sync(0xffffffff, pos, 16*own + r8 + 8*i);
         }
 
         bool again = false;
@@ -367,7 +377,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (any_chosen) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int from = __shfl_sync(0xffffffff, chosen, r8 + 8*i);
+                        const int from = __shfl_sync(0xffffffff, chosen, 16*own + r8 + 8*i);
                         if (from != -1) {
 #pragma unroll
                             for (int s = 0; s < D/32; ++s) {
@@ -462,116 +472,135 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float & v = w[2*i + x];
-                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
+                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), 16*own + r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
                     if (any_either) {
                         if (either && token[x] >= 0) {
-                            const bool some = either >> (r8 + 8*i) & 1;
+                            const bool some = either >> (16*own + r8 + 8*i) & 1;
                             const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
                             if (pass == 0 ? ex : !ex) {
                                 v = -INFINITY;
                             }
                         } else if (pass == 1) {
-                            v = -INFINITY; // another warp of the group has keys for this pass
+                            v = -INFINITY; // other warps of the group have keys for this pass
                         }
                     }
                     rises = rises || v > top[x];
                 }
             }
-            if (__any_sync(0xffffffff, rises)) {
-                float fade[2];
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
-                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top [x] = most;
-                    sum [x] *= fade[x];
-                }
-#pragma unroll
-                for (int t = 0; t < KS; ++t) {
-                    o[t][0] *= fade[0];
-                    o[t][1] *= fade[1];
-                    o[t][2] *= fade[0];
-                    o[t][3] *= fade[1];
-                }
-            }
-            uint32_t wt[2];
             if (again) {
                 copy_wait<0>();
             } else {
                 copy_wait<1>(); // the values
             }
             __syncwarp();
+            float gain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
-                const float g     = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
-                float v[2];
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    v[x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
-                    sum[x] += v[x];
-                }
-                wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
+                const bool coded = !any_chosen || __shfl_sync(0xffffffff, chosen, 16*own + r8 + 8*i) == -1;
+                gain[i] = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
             }
-
-            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
-            uint32_t z[4][4*GV];
-            const auto keep = [&z](int n, int i, const uint4 & x) {
-                z[n][4*i + 0] = x.x;
-                z[n][4*i + 1] = x.y;
-                z[n][4*i + 2] = x.z;
-                z[n][4*i + 3] = x.w;
-            };
-#pragma unroll
-            for (int i = 0; i < GV; ++i) {
-                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
-                }
-            }
-            if (n_wide[1] > 0) {
-#pragma unroll
-                for (int i = 0; i < GV; ++i) {
-                    const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-                    if (8*i < n_wide[1] && is_wide(code)) {
-#pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            keep(n, i, decode_wide(v_rows + (n%2 + n/2*8)*p.stride[1], code));
-                        }
-                    }
-                }
-            }
-            if (any_chosen) {
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const int from = __shfl_sync(0xffffffff, chosen, 2*q4 + n%2 + n/2*8);
-                    if (from != -1) {
-#pragma unroll
-                        for (int i = 0; i < GV; ++i) {
-                            keep(n, i, load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8));
-                        }
-                    }
-                }
-            }
-            if (!again) {
-                __syncwarp();
-                fetch(1, slab + 1, more);
-            }
-#pragma unroll
-            for (int t = 0; t < KS; ++t) {
-                uint32_t zv[4];
+            float    v [4];
+            uint32_t wt[SHARE][2]; // the warp's own keys', then its partner's
+            const auto weigh = [&]() {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int at = t + i*KS; // of the thread's components
-                    const int which = at % 2 == 0 ? 0x5410 : 0x7632;
-                    zv[i]     = __byte_perm(z[0][at/2], z[1][at/2], which);
-                    zv[i + 2] = __byte_perm(z[2][at/2], z[3][at/2], which);
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        v[2*i + x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
+                    }
+                    wt[0][i] = transpose(pack_half2(v[2*i]*gain[i], v[2*i + 1]*gain[i]));
                 }
-                mma(o[t], zv, wt[0], wt[1]);
+                if constexpr (SHARE > 1) {
+                    weights[32*warp + lane] = make_uint2(wt[0][0], wt[0][1]);
+                }
+            };
+            weigh();
+            if (meet_set(rises)) { // rarely: for both to have the same largest logit
+                float most[2];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    most[x] = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 4));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 8));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 16));
+                }
+                if constexpr (SHARE > 1) {
+                    if (r8 == 0) {
+                        tops[4*warp + q4] = make_float2(most[0], most[1]);
+                    }
+                    meet_set(false);
+                    const float2 other = tops[4*(warp ^ 1) + q4];
+                    most[0] = fmaxf(most[0], other.x);
+                    most[1] = fmaxf(most[1], other.y);
+                }
+                float fade[2];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most[x]);
+                    top [x] = most[x];
+                    sum [x] *= fade[x];
+                }
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    o[t][0] *= fade[0];
+                    o[t][1] *= fade[1];
+                    o[t][2] *= fade[0];
+                    o[t][3] *= fade[1];
+                }
+                weigh();
+                if constexpr (SHARE > 1) {
+                    meet_set(false);
+                }
+            }
+            sum[0] += v[0] + v[2];
+            sum[1] += v[1] + v[3];
+            if constexpr (SHARE > 1) {
+                const uint2 other = weights[32*(warp ^ 1) + lane];
+                wt[1][0] = other.x;
+                wt[1][1] = other.y;
+            }
+
+            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            const pair_code code = load_code(codes + D/8 + r8 + 8*own);
+#pragma unroll
+            for (int s = 0; s < SHARE; ++s) {
+                const int first = 16*(own ^ s);
+                const uint8_t * rows = v_rows + (first - 16*own)*p.stride[1];
+                uint4 z[4];
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    z[n] = decode_eight(rows + (n%2 + n/2*8)*p.stride[1], code);
+                }
+                if (8*own < n_wide[1]) {
+                    if (is_wide(code)) {
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) {
+                            z[n] = decode_wide(rows + (n%2 + n/2*8)*p.stride[1], code);
+                        }
+                    }
+                }
+                if (any_chosen) {
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        const int from = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
+                        if (from != -1) {
+                            z[n] = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*own)*8);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    const auto pick = [t](const uint4 & x, const uint4 & y, int i) { // component t + 4*i of two keys
+                        const uint32_t a = i == 0 ? (t < 2 ? x.x : x.y) : (t < 2 ? x.z : x.w);
+                        const uint32_t b = i == 0 ? (t < 2 ? y.x : y.y) : (t < 2 ? y.z : y.w);
+                        return __byte_perm(a, b, t%2 == 0 ? 0x5410 : 0x7632);
+                    };
+                    const uint32_t zv[4] = { pick(z[0], z[1], 0), pick(z[0], z[1], 1), pick(z[2], z[3], 0), pick(z[2], z[3], 1) };
+                    mma(o[t], zv, wt[s][0], wt[s][1]);
+                }
+            }
+            if (again && SHARE > 1) {
+                meet_set(false); // the weights' place is free
             }
         }
     }
@@ -581,24 +610,24 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     //
     copy_wait<0>();
     __syncthreads();
-    float * all_o   = (float *) smem;         // [warp][row][D + 8]
-    float * all_top = all_o + N_WARP*8*LD;    // [warp][row]
-    float * all_sum = all_top + N_WARP*8;
+    float * all_o   = (float *) smem;       // [set][row][D + 8]
+    float * all_top = all_o + N_SET*8*LD;   // [set][row]
+    float * all_sum = all_top + N_SET*8;    // [set][row][warp of it]
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
         float s = sum[x];
         s += __shfl_xor_sync(0xffffffff, s, 4);
         s += __shfl_xor_sync(0xffffffff, s, 8);
         s += __shfl_xor_sync(0xffffffff, s, 16);
-        const int row = warp*8 + 2*q4 + x;
+        const int row = set*8 + 2*q4 + x;
         if (r8 == 0) {
             all_top[row] = top[x];
-            all_sum[row] = s;
+            all_sum[row*SHARE + own] = s;
         }
 #pragma unroll
-        for (int t = 0; t < KS; ++t) {
-            all_o[row*LD + 8*t + r8]          = o[t][x];
-            all_o[row*LD + 8*(t + KS) + r8]   = o[t][x + 2];
+        for (int t = 0; t < 4; ++t) {
+            all_o[row*LD + 64*own + 8*t + r8]       = o[t][x];
+            all_o[row*LD + 64*own + 8*(t + 4) + r8] = o[t][x + 2];
         }
     }
     __syncthreads();
@@ -607,15 +636,18 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int c = i%D;
         const int place = (c/64*8 + c%8)*8 + c/8%8;
         float most = -INFINITY;
-        for (int u = 0; u < N_WARP; ++u) {
+        for (int u = 0; u < N_SET; ++u) {
             most = fmaxf(most, all_top[u*8 + r]);
         }
         float value = 0.0f;
         float total = 0.0f;
-        for (int u = 0; u < N_WARP && most != -INFINITY; ++u) {
+        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
             const float f = exp2f(all_top[u*8 + r] - most);
             value += f*all_o[(u*8 + r)*LD + place];
-            total += f*all_sum[u*8 + r];
+#pragma unroll
+            for (int s = 0; s < SHARE; ++s) {
+                total += f*all_sum[(u*8 + r)*SHARE + s];
+            }
         }
         const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
         values[(row*gridDim.x + blockIdx.x)*D + c] = value;
