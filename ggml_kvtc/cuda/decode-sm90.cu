@@ -137,6 +137,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     }
     uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
     float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     const auto meet_set = [&](bool x) {
         if constexpr (SHARE == 1) {
             return __any_sync(0xffffffff, x);
@@ -363,13 +364,19 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (n_wide[0] > 0) {
 #pragma unroll
                     for (int s = 0; s < D/32; ++s) {
-                        if (4*s < n_wide[0]) {
-                            const pair_code code = load_code(codes + 4*s + q4);
+#pragma unroll 1
+                        for (int q = 0; q < min(4, n_wide[0] - 4*s); ++q) {
+                            const pair_code code = load_code(codes + 4*s + q);
                             if (is_wide(code)) {
+                                decode_wide_rows(stage[0] + skew[0], p.stride[0], code, wide);
+                                __syncwarp();
+                                if (q4 == q) {
 #pragma unroll
-                                for (int i = 0; i < 2; ++i) {
-                                    put(s, i, decode_wide(row[i], code), gain[i]);
+                                    for (int i = 0; i < 2; ++i) {
+                                        put(s, i, wide[r8 + 8*i], gain[i]);
+                                    }
                                 }
+                                __syncwarp();
                             }
                         }
                     }
@@ -571,12 +578,19 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 for (int n = 0; n < 4; ++n) {
                     z[n] = decode_eight(rows + (n%2 + n/2*8)*p.stride[1], code);
                 }
-                if (8*own < n_wide[1]) {
+#pragma unroll 1
+                for (int g = 0; g < min(8, n_wide[1] - 8*own); ++g) {
+                    const pair_code code = load_code(codes + D/8 + 8*own + g);
                     if (is_wide(code)) {
+                        decode_wide_rows(rows - 2*q4*p.stride[1], p.stride[1], code, wide);
+                        __syncwarp();
+                        if (r8 == g) {
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            z[n] = decode_wide(rows + (n%2 + n/2*8)*p.stride[1], code);
+                            for (int n = 0; n < 4; ++n) {
+                                z[n] = wide[2*q4 + n%2 + n/2*8];
+                            }
                         }
+                        __syncwarp();
                     }
                 }
                 if (any_chosen) {

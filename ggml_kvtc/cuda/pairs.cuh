@@ -46,6 +46,24 @@ __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_cod
     return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
+// the same for 16 rows by a whole warp: a lane has one component of every fourth row
+__device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
+    const uint32_t lane  = threadIdx.x % 32;
+    const uint32_t w     = code.shift >> 9;
+    const uint32_t bit   = code.shift % 32 + lane%8*w;
+    const uint32_t mask  = (2u << w) - 2;
+    const uint32_t table = code.table + (2*(lane%8) << w);
+    const uint8_t * from = rows + code.word + bit/32*4 + lane/8*stride;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t * word = (const uint32_t *) (from + 4*i*stride);
+        const uint32_t   b    = __funnelshift_r(word[0], word[1], bit);
+        uint16_t x;
+        asm("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(table + (b << 1 & mask)));
+        ((uint16_t *) to)[32*i + lane] = x;
+    }
+}
+
 __device__ __forceinline__ bool is_wide(const pair_code & code) {
     return code.shift >> 8 > 8;
 }
