@@ -71,32 +71,38 @@ __device__ __forceinline__ void turn_queries(const float * queries, half * turne
 }
 
 // The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
-// rows r8, r8 + 8 are components t, t + D/16 of a thread's; all of shared memory is free.
+// rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
+// each. All of shared memory is free.
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem, const float (&o)[D/16][4], const float (&top)[2], const float (&sum)[2],
+__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
                                             int head, int stream, float * values, float2 * meta) {
-    constexpr int LD = D + 8;
-    const int warp = threadIdx.x / 32;
-    const int r8   = threadIdx.x % 32 / 4;
-    const int q4   = threadIdx.x % 4;
-    float * all_o   = (float *) smem;      // [warp][row][LD]
-    float * all_top = all_o + N_WARP*8*LD; // [warp][row]
-    float * all_sum = all_top + N_WARP*8;
+    constexpr int LD    = D + 8;
+    constexpr int SHARE = D/64;
+    constexpr int N_SET = N_WARP/SHARE;
+    const int own = threadIdx.x / 32 % SHARE;
+    const int set = threadIdx.x / 32 / SHARE;
+    const int r8  = threadIdx.x % 32 / 4;
+    const int q4  = threadIdx.x % 4;
+    float * all_o   = (float *) smem;     // [set][row][LD]
+    float * all_top = all_o + N_SET*8*LD; // [set][row]
+    float * all_sum = all_top + N_SET*8;  // [set][row][warp of it]
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
         float s = sum[x];
         s += __shfl_xor_sync(0xffffffff, s, 4);
         s += __shfl_xor_sync(0xffffffff, s, 8);
         s += __shfl_xor_sync(0xffffffff, s, 16);
-        const int row = warp*8 + 2*q4 + x;
+        const int row = set*8 + 2*q4 + x;
         if (r8 == 0) {
-            all_top[row] = top[x];
-            all_sum[row] = s;
+            all_sum[row*SHARE + own] = s;
+            if (own == 0) {
+                all_top[row] = top[x];
+            }
         }
 #pragma unroll
-        for (int t = 0; t < D/16; ++t) {
-            all_o[row*LD + 8*t + r8]          = o[t][x];
-            all_o[row*LD + 8*(t + D/16) + r8] = o[t][x + 2];
+        for (int t = 0; t < 4; ++t) {
+            all_o[row*LD + 64*own + 8*t + r8]       = o[t][x];
+            all_o[row*LD + 64*own + 8*(t + 4) + r8] = o[t][x + 2];
         }
     }
     __syncthreads();
@@ -105,15 +111,18 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem,
         const int c = i%D;
         const int place = (c/64*8 + c%8)*8 + c/8%8;
         float most = -INFINITY;
-        for (int u = 0; u < N_WARP; ++u) {
+        for (int u = 0; u < N_SET; ++u) {
             most = fmaxf(most, all_top[u*8 + r]);
         }
         float value = 0.0f;
         float total = 0.0f;
-        for (int u = 0; u < N_WARP && most != -INFINITY; ++u) {
+        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
             const float f = exp2f(all_top[u*8 + r] - most);
             value += f*all_o[(u*8 + r)*LD + place];
-            total += f*all_sum[u*8 + r];
+#pragma unroll
+            for (int s = 0; s < SHARE; ++s) {
+                total += f*all_sum[(u*8 + r)*SHARE + s];
+            }
         }
         const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
         values[(row*gridDim.x + blockIdx.x)*D + c] = value;

@@ -33,7 +33,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SLAB    = 16*WARPS;
     constexpr int LD      = D + 8;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int GV      = D/64;              // groups of a value that a thread decodes
+    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -42,6 +42,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
     const int here  = part % 2;     // of 32 cells
+    const int own   = warp % SHARE; // of the shared keys
+    const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
 
@@ -70,7 +72,16 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
-    uint4 * wide = (uint4 *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
+    float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
+    const auto meet_set = [&](bool x) {
+        if constexpr (SHARE == 1) {
+            return __any_sync(0xffffffff, x);
+        } else {
+            return meet<SHARE>(1 + GROUPS + set, x);
+        }
+    };
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
@@ -95,11 +106,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
 
-    float o[KS][4];
+    float o[4][4];
     float top[2] = { -INFINITY, -INFINITY };
     float sum[2] = { 0.0f, 0.0f };
 #pragma unroll
-    for (int t = 0; t < KS; ++t) {
+    for (int t = 0; t < 4; ++t) {
         o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
     }
     int anchor = INT_MIN;
@@ -141,17 +152,16 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int slab_end  = min(split_end, slab + per_group);
     ahead next;
     fetch(0, slab, slab < slab_end);
-    fetch(1, slab, slab < slab_end);
     if (slab < slab_end) {
         look(slab, next);
     }
-    copy_wait<2>(); // all but these fetches
+    copy_wait<1>(); // all but this fetch
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
 
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
-    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
+    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1]; // of the warp's own keys; values of its partner's: 16*p.stride[1] away
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
     const float gain_base[2] = { kh.gain_base, vh.gain_base };
 
@@ -175,7 +185,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         }
         lowest  = warp_min(lowest);
         highest = warp_max(highest);
-        copy_wait<1>(); // the keys
+        copy_wait<0>(); // the keys
         if constexpr (ONE) {
             seen = __any_sync(0xffffffff, seen);
         } else {
@@ -192,12 +202,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         }
         __syncwarp(); // the keys have arrived for all threads
         if (!seen) {
-            copy_wait<0>();
-            __syncwarp();
             fetch(0, slab + 1, more);
-            fetch(1, slab + 1, more);
             continue;
         }
+        if constexpr (ONE && SHARE > 1) {
+            meet_set(false); // the values of the last slab were read
+        }
+        fetch(1, slab, true);
         const int pos = now.cell.x;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, now.cell.y, min_pos, max_pos);
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
@@ -277,6 +288,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 fetch(0, slab + 1, more);
             }
 
+            if (again) {
+                copy_wait<0>();
+            } else {
+                copy_wait<1>(); // the values
+            }
+            __syncwarp();
+
             // keys, rotated, times queries
             float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             const uint32_t * turn[2];
@@ -295,6 +313,17 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
+            // meanwhile values of the warp's own keys
+            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            uint4 z[4];
+            const pair_code code = load_code(codes + D/8 + r8 + 8*own);
+            const auto decode_values = [&](const uint8_t * rows) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    z[n] = decode_eight(rows + (n%2 + n/2*8)*p.stride[1], code);
+                }
+            };
+            decode_values(v_rows);
             wgmma_wait();
             const auto multiply = [&](auto near) {
 #pragma unroll
@@ -365,108 +394,116 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                                 v = -INFINITY;
                             }
                         } else if (pass == 1) {
-                            v = -INFINITY; // another warp of the group has keys for this pass
+                            v = -INFINITY; // other warps of the group have keys for this pass
                         }
                     }
                     rises = rises || v > top[x];
                 }
             }
-            if (__any_sync(0xffffffff, rises)) {
+            float gain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const bool coded = !any_chosen || __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i) == -1;
+                gain[i] = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
+            }
+            float    v [4];
+            uint32_t wt[SHARE][2]; // the warp's own keys', then its partner's
+            const auto weigh = [&]() {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        v[2*i + x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
+                    }
+                    wt[0][i] = transpose(pack_half2(v[2*i]*gain[i], v[2*i + 1]*gain[i]));
+                }
+                if constexpr (SHARE > 1) {
+                    weights[32*warp + lane] = make_uint2(wt[0][0], wt[0][1]);
+                }
+            };
+            weigh();
+            if (meet_set(rises)) { // rarely: for both to have the same largest logit
+                float most[2];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    most[x] = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 4));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 8));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 16));
+                }
+                if constexpr (SHARE > 1) {
+                    if (r8 == 0) {
+                        tops[4*warp + q4] = make_float2(most[0], most[1]);
+                    }
+                    meet_set(false);
+                    const float2 other = tops[4*(warp ^ 1) + q4];
+                    most[0] = fmaxf(most[0], other.x);
+                    most[1] = fmaxf(most[1], other.y);
+                }
                 float fade[2];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
-                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top [x] = most;
+                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most[x]);
+                    top [x] = most[x];
                     sum [x] *= fade[x];
                 }
 #pragma unroll
-                for (int t = 0; t < KS; ++t) {
+                for (int t = 0; t < 4; ++t) {
                     o[t][0] *= fade[0];
                     o[t][1] *= fade[1];
                     o[t][2] *= fade[0];
                     o[t][3] *= fade[1];
                 }
-            }
-            uint32_t wt[2];
-            if (again) {
-                copy_wait<0>();
-            } else {
-                copy_wait<1>(); // the values
-            }
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i) == -1;
-                const float g     = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
-                float v[2];
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    v[x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
-                    sum[x] += v[x];
+                weigh();
+                if constexpr (SHARE > 1) {
+                    meet_set(false);
                 }
-                wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
+            }
+            sum[0] += v[0] + v[2];
+            sum[1] += v[1] + v[3];
+            if constexpr (SHARE > 1) {
+                const uint2 other = weights[32*(warp ^ 1) + lane];
+                wt[1][0] = other.x;
+                wt[1][1] = other.y;
             }
 
-            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
-            uint32_t z[4][4*GV];
-            const auto keep = [&z](int n, int i, const uint4 & x) {
-                z[n][4*i + 0] = x.x;
-                z[n][4*i + 1] = x.y;
-                z[n][4*i + 2] = x.z;
-                z[n][4*i + 3] = x.w;
-            };
 #pragma unroll
-            for (int i = 0; i < GV; ++i) {
-                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+            for (int s = 0; s < SHARE; ++s) {
+                const int first = 16*(here ^ s);
+                const uint8_t * rows = v_rows + (first - 16*here)*p.stride[1];
+                if (s > 0) {
+                    decode_values(rows);
                 }
-            }
-            if (n_wide[1] > 0) {
+                for_wide(codes + D/8 + 8*own, min(8, n_wide[1] - 8*own), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
-                for (int i = 0; i < GV; ++i) {
-                    for_wide(codes + D/8 + 8*i, min(8, n_wide[1] - 8*i), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
-#pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            if (r8 == g) {
-                                keep(n, i, wide[2*q4 + n%2 + n/2*8]);
-                            }
+                    for (int n = 0; n < 4; ++n) {
+                        if (r8 == g) {
+                            z[n] = wide[2*q4 + n%2 + n/2*8];
                         }
-                    });
-                }
-            }
-            if (any_chosen) {
+                    }
+                });
+                if (any_chosen) {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const int from = __shfl_sync(0xffffffff, chosen, 16*here + 2*q4 + n%2 + n/2*8);
-                    if (from != -1) {
-#pragma unroll
-                        for (int i = 0; i < GV; ++i) {
-                            keep(n, i, load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8));
+                    for (int n = 0; n < 4; ++n) {
+                        const int from = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
+                        if (from != -1) {
+                            z[n] = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*own)*8);
                         }
                     }
                 }
-            }
-            if (!again) {
-                __syncwarp();
-                fetch(1, slab + 1, more);
-            }
 #pragma unroll
-            for (int t = 0; t < KS; ++t) {
-                uint32_t zv[4];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int at = t + i*KS; // of the thread's components
-                    const int which = at % 2 == 0 ? 0x5410 : 0x7632;
-                    zv[i]     = __byte_perm(z[0][at/2], z[1][at/2], which);
-                    zv[i + 2] = __byte_perm(z[2][at/2], z[3][at/2], which);
+                for (int t = 0; t < 4; ++t) {
+                    const auto pick = [t](const uint4 & x, const uint4 & y, int i) { // component t + 4*i of two keys
+                        const uint32_t a = i == 0 ? (t < 2 ? x.x : x.y) : (t < 2 ? x.z : x.w);
+                        const uint32_t b = i == 0 ? (t < 2 ? y.x : y.y) : (t < 2 ? y.z : y.w);
+                        return __byte_perm(a, b, t%2 == 0 ? 0x5410 : 0x7632);
+                    };
+                    const uint32_t zv[4] = { pick(z[0], z[1], 0), pick(z[0], z[1], 1), pick(z[2], z[3], 0), pick(z[2], z[3], 1) };
+                    mma(o[t], zv, wt[s][0], wt[s][1]);
                 }
-                mma(o[t], zv, wt[0], wt[1]);
+            }
+            if (again && SHARE > 1) {
+                meet_set(false); // the weights' place is free
             }
         }
     }
