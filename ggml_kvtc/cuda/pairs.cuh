@@ -81,4 +81,38 @@ __device__ __forceinline__ bool is_wide(const pair_code & code) {
     return code.shift >> 8 > 8;
 }
 
+// A group of more than 4 bits of 16 rows, by a whole warp: a lane has one component of every fourth row. decode_wide() for the few
+// lanes that multiply it costs as many instructions for each row as this for all of them
+__device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
+    const uint32_t lane  = threadIdx.x % 32;
+    const uint32_t w     = code.shift >> 9;
+    const uint32_t bit   = code.shift % 32 + lane%8*w;
+    const uint32_t mask  = (2u << w) - 2;
+    const uint32_t table = code.table + (2*(lane%8) << w);
+    const uint8_t * from = rows + code.word + bit/32*4 + lane/8*stride;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t * word = (const uint32_t *) (from + 4*i*stride);
+        const uint32_t   b    = __funnelshift_r(word[0], word[1], bit);
+        uint16_t x;
+        asm("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(table + (b << 1 & mask)));
+        ((uint16_t *) to)[32*i + lane] = x;
+    }
+}
+
+// n groups from `codes` on: those of more than 4 bits come to `to`, one after the other, for use(group) to take from there
+template <typename T>
+__device__ __forceinline__ void for_wide(const pair_code * codes, int n, const uint8_t * rows, int stride, uint4 * to, const T & use) {
+#pragma unroll 1
+    for (int g = 0; g < n; ++g) {
+        const pair_code code = load_code(codes + g);
+        if (is_wide(code)) {
+            decode_wide_rows(rows, stride, code, to);
+            __syncwarp();
+            use(g);
+            __syncwarp();
+        }
+    }
+}
+
 } // namespace kvtc

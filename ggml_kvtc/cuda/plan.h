@@ -147,7 +147,7 @@ struct sm90_plan {
     int lanes[2];
     int stride[2];
     int n_fine;            // positions in the table of rotations: slabs within them share an anchor
-    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -184,9 +184,12 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
         p.at_codes    = take(2*(s.d/8)*16);
         p.at_ranges   = take(2*n_warp*8);
+        p.at_weights  = take(n_warp*32*8);
+        p.at_tops     = take(n_warp*4*8);
+        p.at_wide     = take(n_warp*16*16);
         p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
         p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-        p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
+        p.shared      = std::max(used, n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4);
         if ((size_t) p.shared <= gpu.shared) {
             return true;
         }
