@@ -46,7 +46,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     const int stream = blockIdx.z;
     const int n_row  = a.n_tokens*a.group; // up to 8
 
-    const char * base = find_pack(a.pack);
+    const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);

@@ -168,30 +168,27 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
         prefill(ctx, args, shape, gpu, out);
         return;
     }
+    const auto decode_by = [&](int n_split, const auto & kernel) {
+        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*n_split*shape.d);
+        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*n_split);
+        kernel(values.get(), meta.get());
+        combine(args, shape.d, values.get(), meta.get(), n_split, exact, out, ctx.stream());
+    };
 #ifdef KVTC_SM90
     sm90_plan plan90;
     if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
-        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan90.n_split*shape.d);
-        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan90.n_split);
-        decode_sm90(args, shape.d, plan90, values.get(), meta.get(), ctx.stream());
-        combine(args, shape.d, values.get(), meta.get(), plan90.n_split, exact, out, ctx.stream());
+        decode_by(plan90.n_split, [&](float * values, float2 * meta) { decode_sm90(args, shape.d, plan90, values, meta, ctx.stream()); });
         return;
     }
     sm90_d256_plan plan256;
-    if (ggml_cuda_info().devices[ctx.device].cc == GGML_CUDA_CC_HOPPER && make_sm90_d256_plan(shape, gpu, plan256)) {
-        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan256.n_split*shape.d);
-        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan256.n_split);
-        decode_sm90_d256(args, plan256, values.get(), meta.get(), ctx.stream());
-        combine(args, shape.d, values.get(), meta.get(), plan256.n_split, out, ctx.stream());
+    if (is_hopper(ctx.device) && make_sm90_d256_plan(shape, gpu, plan256)) {
+        decode_by(plan256.n_split, [&](float * values, float2 * meta) { decode_sm90_d256(args, plan256, values, meta, ctx.stream()); });
         return;
     }
 #endif
     decode_plan plan;
     GGML_ASSERT(make_decode_plan(shape, gpu, plan));
-    ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan.n_split*shape.d);
-    ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan.n_split);
-    decode (args, shape.d, plan, values.get(), meta.get(), ctx.stream());
-    combine(args, shape.d, values.get(), meta.get(), plan.n_split, exact, out, ctx.stream());
+    decode_by(plan.n_split, [&](float * values, float2 * meta) { decode(args, shape.d, plan, values, meta, ctx.stream()); });
 }
 
 void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -202,7 +199,7 @@ bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor 
     using namespace kvtc;
     const attn_shape s = get_shape(dst, get_params(dst));
     const ggml_tensor * z = keys->src[1];
-    if (s.n_tokens > MAX_DECODE_TOKENS || !combine_writes_exact(s) || z->ne[0] != s.d || z->ne[1] != s.n_tokens*s.n_stream || z->ne[2] != s.n_head_kv) {
+    if (s.n_tokens > MAX_DECODE_TOKENS || s.d > MAX_DECODE_DIM || !combine_writes_exact(s) || z->ne[0] != s.d || z->ne[1] != s.n_tokens*s.n_stream || z->ne[2] != s.n_head_kv) {
         return false;
     }
     attend(ctx, dst, { { get_exact_side(keys), get_exact_side(values) }, 2 });
