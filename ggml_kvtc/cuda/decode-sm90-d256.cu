@@ -48,8 +48,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 
     const char * base = find_pack(a.pack);
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
-    const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
+    const ggml_kvtc_cuda_head kh = get_head(base, GGML_KVTC_K, head); // at once: what follows keeps the order of loads
+    const ggml_kvtc_cuda_head vh = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
     const int n_rp      = n_rot/2;
@@ -70,6 +70,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         copy_async<16>(smem + p.at_pairs + 16*i, base + kh.pairs + 16*i);
     }
     copy_commit();
+    static_assert(THREADS == D, "a thread reads the levels of a component");
+    uint32_t my_levels[8]; // on their way before the matrix is waited for, as is what the values' sum needs
+    read_levels(my_levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[threadIdx.x/8], at<uint8_t>(base, vh.widths)[threadIdx.x/8], threadIdx.x%8);
+    uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
+    value_sums<D> sums;
+    sums.init(base, vh, part, levels, smem + p.at_wide);
     load_columns<D, THREADS>(matrix, base, kh, rope_type, n_rot);
     load_turns<D, THREADS>(fine, at<uint4>(base, pack.turns), p.n_fine);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
@@ -85,12 +91,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         code.table += (uint32_t) __cvta_generic_to_shared(smem + p.at_pairs);
         codes[threadIdx.x] = code;
     }
-    uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        store_levels(levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[i/8], at<uint8_t>(base, vh.widths)[i/8], i/8, i%8);
-    }
-    value_sums<D> sums;
-    sums.init(base, vh, part, levels, smem + p.at_wide);
+    store_levels(levels, my_levels, threadIdx.x/8, threadIdx.x%8);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
