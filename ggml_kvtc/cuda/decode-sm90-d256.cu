@@ -161,7 +161,9 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
 
-    const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
+    const uint64_t of_matrix = get_swizzled_operand(matrix);
+    const uint64_t of_mean   = get_operand(matrix + D*D, 0, 128); // its other eight components, which count nothing, are the same
+    const auto of_step = [&](int s) { return of_matrix + s/4*8*D + s%4*2; };
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.rows.stride[0];
     const uint8_t * v_rows = smem + p.at_stage[1] + (group*SLAB90 + 2*q4)*p.rows.stride[1] + skew[1];
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.rows.stride[1];
@@ -238,7 +240,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 row[i]  = k_rows + 8*i*p.rows.stride[0];
                 gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
             }
-            set_upper_ones(ones);
+            set_ones(ones);
 #pragma unroll
             for (int s = D/32 - 1; s >= 0; --s) {
                 const pair_code code = load_code(codes + 4*s + q4);
@@ -259,16 +261,16 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 }
                 wgmma_fence();
                 if (s == D/32 - 1) {
-                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                    wgmma<true>(x, k[2*s + 1], of_step(2*s + 1));
                 } else {
-                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                    wgmma<false>(x, k[2*s + 1], of_step(2*s + 1));
                 }
-                wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
+                wgmma<false>(x, k[2*s], of_step(2*s));
                 if (s == D/32 - 2 && pass == 0) {
                     fetch_rows(a, p.rows, 1, v_copy, first, true);
                 }
             }
-            wgmma<false>(x, ones, of_matrix + 2*D*KS - D); // the last components again, by zeros, and the mean by ones
+            wgmma<false>(x, ones, of_mean);
             wgmma_commit();
             again = pass == 0 && any_either;
             if (wanted != anchor) {
