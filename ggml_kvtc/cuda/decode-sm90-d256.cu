@@ -48,8 +48,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 
     const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
-    const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
+    const ggml_kvtc_cuda_head kh = get_head(base, GGML_KVTC_K, head); // at once: what follows keeps the order of loads
+    const ggml_kvtc_cuda_head vh = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
     const int n_rp      = n_rot/2;
@@ -70,6 +70,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         copy_async<16>(smem + p.at_pairs + 16*i, base + kh.pairs + 16*i);
     }
     copy_commit();
+    static_assert(THREADS == D, "a thread reads the levels of a component");
+    uint32_t my_levels[8]; // on their way before the matrix is waited for, as is what the values' sum needs
+    read_levels(my_levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[threadIdx.x/8], at<uint8_t>(base, vh.widths)[threadIdx.x/8], threadIdx.x%8);
+    uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
+    value_sums<D> sums;
+    sums.init(base, vh, part, levels, smem + p.at_wide);
     load_columns<D, THREADS>(matrix, base, kh, rope_type, n_rot);
     load_turns<D, THREADS>(fine, at<uint4>(base, pack.turns), p.n_fine);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
@@ -85,12 +91,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         code.table += (uint32_t) __cvta_generic_to_shared(smem + p.at_pairs);
         codes[threadIdx.x] = code;
     }
-    uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        store_levels(levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[i/8], at<uint8_t>(base, vh.widths)[i/8], i/8, i%8);
-    }
-    value_sums<D> sums;
-    sums.init(base, vh, part, levels, smem + p.at_wide);
+    store_levels(levels, my_levels, threadIdx.x/8, threadIdx.x%8);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
@@ -160,7 +161,9 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
 
-    const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
+    const uint64_t of_matrix = get_swizzled_operand(matrix);
+    const uint64_t of_mean   = get_operand(matrix + D*D, 0, 128); // its other eight components, which count nothing, are the same
+    const auto of_step = [&](int s) { return of_matrix + s/4*8*D + s%4*2; };
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.rows.stride[0];
     const uint8_t * v_rows = smem + p.at_stage[1] + (group*SLAB90 + 2*q4)*p.rows.stride[1] + skew[1];
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.rows.stride[1];
@@ -237,7 +240,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 row[i]  = k_rows + 8*i*p.rows.stride[0];
                 gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
             }
-            set_upper_ones(ones);
+            set_ones(ones);
 #pragma unroll
             for (int s = D/32 - 1; s >= 0; --s) {
                 const pair_code code = load_code(codes + 4*s + q4);
@@ -258,16 +261,16 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 }
                 wgmma_fence();
                 if (s == D/32 - 1) {
-                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                    wgmma<true>(x, k[2*s + 1], of_step(2*s + 1));
                 } else {
-                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                    wgmma<false>(x, k[2*s + 1], of_step(2*s + 1));
                 }
-                wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
+                wgmma<false>(x, k[2*s], of_step(2*s));
                 if (s == D/32 - 2 && pass == 0) {
                     fetch_rows(a, p.rows, 1, v_copy, first, true);
                 }
             }
-            wgmma<false>(x, ones, of_matrix + 2*D*KS - D); // the last components again, by zeros, and the mean by ones
+            wgmma<false>(x, ones, of_mean);
             wgmma_commit();
             again = pass == 0 && any_either;
             if (wanted != anchor) {

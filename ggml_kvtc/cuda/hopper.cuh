@@ -16,6 +16,12 @@ __device__ __forceinline__ uint64_t get_operand(const void * at, int next_k, int
     return (uint64_t) ((address & 0x3ffff) >> 4) | (uint64_t) (next_k >> 4) << 16 | (uint64_t) (next_row >> 4) << 32;
 }
 
+// the same with a swizzle of 128 bytes: atoms of 8 rows x 128 bytes, one after the other, aligned to their size; piece i of 16 bytes
+// of row r lies at place i ^ r
+__device__ __forceinline__ uint64_t get_swizzled_operand(const void * at) {
+    return get_operand(at, 16, 1024) | (uint64_t) 1 << 62;
+}
+
 __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -79,12 +85,6 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4],
 __device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
     const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
     asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
-}
-
-// the same, as the upper eight components of 16
-__device__ __forceinline__ void set_upper_ones(uint32_t (&x)[4]) {
-    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
-    asm volatile("mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, %4; mov.b32 %3, %4;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
 }
 
 // n_warp warps meet at a barrier of the block; true where it is true for any thread

@@ -28,16 +28,16 @@ __device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t x, uint32_t y
 // In shared memory, [group of 8 groups][component][lower, upper][group] of four words: threads of eight groups read neighbours.
 constexpr int LEVEL_BYTES = 256; // of a group
 
-// component c of a group, of its f16 [8][2^width]; of no bits or more than 4, zeros
-__device__ __forceinline__ void store_levels(uint4 * to, const half * levels, int width, int group, int c) {
-    uint32_t x[8] = {};
-    if (width > 0 && width <= 4) {
-        const uint32_t * pairs = (const uint32_t *) (levels + (c << width));
+// of component c of a group's f16 [8][2^width]; of no bits or more than 4, zeros
+__device__ __forceinline__ void read_levels(uint32_t (&x)[8], const half * levels, int width, int c) {
+    const uint32_t * pairs = (const uint32_t *) (levels + (c << width));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            x[i] = pairs[i & (((1 << width) - 1) >> 1)];
-        }
+    for (int i = 0; i < 8; ++i) {
+        x[i] = width > 0 && width <= 4 ? pairs[i & (((1 << width) - 1) >> 1)] : 0;
     }
+}
+
+__device__ __forceinline__ void store_levels(uint4 * to, const uint32_t (&x)[8], int group, int c) {
     to += (group/8*16 + 2*c)*8 + group%8;
     to[0] = make_uint4(permute(x[0], x[1], 0x6420), permute(x[2], x[3], 0x6420), permute(x[4], x[5], 0x6420), permute(x[6], x[7], 0x6420));
     to[8] = make_uint4(permute(x[0], x[1], 0x7531), permute(x[2], x[3], 0x7531), permute(x[4], x[5], 0x7531), permute(x[6], x[7], 0x7531));

@@ -18,8 +18,9 @@ __device__ __forceinline__ int column_channel(int c, int rope_type, int n_rot) {
     return pair_channel(c/16*16 + c%8*2 + c/8%2, rope_type, n_rot);
 }
 
-// matrix: [D/8 + 1 groups of components][D columns][8]; of each 32 components, lane%4 == q of a product has the eight of group q
-// as columns 2*q, 2*q + 1 of four steps. The last group holds the mean's upper and lower half, then zeros.
+// matrix: [D/64][D columns][8 groups of 8 components], wgmma's operand with a swizzle of 128 bytes; of each 32 components, lane%4 == q
+// of a product has the eight of group q as columns 2*q, 2*q + 1 of four steps. Then [D columns][8], the mean's upper and lower half
+// and zeros, without a swizzle.
 template <int D, int THREADS>
 __device__ __forceinline__ void load_columns(half * matrix, const char * base, const ggml_kvtc_cuda_head & head, int rope_type, int n_rot) {
     // Lanes 8*p + c read piece p of column c's 64 bytes, so that a load touches few lines, and exchange words
@@ -42,7 +43,8 @@ __device__ __forceinline__ void load_columns(half * matrix, const char * base, c
                 upper = odd[k] ? upper : other;
             }
         }
-        ((uint4 *) matrix)[(block*4 + lane/8)*D + column] = make_uint4(x[0], x[1], x[2], x[3]);
+        const int chunk = block%2*4 + lane/8; // of 64 components
+        ((uint4 *) matrix)[(block/2*D + column)*8 + (chunk ^ column%8)] = make_uint4(x[0], x[1], x[2], x[3]);
     }
     for (int i = threadIdx.x; i < D; i += THREADS) {
         const float mean  = at<float>(base, head.mean)[column_channel(i, rope_type, n_rot)];
