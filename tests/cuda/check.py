@@ -90,6 +90,18 @@ def cases() -> Iterator[tuple[str, object]]:
         yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
 
 
+def store_cases() -> Iterator[tuple[str, object]]:
+    """The same for attention and the writes of exact rows behind it."""
+    from attention_case import Case
+    from kvtc_gguf.reference_rope import Rope
+
+    plain = Case(n_kv=300, window=250, exact="store")
+    for d in (64, 80, 96, 128, 256):
+        for tokens, streams, group in ((1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 3, 3), (16, 1, 4), (16, 1, 8), (40, 1, 4)):
+            case = replace(plain, dk=d, tokens=tokens, streams=streams, group=group, rope=Rope(d, neox=True))
+            yield f"store head_dim {d} tokens {tokens} streams {streams} group {group}", case
+
+
 def check_attention(case: object) -> float:
     """NMSE of a case; an assertion says what else is wrong."""
     from attention_case import Inputs, expected, run
@@ -112,7 +124,7 @@ def check_chunks(case: object) -> float:
 
 
 def check_store(case: object) -> float:
-    """NMSE of attention whose batch is then written over exact rows that it reads, which a device may do with its last kernel."""
+    """NMSE of attention whose batch is then written over exact rows that it reads, which its last kernel may do."""
     from attention_case import Inputs, expected, run_and_store
 
     x = Inputs(case)
@@ -219,14 +231,7 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
             for n_tokens in (1, 5, 37):
                 name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
                 work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
-    for d in (64, 80, 96, 128, 256):
-        for tokens, streams, group in ((1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 3, 3), (16, 1, 4), (16, 1, 8), (40, 1, 4)):
-            from attention_case import Case
-            from kvtc_gguf.reference_rope import Rope
-
-            case = Case(dk=d, tokens=tokens, streams=streams, group=group, n_kv=300, window=250, exact="store", rope=Rope(d, neox=True))
-            name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}"
-            work.append((name, NMSE, lambda case=case: check_store(case)))
+    work += [(name, NMSE, lambda case=case: check_store(case)) for name, case in store_cases()]
     for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
         from attention_case import Case
 

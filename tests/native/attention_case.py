@@ -171,7 +171,7 @@ def run(x: Inputs, n_threads: int = 1) -> np.ndarray:
 
 
 def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The same, and the exact store's sides f16 [H, n_slots, d] after the batch was written to its rows idxs i64 [S * T]."""
+    """The same, and the exact store's sides f16 [H, n_slots, d] with the batch in its rows idxs i64 [S * T]."""
     case = x.case
     with ggml_graph.graph(128) as g:
         result, store, z, pack = build(g, x)

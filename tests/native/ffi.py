@@ -225,7 +225,9 @@ def encode_rows(pack: np.ndarray, side: int, z: np.ndarray, row_bytes: int) -> n
 def decode_rows(pack: np.ndarray, side: int, rows: np.ndarray, n_head: int, head_dim: int) -> np.ndarray:
     """z f32 [n, H, d] of rows u8 [n, row_bytes]."""
     z = np.full((len(rows), n_head, head_dim), np.nan, np.float32)
-    cpu.ggml_kvtc_cpu_decode(pointer(cpu_part(pack)), side, len(rows), pointer(rows, "uint8_t *"), pointer(z, "float *"))
+    cpu.ggml_kvtc_cpu_decode(
+        pointer(cpu_part(pack)), side, len(rows), pointer(rows, "uint8_t *"), pointer(z, "float *")
+    )
     return z
 
 
