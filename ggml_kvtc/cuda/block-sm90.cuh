@@ -22,22 +22,39 @@ __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, 
         }
     }
     copy_commit();
-    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
+    // what is small is on its way before the matrix is waited for
+    constexpr int AHEAD = 3; // turns of a thread
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    for (int i = threadIdx.x; i < p.n_fine*(D/8); i += n_threads) {
-        const uint4 x = at<uint4>(base, pack.turns)[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
-        const int   j = i%(D/8);
+    const int n_turn = p.n_fine*(D/8);
+    uint4 first_turns[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        first_turns[k] = at<uint4>(base, pack.turns)[min((int) threadIdx.x + k*n_threads, n_turn - 1)];
+    }
+    const uint64_t freq = at<uint64_t>(base, pack.freq)[min((int) threadIdx.x, D/2 - 1)];
+    const bool     of_k = threadIdx.x < D/8;
+    pair_code      code = at<pair_code>(base, (of_k ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
+    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
+    const auto put_turn = [&](int i, const uint4 & x) { // (cos, sin) of pairs 4*j .. 4*j + 3
+        const int j = i%(D/8);
         uint32_t * to = (uint32_t *) (smem + p.at_fine) + i/(D/8)*TURN_WORDS<D> + j/4*16 + j%2*8 + j/2%2*2;
         *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
         *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
+    };
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        if ((int) threadIdx.x + k*n_threads < n_turn) {
+            put_turn(threadIdx.x + k*n_threads, first_turns[k]);
+        }
     }
-    for (int i = threadIdx.x; i < D/2; i += n_threads) {
-        ((uint64_t *) (smem + p.at_freq))[i] = i < n_rot/2 ? at<uint64_t>(base, pack.freq)[i] : 0;
+    for (int i = threadIdx.x + AHEAD*n_threads; i < n_turn; i += n_threads) {
+        put_turn(i, at<uint4>(base, pack.turns)[i]);
+    }
+    if (threadIdx.x < D/2) { // there are more threads
+        ((uint64_t *) (smem + p.at_freq))[threadIdx.x] = threadIdx.x < n_rot/2 ? freq : 0;
     }
     if (threadIdx.x < 2*(D/8)) {
-        const int side = threadIdx.x/(D/8);
-        pair_code code = at<pair_code>(base, (side == 0 ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
-        code.table += (uint32_t) __cvta_generic_to_shared(smem + (side == 0 ? p.at_table[0] : p.at_table[1]));
+        code.table += (uint32_t) __cvta_generic_to_shared(smem + (of_k ? p.at_table[0] : p.at_table[1]));
         ((pair_code *) (smem + p.at_codes))[threadIdx.x] = code;
     }
 }

@@ -24,6 +24,12 @@ namespace {
 
 constexpr int WARPS = GROUP_WARPS;
 
+// of the store; a slot below 0 has none
+template <int D>
+__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot) {
+    return (const uint4 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*D);
+}
+
 // ONE: one token, whose keys either count exactly or do not
 template <int D, int GROUPS, bool ONE>
 __launch_bounds__(32*WARPS*GROUPS, 1)
@@ -71,7 +77,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
-    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
     float2 * tops    = (float2 *) (smem + p.at_tops);
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
@@ -155,6 +160,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     if (slab < slab_end) {
         look(slab, next);
     }
+    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     copy_wait<1>(); // all but this fetch
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
@@ -211,6 +217,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         fetch(1, slab, true);
         const int pos = now.cell.x;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, now.cell.y, min_pos, max_pos);
+        if (use != USE_CODES && now.cell.y >= 0) { // one warp of two the keys, one the values
+            const char * exact = (const char *) get_exact_row<D>(a, here, head, now.cell.y);
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
+            }
+        }
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
         const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
@@ -271,13 +284,23 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             if (any_chosen) {
+                int   from[2];
+                uint4 y[2][D/32]; // all on their way before the first is needed
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int from = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
-                    if (from != -1) {
+                    from[i] = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
+                    const uint4 * exact = get_exact_row<D>(a, GGML_KVTC_K, head, from[i]) + q4;
+#pragma unroll
+                    for (int s = 0; s < D/32; ++s) {
+                        y[i][s] = from[i] >= 0 ? exact[4*s] : make_uint4(0, 0, 0, 0);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (from[i] != -1) {
 #pragma unroll
                         for (int s = 0; s < D/32; ++s) {
-                            put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
+                            put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8), __float2half2_rn(1.0f));
                         }
                     }
                 }
@@ -483,11 +506,17 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     }
                 });
                 if (any_chosen) {
+                    int   from[4];
+                    uint4 y[4];
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
-                        const int from = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
-                        if (from != -1) {
-                            z[n] = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*own)*8);
+                        from[n] = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
+                        y[n] = from[n] >= 0 ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n])[r8 + 8*own] : make_uint4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        if (from[n] != -1) {
+                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*own)*8);
                         }
                     }
                 }

@@ -36,7 +36,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     const int block   = side == GGML_KVTC_K ? blockIdx.x    : blockIdx.x - p.n_key_block;
     const int n_block = side == GGML_KVTC_K ? p.n_key_block : gridDim.x  - p.n_key_block;
 
-    const char * base = find_pack(a.pack);
+    const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const ggml_kvtc_cuda_head & h    = get_head(base, side, head);
     const int   rope_type = (int) pack.rope_type;
