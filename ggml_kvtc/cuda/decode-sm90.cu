@@ -1,7 +1,7 @@
 // Attention for few query rows on Hopper (sm_90a). All that decode.cu keeps in shared memory between its steps is in registers
 // here: a thread decodes what it multiplies, keys as wgmma's operand of rows, values as mma's.
 //
-// Four warps share a slab of 64 cells for wgmma, 16 cells each; they meet once a slab:
+// Four warps share a slab of 64 cells for wgmma, 16 cells each, and meet there:
 //
 //   decode keys -> rebuild all channels (f16 sums) -> rotate, multiply by the queries -> weights -> decode values -> add
 //
@@ -12,8 +12,9 @@
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
+#include "block-sm90.cuh"
 #include "hopper.cuh"
-#include "pairs.cuh"
+#include "stage.cuh"
 
 #include <type_traits>
 
@@ -23,6 +24,12 @@ namespace {
 
 constexpr int WARPS = GROUP_WARPS;
 
+// of the store; a slot below 0 has none
+template <int D>
+__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot) {
+    return (const uint4 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*D);
+}
+
 // ONE: one token, whose keys either count exactly or do not
 template <int D, int GROUPS, bool ONE>
 __launch_bounds__(32*WARPS*GROUPS, 1)
@@ -31,10 +38,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int KS      = D/16;
     constexpr int SLAB    = 16*WARPS;
     constexpr int LD      = D + 8;
-    constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int GV      = D/64;              // groups of a value that a thread decodes
-    constexpr int TURN    = D/2 + 16;          // words of a position in the table of rotations: neighbours do not share banks
+    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -42,6 +47,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int warp  = threadIdx.x / 32;
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
+    const int here  = part % 2;     // of 32 cells
+    const int own   = warp % SHARE; // of the shared keys
+    const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
 
@@ -55,82 +63,30 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
-    const int n_rp      = n_rot/2;
 
-    half     * matrix  = (half *)     smem;                      // [D/8 + 2 groups of components][D columns][8]
     float    * queries = (float *)    (smem + p.at_queries);
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
-    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][TURN]: four words for pairs 16*u + 2*q, + 1, + 8, + 9 at 16*u + 4*q
+    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes);      // [2][D/8]
     int2     * ranges  = (int2 *)     (smem + p.at_ranges) + group*2*WARPS; // positions of each warp's cells, of this slab and the next
-    uint8_t  * tables[2] = { smem + p.at_table[0], smem + p.at_table[1] };
     half     * turned  = (half *) (smem + p.at_turned) + group*8*LD; // queries rotated back by the anchor
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
 
-    //
-    // what the block needs of the pack
-    //
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
-        for (int i = threadIdx.x; i < (int) h.n_pairs/16; i += THREADS) {
-            copy_async<16>(tables[s] + 16*i, base + h.pairs + 16*i);
-        }
-    }
-    copy_commit();
-    const auto get_channel = [&](int column) {
-        return pair_channel(column/16*16 + column%8*2 + column/8%2, rope_type, n_rot);
-    };
-#pragma unroll 2
-    for (int i = threadIdx.x; i < D*(D/32); i += THREADS) {
-        const int column = i%D;
-        const int block  = i/D; // of 32 components
-        const uint4 * from = (const uint4 *) (at<half>(base, kh.decode) + get_channel(column)*D + block*32);
-        const uint4 x[4] = { from[0], from[1], from[2], from[3] };
-        uint4 * to = (uint4 *) matrix + block*4*D + column;
-        to[0*D] = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
-        to[1*D] = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
-        to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
-        to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
-    }
-    for (int i = threadIdx.x; i < p.n_fine*(D/8); i += THREADS) {
-        const uint4 x = at<uint4>(base, pack.turns)[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
-        const int   j = i%(D/8);
-        uint32_t * to = fine + i/(D/8)*TURN + j/4*16 + j%2*8 + j/2%2*2;
-        *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
-        *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
-    }
-    const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
-    for (int i = threadIdx.x; i < 2*D; i += THREADS) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (i < D) {
-            const float mean  = at<float>(base, kh.mean)[get_channel(i)];
-            const float upper = __half2float(__float2half(mean));
-            x.x = pack_half2(upper, mean - upper);
-        }
-        *(uint4 *) (matrix + (D/8*D + i)*8) = x;
-        if (i < D/2) {
-            freq[i] = i < n_rp ? pack_freq[i] : 0;
-        }
-    }
-    for (int i = threadIdx.x; i < GROUPS*8*LD/8; i += THREADS) {
+    load_block<D>(p, smem, base, kh, vh, rope_type, n_rot, 32*N_WARP);
+    for (int i = threadIdx.x; i < GROUPS*8*LD/8; i += 32*N_WARP) {
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
-    if (threadIdx.x < 2*(D/8)) {
-        const int side = threadIdx.x/(D/8);
-        pair_code code = at<pair_code>(base, (side == 0 ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
-        code.table += (uint32_t) __cvta_generic_to_shared(tables[side]);
-        codes[threadIdx.x] = code;
-    }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
-    const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
-    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
-        const int r       = i/D;
-        const int token   = r/a.group;
-        const int channel = pair_channel(i%D, rope_type, n_rot);
-        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-        queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
-    }
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
+    float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
+    const auto meet_set = [&](bool x) {
+        if constexpr (SHARE == 1) {
+            return __any_sync(0xffffffff, x);
+        } else {
+            return meet<SHARE>(1 + GROUPS + set, x);
+        }
+    };
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
@@ -155,89 +111,36 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
 
-    float o[KS][4];
+    float o[4][4];
     float top[2] = { -INFINITY, -INFINITY };
     float sum[2] = { 0.0f, 0.0f };
 #pragma unroll
-    for (int t = 0; t < KS; ++t) {
+    for (int t = 0; t < 4; ++t) {
         o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
     }
     int anchor = INT_MIN;
-    const auto set_anchor = [&](int pos) { // the group's threads together
-        anchor = pos;
-        constexpr int UNITS = D/4; // of two pairs
-        constexpr int STEP  = 32*WARPS/UNITS;
-        const int    i  = threadIdx.x%UNITS;
-        const float2 c0 = get_rotation(pos, freq[2*i]);
-        const float2 c1 = get_rotation(pos, freq[2*i + 1]);
-        for (int r = threadIdx.x%(32*WARPS)/UNITS; r < n_row; r += STEP) { // the others stay zeros
-            const float4 x = *(const float4 *) (queries + r*LD + 4*i);
-            half * to = turned + r*LD + i/4*16 + i%4*2;
-            *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
-            *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
-        }
-    };
 
-    //
-    // staging: a warp's 16 rows of a slab on their way while the one before is worked on
-    //
-    const uint8_t * source[2]; // of this thread's part of a row
-    uint8_t       * target[2];
-    int             n_rows[2]; // that it copies parts of, every 32/lanes-th
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
-        const int c = lane & ((1 << p.lanes[s]) - 1);
-        const int j = lane >> p.lanes[s];
-        const int n_copy = (skew[s] + (int) h.n_bytes + p.unit - 1)/p.unit;
-        source[s] = a.rows[s] + stream*a.nb_stream[s] + h.payload - skew[s] + c*p.unit;
-        target[s] = stage[s] + j*p.stride[s] + c*p.unit;
-        n_rows[s] = c < n_copy && j < 16 ? max(1, (16 << p.lanes[s])/32) : 0;
-    }
+    const row_copy copies[2] = { { a, p, 0, kh, stream, skew[0], stage[0] }, { a, p, 1, vh, stream, skew[1], stage[1] } };
     const auto fetch = [&](int s, int slab, bool inside) {
-        const int row  = slab*SLAB + 16*part + (lane >> p.lanes[s]);
-        const int step = 32 >> p.lanes[s];
-        const int n    = inside ? n_rows[s] : 0;
-        uint8_t * to   = target[s];
-        const uint8_t * from = source[s] + (int64_t) row*(int) a.nb_row[s];
-        if (p.unit == 16 && (slab + 1)*SLAB <= a.n_kv) {
-            const int jump = step*(int) a.nb_row[s];
-#pragma unroll 2
-            for (int i = 0; i < n; ++i) {
-                copy_async<16>(to, from);
-                from += jump;
-                to   += step*p.stride[s];
-            }
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < n; ++i) {
-                from = source[s] + (int64_t) min(row + i*step, a.n_kv - 1)*(int) a.nb_row[s];
-                if (p.unit == 16) {
-                    copy_async<16>(to, from);
-                } else if (p.unit == 8) {
-                    copy_async<8>(to, from);
-                } else {
-                    copy_async<4>(to, from);
-                }
-                to += step*p.stride[s];
-            }
-        }
-        copy_commit();
+        copies[s].start(a, p, s, slab*SLAB + 16*part, inside, (slab + 1)*SLAB <= a.n_kv);
     };
     struct ahead { // what is read from global memory a slab ahead
-        int2 cell; // of lane % 16
-        half mask[ONE ? 1 : 2][2];
+        int2 cell; // of the 32 that hold the warp's
+        half mask[ONE ? 1 : 2][2]; // ONE: of that cell, and of one of the slab's other half
+        int  pos;  // ONE: of that one
     };
     const auto look = [&](int slab, ahead & x) {
-        const int first = slab*SLAB + 16*part;
-        const int mine  = first + lane%16;
+        const int mine = slab*SLAB + 32*(part/2) + lane;
         x.cell = info[min(mine, a.n_kv - 1)];
         if constexpr (ONE) {
-            x.mask[0][0] = mine >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine] : __ushort_as_half(0);
+            const int other = slab*SLAB + 32*(1 - part/2) + lane;
+            x.pos = info[min(other, a.n_kv - 1)].x;
+            x.mask[0][0] = mine  >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine]  : __ushort_as_half(0);
+            x.mask[0][1] = other >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[other] : __ushort_as_half(0);
         } else {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int cell = first + r8 + 8*i;
+                const int cell = slab*SLAB + 16*part + r8 + 8*i;
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     x.mask[i][e] = cell >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : mask ? mask[token[e]*a.ne_m1 + cell] : __ushort_as_half(0);
@@ -254,17 +157,17 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int slab_end  = min(split_end, slab + per_group);
     ahead next;
     fetch(0, slab, slab < slab_end);
-    fetch(1, slab, slab < slab_end);
     if (slab < slab_end) {
         look(slab, next);
     }
-    copy_wait<2>(); // all but these fetches
+    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    copy_wait<1>(); // all but this fetch
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
 
-    const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
+    const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
-    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
+    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1]; // of the warp's own keys; values of its partner's: 16*p.stride[1] away
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
     const float gain_base[2] = { kh.gain_base, vh.gain_base };
 
@@ -275,56 +178,76 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         if (more) {
             look(slab + 1, next);
         }
-        bool seen = is_seen(now.mask[0][0]);
-        if constexpr (!ONE) {
-            seen = seen || is_seen(now.mask[0][1]) || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
+        // What the group does alike, each warp of one token finds for itself: a barrier would make all wait for the slowest.
+        // Empty cells are masked: any angle will do for them
+        bool seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]);
+        int lowest  = now.cell.x < 0 ? INT_MAX : now.cell.x;
+        int highest = now.cell.x;
+        if constexpr (ONE) {
+            lowest  = min(lowest, now.pos < 0 ? INT_MAX : now.pos);
+            highest = max(highest, now.pos);
+        } else {
+            seen = seen || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
         }
-        // empty cells are masked: any angle will do for them
-        const int lowest_here  = warp_min(now.cell.x < 0 ? INT_MAX : now.cell.x);
-        const int highest_here = warp_max(now.cell.x);
-        if (lane == 0) {
-            ranges[slab%2*WARPS + part] = make_int2(lowest_here, highest_here);
+        lowest  = warp_min(lowest);
+        highest = warp_max(highest);
+        copy_wait<0>(); // the keys
+        if constexpr (ONE) {
+            seen = __any_sync(0xffffffff, seen);
+        } else {
+            if (lane == 0) {
+                ranges[slab%2*WARPS + part] = make_int2(lowest, highest);
+            }
+            seen = __any_sync(0xffffffff, meet(group, seen));
+#pragma unroll
+            for (int i = 0; i < WARPS; i += 2) {
+                const int2 range = ranges[slab%2*WARPS + i];
+                lowest  = min(lowest, range.x);
+                highest = max(highest, range.y);
+            }
         }
-        copy_wait<1>(); // the keys
-        // also: they have arrived for all threads of the warp, and the turned queries were read by all
-        if (!__any_sync(0xffffffff, meet(group, seen))) {
-            copy_wait<0>();
-            __syncwarp();
+        __syncwarp(); // the keys have arrived for all threads
+        if (!seen) {
             fetch(0, slab + 1, more);
-            fetch(1, slab + 1, more);
             continue;
         }
-        const int pos  = now.cell.x;
-        const int slot = now.cell.y;
-        const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
+        if constexpr (ONE && SHARE > 1) {
+            meet_set(false); // the values of the last slab were read
+        }
+        fetch(1, slab, true);
+        const int pos = now.cell.x;
+        const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, now.cell.y, min_pos, max_pos);
+        if (use != USE_CODES && now.cell.y >= 0) { // one warp of two the keys, one the values
+            const char * exact = (const char *) get_exact_row<D>(a, here, head, now.cell.y);
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
+            }
+        }
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
         const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
-        int lowest  = INT_MAX;
-        int highest = -1;
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            const int2 range = ranges[slab%2*WARPS + i];
-            lowest  = min(lowest, range.x);
-            highest = max(highest, range.y);
-        }
-        const bool near = n_rp > 0 && highest - lowest < p.n_fine && lowest != INT_MAX;
+        const bool near = n_rot > 0 && highest - lowest < p.n_fine && lowest != INT_MAX;
         const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= p.n_fine ? lowest : anchor;
         if (wanted != anchor) {
-            set_anchor(wanted);
+            if constexpr (ONE) {
+                meet(group, false); // the turned queries were read by all
+            }
+            anchor = wanted;
+            turn_queries<D, 32*WARPS>(queries, turned, freq, anchor, n_row);
             meet(group, false);
         }
         int row_pos[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row_pos[i] = __shfl_sync(0xffffffff, pos, r8 + 8*i);
+            row_pos[i] = __shfl_sync(0xffffffff, pos, 16*here + r8 + 8*i);
         }
 
         bool again = false;
 #pragma unroll 1
         for (int pass = 0; pass == 0 || again; ++pass) {
             // pass 0: keys that are exact for all queries, and codes; pass 1: keys that are exact for some
-            const int  chosen     = (pass == 0 ? use == USE_EXACT : use == USE_EITHER) ? slot : -1;
+            const int  chosen     = (pass == 0 ? use == USE_EXACT : use == USE_EITHER) ? now.cell.y : -1;
             const bool any_chosen = __any_sync(0xffffffff, chosen != -1);
 
             uint32_t k[KS][4];
@@ -334,45 +257,50 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 k[2*s + 1][i]     = mul_half2(x.z, gain);
                 k[2*s + 1][i + 2] = mul_half2(x.w, gain);
             };
-            {
-                const uint8_t * row[2];
-                half2 gain[2];
+            const uint8_t * row[2];
+            half2 k_gain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                row[i]    = k_rows + 8*i*p.stride[0];
+                k_gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
+            }
+#pragma unroll
+            for (int s = 0; s < D/32; ++s) {
+                const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    row[i]  = k_rows + 8*i*p.stride[0];
-                    gain[i] = __float2half2_rn(get_gain(gain_base[0], row[i][0]));
+                    put(s, i, decode_eight(row[i], code), k_gain[i]);
                 }
+            }
+            if (n_wide[0] > 0) {
 #pragma unroll
                 for (int s = 0; s < D/32; ++s) {
-                    const pair_code code = load_code(codes + 4*s + q4);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        put(s, i, decode_eight(row[i], code), gain[i]);
-                    }
+                    for_wide(codes + 4*s, min(4, n_wide[0] - 4*s), stage[0] + skew[0], p.stride[0], wide, [&](int q) {
+                        if (q4 == q) {
+                            put(s, 0, wide[r8],     k_gain[0]);
+                            put(s, 1, wide[r8 + 8], k_gain[1]);
+                        }
+                    });
                 }
-                if (n_wide[0] > 0) {
+            }
+            if (any_chosen) {
+                int   from[2];
+                uint4 y[2][D/32]; // all on their way before the first is needed
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    from[i] = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
+                    const uint4 * exact = get_exact_row<D>(a, GGML_KVTC_K, head, from[i]) + q4;
 #pragma unroll
                     for (int s = 0; s < D/32; ++s) {
-                        if (4*s < n_wide[0]) {
-                            const pair_code code = load_code(codes + 4*s + q4);
-                            if (is_wide(code)) {
-#pragma unroll
-                                for (int i = 0; i < 2; ++i) {
-                                    put(s, i, decode_wide(row[i], code), gain[i]);
-                                }
-                            }
-                        }
+                        y[i][s] = from[i] >= 0 ? exact[4*s] : make_uint4(0, 0, 0, 0);
                     }
                 }
-                if (any_chosen) {
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int from = __shfl_sync(0xffffffff, chosen, r8 + 8*i);
-                        if (from != -1) {
+                for (int i = 0; i < 2; ++i) {
+                    if (from[i] != -1) {
 #pragma unroll
-                            for (int s = 0; s < D/32; ++s) {
-                                put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
-                            }
+                        for (int s = 0; s < D/32; ++s) {
+                            put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8), __float2half2_rn(1.0f));
                         }
                     }
                 }
@@ -383,12 +311,19 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 fetch(0, slab + 1, more);
             }
 
+            if (again) {
+                copy_wait<0>();
+            } else {
+                copy_wait<1>(); // the values
+            }
+            __syncwarp();
+
             // keys, rotated, times queries
             float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             const uint32_t * turn[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                turn[i] = fine + max(0, row_pos[i] - anchor)*TURN + 4*q4;
+                turn[i] = fine + max(0, row_pos[i] - anchor)*TURN_WORDS<D> + 4*q4;
             }
             uint32_t x[D/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
             uint32_t ones[4];
@@ -401,6 +336,17 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
+            // meanwhile values of the warp's own keys
+            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            uint4 z[4];
+            const pair_code code = load_code(codes + D/8 + r8 + 8*own);
+            const auto decode_values = [&](const uint8_t * rows) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    z[n] = decode_eight(rows + (n%2 + n/2*8)*p.stride[1], code);
+                }
+            };
+            decode_values(v_rows);
             wgmma_wait();
             const auto multiply = [&](auto near) {
 #pragma unroll
@@ -462,167 +408,138 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float & v = w[2*i + x];
-                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
+                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), 16*here + r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
                     if (any_either) {
                         if (either && token[x] >= 0) {
-                            const bool some = either >> (r8 + 8*i) & 1;
+                            const bool some = either >> (16*here + r8 + 8*i) & 1;
                             const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
                             if (pass == 0 ? ex : !ex) {
                                 v = -INFINITY;
                             }
                         } else if (pass == 1) {
-                            v = -INFINITY; // another warp of the group has keys for this pass
+                            v = -INFINITY; // other warps of the group have keys for this pass
                         }
                     }
                     rises = rises || v > top[x];
                 }
             }
-            if (__any_sync(0xffffffff, rises)) {
+            float gain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const bool coded = !any_chosen || __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i) == -1;
+                gain[i] = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
+            }
+            float    v [4];
+            uint32_t wt[SHARE][2]; // the warp's own keys', then its partner's
+            const auto weigh = [&]() {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        v[2*i + x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
+                    }
+                    wt[0][i] = transpose(pack_half2(v[2*i]*gain[i], v[2*i + 1]*gain[i]));
+                }
+                if constexpr (SHARE > 1) {
+                    weights[32*warp + lane] = make_uint2(wt[0][0], wt[0][1]);
+                }
+            };
+            weigh();
+            if (meet_set(rises)) { // rarely: for both to have the same largest logit
+                float most[2];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    most[x] = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 4));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 8));
+                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 16));
+                }
+                if constexpr (SHARE > 1) {
+                    if (r8 == 0) {
+                        tops[4*warp + q4] = make_float2(most[0], most[1]);
+                    }
+                    meet_set(false);
+                    const float2 other = tops[4*(warp ^ 1) + q4];
+                    most[0] = fmaxf(most[0], other.x);
+                    most[1] = fmaxf(most[1], other.y);
+                }
                 float fade[2];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
-                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top [x] = most;
+                    fade[x] = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most[x]);
+                    top [x] = most[x];
                     sum [x] *= fade[x];
                 }
 #pragma unroll
-                for (int t = 0; t < KS; ++t) {
+                for (int t = 0; t < 4; ++t) {
                     o[t][0] *= fade[0];
                     o[t][1] *= fade[1];
                     o[t][2] *= fade[0];
                     o[t][3] *= fade[1];
                 }
-            }
-            uint32_t wt[2];
-            if (again) {
-                copy_wait<0>();
-            } else {
-                copy_wait<1>(); // the values
-            }
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const bool  coded = !any_chosen || __shfl_sync(0xffffffff, chosen, r8 + 8*i) == -1;
-                const float g     = coded ? get_gain(gain_base[1], v_gain[8*i*p.stride[1]]) : 1.0f;
-                float v[2];
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    v[x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
-                    sum[x] += v[x];
+                weigh();
+                if constexpr (SHARE > 1) {
+                    meet_set(false);
                 }
-                wt[i] = transpose(pack_half2(v[0]*g, v[1]*g));
+            }
+            sum[0] += v[0] + v[2];
+            sum[1] += v[1] + v[3];
+            if constexpr (SHARE > 1) {
+                const uint2 other = weights[32*(warp ^ 1) + lane];
+                wt[1][0] = other.x;
+                wt[1][1] = other.y;
             }
 
-            // keys 2*q4, + 1, + 8, + 9 of groups r8 + 8*i: component c of group i is row r8, or r8 + 8, of tile 8*i + c modulo KS
-            uint32_t z[4][4*GV];
-            const auto keep = [&z](int n, int i, const uint4 & x) {
-                z[n][4*i + 0] = x.x;
-                z[n][4*i + 1] = x.y;
-                z[n][4*i + 2] = x.z;
-                z[n][4*i + 3] = x.w;
-            };
 #pragma unroll
-            for (int i = 0; i < GV; ++i) {
-                const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    keep(n, i, decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+            for (int s = 0; s < SHARE; ++s) {
+                const int first = 16*(here ^ s);
+                const uint8_t * rows = v_rows + (first - 16*here)*p.stride[1];
+                if (s > 0) {
+                    decode_values(rows);
                 }
-            }
-            if (n_wide[1] > 0) {
+                for_wide(codes + D/8 + 8*own, min(8, n_wide[1] - 8*own), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
-                for (int i = 0; i < GV; ++i) {
-                    const pair_code code = load_code(codes + D/8 + r8 + 8*i);
-                    if (8*i < n_wide[1] && is_wide(code)) {
+                    for (int n = 0; n < 4; ++n) {
+                        if (r8 == g) {
+                            z[n] = wide[2*q4 + n%2 + n/2*8];
+                        }
+                    }
+                });
+                if (any_chosen) {
+                    int   from[4];
+                    uint4 y[4];
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            keep(n, i, decode_wide(v_rows + (n%2 + n/2*8)*p.stride[1], code));
+                    for (int n = 0; n < 4; ++n) {
+                        from[n] = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
+                        y[n] = from[n] >= 0 ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n])[r8 + 8*own] : make_uint4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        if (from[n] != -1) {
+                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*own)*8);
                         }
                     }
                 }
-            }
-            if (any_chosen) {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const int from = __shfl_sync(0xffffffff, chosen, 2*q4 + n%2 + n/2*8);
-                    if (from != -1) {
-#pragma unroll
-                        for (int i = 0; i < GV; ++i) {
-                            keep(n, i, load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*i)*8));
-                        }
-                    }
+                for (int t = 0; t < 4; ++t) {
+                    const auto pick = [t](const uint4 & x, const uint4 & y, int i) { // component t + 4*i of two keys
+                        const uint32_t a = i == 0 ? (t < 2 ? x.x : x.y) : (t < 2 ? x.z : x.w);
+                        const uint32_t b = i == 0 ? (t < 2 ? y.x : y.y) : (t < 2 ? y.z : y.w);
+                        return __byte_perm(a, b, t%2 == 0 ? 0x5410 : 0x7632);
+                    };
+                    const uint32_t zv[4] = { pick(z[0], z[1], 0), pick(z[0], z[1], 1), pick(z[2], z[3], 0), pick(z[2], z[3], 1) };
+                    mma(o[t], zv, wt[s][0], wt[s][1]);
                 }
             }
-            if (!again) {
-                __syncwarp();
-                fetch(1, slab + 1, more);
-            }
-#pragma unroll
-            for (int t = 0; t < KS; ++t) {
-                uint32_t zv[4];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int at = t + i*KS; // of the thread's components
-                    const int which = at % 2 == 0 ? 0x5410 : 0x7632;
-                    zv[i]     = __byte_perm(z[0][at/2], z[1][at/2], which);
-                    zv[i + 2] = __byte_perm(z[2][at/2], z[3][at/2], which);
-                }
-                mma(o[t], zv, wt[0], wt[1]);
+            if (again && SHARE > 1) {
+                meet_set(false); // the weights' place is free
             }
         }
     }
 
-    //
-    // the warps' states to one, and out
-    //
     copy_wait<0>();
     __syncthreads();
-    float * all_o   = (float *) smem;         // [warp][row][D + 8]
-    float * all_top = all_o + N_WARP*8*LD;    // [warp][row]
-    float * all_sum = all_top + N_WARP*8;
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-        float s = sum[x];
-        s += __shfl_xor_sync(0xffffffff, s, 4);
-        s += __shfl_xor_sync(0xffffffff, s, 8);
-        s += __shfl_xor_sync(0xffffffff, s, 16);
-        const int row = warp*8 + 2*q4 + x;
-        if (r8 == 0) {
-            all_top[row] = top[x];
-            all_sum[row] = s;
-        }
-#pragma unroll
-        for (int t = 0; t < KS; ++t) {
-            all_o[row*LD + 8*t + r8]          = o[t][x];
-            all_o[row*LD + 8*(t + KS) + r8]   = o[t][x + 2];
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
-        const int r = i/D;
-        const int c = i%D;
-        const int place = (c/64*8 + c%8)*8 + c/8%8;
-        float most = -INFINITY;
-        for (int u = 0; u < N_WARP; ++u) {
-            most = fmaxf(most, all_top[u*8 + r]);
-        }
-        float value = 0.0f;
-        float total = 0.0f;
-        for (int u = 0; u < N_WARP && most != -INFINITY; ++u) {
-            const float f = exp2f(all_top[u*8 + r] - most);
-            value += f*all_o[(u*8 + r)*LD + place];
-            total += f*all_sum[u*8 + r];
-        }
-        const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-        values[(row*gridDim.x + blockIdx.x)*D + c] = value;
-        if (c == 0) {
-            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
-        }
-    }
+    merge_warps<D, N_WARP>(a, smem, o, top, sum, head, stream, values, meta);
 #else
     GGML_UNUSED_VARS(a, p, values, meta);
     NO_DEVICE_CODE;

@@ -34,23 +34,9 @@ __device__ __forceinline__ void get_query_range(const attn_args & a, int stream,
     max_pos = hi;
 }
 
-// cell of a column, and its exact row: in the list, all keys count exactly; elsewhere those that do for all queries
-struct column_cell {
-    int cell, pos, slot;
-};
-
-__device__ __forceinline__ column_cell get_cell(const attn_args & a, const columns & c, int stream, int col, int min_pos, int max_pos) {
-    column_cell x;
-    const bool listed = c.at + col < c.n_list;
-    x.cell = listed ? max(0, get_listed(c, stream, col)) : min(c.at + col - c.n_list, a.n_kv - 1);
-    const int2 info = a.info[(int64_t) stream*a.n_kv + x.cell];
-    x.pos  = info.x;
-    x.slot = info.x >= 0 && (listed || get_use(a, info.x, info.y, min_pos, max_pos) == USE_EXACT) ? info.y : -1;
-    return x;
-}
-
 // The first n_key_blocks blocks rebuild keys, the others decode values. Rows of a warp's next slab are on their way while it works.
-template <int D, bool in_shared>
+// tiled: in the order that attend-sm90.cuh states, else column after column.
+template <int D, bool in_shared, bool tiled>
 __launch_bounds__(256, D <= 128 ? 2 : 1)
 __global__ void rebuild_rows(const attn_args a, const columns c, const expand_plan p, int n_key_blocks, half * keys, half * values) {
     constexpr int KS = D/16;
@@ -103,9 +89,7 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
         }
     }
     copy_commit();
-    int min_pos;
-    int max_pos;
-    get_query_range(a, stream, min_pos, max_pos, threadIdx.x, blockDim.x);
+    const int2 range = c.ranges[stream];
 
     half * const out = (side == GGML_KVTC_K ? keys : values) + ((int64_t) stream*a.n_head_kv + head)*c.n_all*D;
 
@@ -128,17 +112,39 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
             }
         }
     };
-    // the tile to 16 columns: 16 bytes a thread
-    const auto write = [&](half * dst) {
+    // the warp's tile to 16 columns
+    const auto write = [&](int col) {
         __syncwarp();
+        if constexpr (tiled) {
+            constexpr int KEYS = TILE_KEYS<D>;
+            half * dst = out + (int64_t) (col/KEYS)*KEYS*D;
+            const int key = col%KEYS;
+            if (side == GGML_KVTC_K) {
 #pragma unroll
-        for (int i = lane; i < 16*(D/8); i += 32) {
-            *(uint4 *) (dst + i/(D/8)*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
+                for (int i = lane; i < 16*(D/8); i += 32) {
+                    *(uint4 *) (dst + (i/16*KEYS + key + i%16)*8) = *(const uint4 *) (tile + i%16*LD + i/16*8);
+                }
+            } else {
+#pragma unroll
+                for (int c = 0; c < D; c += 16) {
+                    uint32_t x[4]; // of components c + r8 (+ 8): two neighbouring keys of the first eight, of the others
+                    ldmatrix_x4_trans(x, tile + lane%16*LD + c + lane/16*8);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        *(uint32_t *) (dst + ((key/8 + j%2)*D + c + j/2*8 + r8)*8 + 2*q4) = x[j];
+                    }
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = lane; i < 16*(D/8); i += 32) {
+                *(uint4 *) (out + (int64_t) (col + i/(D/8))*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
+            }
         }
         __syncwarp();
     };
     const int  step = n_block*n_warp*16;
-    const auto cell = [&](int col) { return get_cell(a, c, stream, min(col, c.n_all - 16) + lane%16, min_pos, max_pos); };
+    const auto cell = [&](int col) { return get_cell(a, c, stream, min(col, c.n_all - 16) + lane%16, range); };
 
     int col0 = get_first_column(c, stream) + (block*n_warp + warp)*16;
     column_cell mine = cell(col0);
@@ -206,17 +212,20 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
                 }
             }
         }
-        write(out + (int64_t) col0*D);
+        write(col0);
         mine = next;
         next = after;
     }
 }
 
-__global__ void count_either(const attn_args a, int n_block, int * counts) {
+__global__ void count_either(const attn_args a, int n_block, int * counts, int2 * ranges) {
     const int stream = blockIdx.y;
     int min_pos;
     int max_pos;
     get_query_range(a, stream, min_pos, max_pos, threadIdx.x, blockDim.x);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        ranges[stream] = make_int2(min_pos, max_pos);
+    }
     const int  cell = blockIdx.x*COUNT_CELLS + threadIdx.x;
     const int2 info = cell < a.n_kv ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
     const int  n    = __syncthreads_count(info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER);
@@ -225,13 +234,11 @@ __global__ void count_either(const attn_args a, int n_block, int * counts) {
     }
 }
 
-__global__ void write_either(const attn_args a, int n_block, int n_max, const int * counts, int * list, int * list_end) {
+__global__ void write_either(const attn_args a, int n_block, int n_max, const int * counts, const int2 * ranges, int * list, int * list_end) {
     __shared__ int warps[COUNT_CELLS/32];
     __shared__ int before;
-    const int stream = blockIdx.y;
-    int min_pos;
-    int max_pos;
-    get_query_range(a, stream, min_pos, max_pos, threadIdx.x, blockDim.x);
+    const int  stream = blockIdx.y;
+    const int2 range  = ranges[stream];
     if (threadIdx.x == 0) {
         before = 0;
     }
@@ -241,7 +248,7 @@ __global__ void write_either(const attn_args a, int n_block, int n_max, const in
     }
     const int  cell  = blockIdx.x*COUNT_CELLS + threadIdx.x;
     const int2 info  = cell < a.n_kv ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
-    const bool found = info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER;
+    const bool found = info.x >= 0 && get_use(a, info.x, info.y, range.x, range.y) == USE_EITHER;
     const uint32_t ballot = __ballot_sync(0xffffffff, found);
     if (threadIdx.x % 32 == 0) {
         warps[threadIdx.x/32] = __popc(ballot);
@@ -274,9 +281,7 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
             !needs_mask(c, counts + stream*n_block, a.n_kv, max(range, first), min(c.n_all, range + split), thread, MASK_THREADS*MASK_ROWS))) {
         return;
     }
-    int min_pos;
-    int max_pos;
-    get_query_range(a, stream, min_pos, max_pos, thread, MASK_THREADS*MASK_ROWS);
+    const int2 queries = c.ranges[stream];
     const bool listed = c.at + col0 < c.n_list; // all of a block's columns are, or none
     int  cell  [MASK_WIDTH]; // -1: none
     int  either[MASK_WIDTH]; // its position, where some queries have it exactly, or -1
@@ -286,7 +291,7 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
         const int x = listed ? get_listed(c, stream, col0 + i) : c.at + col0 + i - c.n_list;
         cell[i] = x < a.n_kv ? x : -1;
         const int2 info = cell[i] >= 0 ? a.info[(int64_t) stream*a.n_kv + x] : make_int2(-1, -1);
-        either[i] = info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER ? info.x : -1;
+        either[i] = info.x >= 0 && get_use(a, info.x, info.y, queries.x, queries.y) == USE_EITHER ? info.x : -1;
         plain = plain && cell[i] >= 0 && either[i] < 0;
     }
 #pragma unroll 4
@@ -308,10 +313,10 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
     }
 }
 
-template <int D>
+template <int D, bool tiled>
 void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     const expand_plan p = make_expand_plan(s, gpu);
-    const auto kernel = p.in_shared ? rebuild_rows<D, true> : rebuild_rows<D, false>;
+    const auto kernel = p.in_shared ? rebuild_rows<D, true, tiled> : rebuild_rows<D, false, tiled>;
     allow_shared_memory((const void *) kernel, p.shared);
     const int most    = ceil_div(c.n_all, 16*p.n_warp);
     const int blocks  = std::max(2, 2*gpu.n_sm/(a.n_head_kv*a.n_stream));
@@ -325,21 +330,30 @@ void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gp
 
 void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
     switch (s.d) {
-        case  64: return launch_rows< 64>(a, s, gpu, c, keys, values, stream);
-        case  80: return launch_rows< 80>(a, s, gpu, c, keys, values, stream);
-        case  96: return launch_rows< 96>(a, s, gpu, c, keys, values, stream);
-        case 128: return launch_rows<128>(a, s, gpu, c, keys, values, stream);
-        case 256: return launch_rows<256>(a, s, gpu, c, keys, values, stream);
+        case  64: return launch_rows< 64, false>(a, s, gpu, c, keys, values, stream);
+        case  80: return launch_rows< 80, false>(a, s, gpu, c, keys, values, stream);
+        case  96: return launch_rows< 96, false>(a, s, gpu, c, keys, values, stream);
+        case 128: return launch_rows<128, false>(a, s, gpu, c, keys, values, stream);
+        case 256: return launch_rows<256, false>(a, s, gpu, c, keys, values, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", s.d);
     }
 }
 
-void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream) {
+void expand_tiles(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream) {
+    switch (s.d) {
+        case  64: return launch_rows< 64, true>(a, s, gpu, c, keys, values, stream);
+        case 128: return launch_rows<128, true>(a, s, gpu, c, keys, values, stream);
+        case 256: return launch_rows<256, true>(a, s, gpu, c, keys, values, stream);
+        default:  GGML_ABORT("kvtc: no kernel for head_dim %d", s.d);
+    }
+}
+
+void list_either(const attn_args & a, int n_max, int * counts, int2 * ranges, int * list, int * list_end, cudaStream_t stream) {
     const int n_block = ceil_div(a.n_kv, COUNT_CELLS);
     const dim3 grid(n_block, a.n_stream);
-    count_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, counts);
+    count_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, counts, ranges);
     CUDA_CHECK(cudaGetLastError());
-    write_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, n_max, counts, list, list_end);
+    write_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, n_max, counts, ranges, list, list_end);
     CUDA_CHECK(cudaGetLastError());
 }
 

@@ -16,6 +16,7 @@ struct columns {
     int         n_list;   // likewise
     const int * list;     // [stream][n_list] cells
     const int * list_end; // [stream] entries in use
+    const int2 * ranges;  // [stream] least and greatest position of the queries
 };
 
 // columns before this one, a multiple of PREFILL_ALIGN, hold nothing: they are neither written nor read
@@ -29,11 +30,32 @@ __device__ __forceinline__ int get_listed(const columns & c, int stream, int col
     return i >= 0 ? c.list[(int64_t) stream*c.n_list + i] : -1;
 }
 
+// cell of a column, and its exact row: in the list, all keys count exactly; elsewhere those that do for all queries
+struct column_cell {
+    int cell, pos, slot;
+};
+
+__device__ __forceinline__ column_cell get_cell(const attn_args & a, const columns & c, int stream, int col, const int2 & range) {
+    column_cell x;
+    const bool listed = c.at + col < c.n_list;
+    x.cell = listed ? max(0, get_listed(c, stream, col)) : min(c.at + col - c.n_list, a.n_kv - 1);
+    const int2 info = a.info[(int64_t) stream*a.n_kv + x.cell];
+    x.pos  = info.x;
+    x.slot = info.x >= 0 && (listed || get_use(a, info.x, info.y, range.x, range.y) == USE_EXACT) ? info.y : -1;
+    return x;
+}
+
 // keys, rotated, and values' coefficients: f16 [stream][head][column][d]
 void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
 
-// cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], then the list, in order
-void list_either(const attn_args & a, int n_max, int * counts, int * list, int * list_end, cudaStream_t stream);
+// the same in the order of tiles (attend-sm90.cuh)
+void expand_tiles(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
+
+// on sm_90a
+void rebuild_tiles(const attn_args & a, int d, const columns & c, const rebuild_plan & p, half * keys, half * values, cudaStream_t stream);
+
+// cells whose keys are exact for some queries only: counts [stream][blocks of COUNT_CELLS], ranges, then the list, in order
+void list_either(const attn_args & a, int n_max, int * counts, int2 * ranges, int * list, int * list_end, cudaStream_t stream);
 
 // mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own; of all where the mask's rows are not
 // aligned to 16 bytes

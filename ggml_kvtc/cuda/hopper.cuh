@@ -58,8 +58,9 @@ __device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
     asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
 }
 
-// the four warps of a group meet; true where it is true for any thread
-__device__ __forceinline__ bool meet(int group, bool x) {
+// n_warp warps meet at a barrier of the block; true where it is true for any thread
+template <int n_warp>
+__device__ __forceinline__ bool meet(int barrier, bool x) {
     int any;
     asm volatile(
         "{\n"
@@ -68,8 +69,13 @@ __device__ __forceinline__ bool meet(int group, bool x) {
         "barrier.cta.red.or.pred.aligned q, %2, %3, p;\n"
         "selp.s32 %0, 1, 0, q;\n"
         "}\n"
-        : "=r"(any) : "r"((int) x), "r"(group + 1), "n"(32*GROUP_WARPS) : "memory");
+        : "=r"(any) : "r"((int) x), "r"(barrier), "n"(32*n_warp) : "memory");
     return any != 0;
+}
+
+// the four warps of a group meet
+__device__ __forceinline__ bool meet(int group, bool x) {
+    return meet<GROUP_WARPS>(group + 1, x);
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 

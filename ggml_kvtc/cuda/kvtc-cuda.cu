@@ -41,6 +41,12 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
     return s;
 }
 
+#ifdef KVTC_SM90
+bool is_hopper(int device) {
+    return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
+}
+#endif
+
 gpu_shape get_gpu(int device) {
     const auto & info = ggml_cuda_info().devices[device];
     gpu_shape gpu = { info.nsm, info.smpbo };
@@ -146,13 +152,20 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
 
     const output     out   = { (char *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], (int64_t) dst->nb[3] };
     const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
+#ifdef KVTC_SM90
+    tiles_plan tiles;
+    if (shape.n_tokens > MAX_DECODE_TOKENS && is_hopper(ctx.device) && make_tiles_plan(shape, gpu, count_exact(args, shape), tiles)) {
+        prefill_sm90(ctx, args, shape, gpu, tiles, out);
+        return;
+    }
+#endif
     if (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape)) {
         prefill(ctx, args, shape, gpu, out);
         return;
     }
 #ifdef KVTC_SM90
     sm90_plan plan90;
-    if (ggml_cuda_info().devices[ctx.device].cc == GGML_CUDA_CC_HOPPER && make_sm90_plan(shape, gpu, plan90)) {
+    if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
         ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*plan90.n_split*shape.d);
         ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*plan90.n_split);
         decode_sm90(args, shape.d, plan90, values.get(), meta.get(), ctx.stream());

@@ -46,8 +46,74 @@ __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_cod
     return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
+// A decode matrix as wgmma's operand, [D/8 + 2 groups of components][D columns][8]: columns are eight first channels of rotation
+// pairs, then their partners, and so on; the groups' components come in the order 2*q, + 1 of four groups that decode_eight()'s
+// callers have; two more components are 1 in every row and add the mean, its upper and its lower half.
+template <int D>
+__device__ __forceinline__ void load_matrix_pairs(half * matrix, const char * pack, const ggml_kvtc_cuda_head & head, int rope_type, int n_rot, int thread, int n_threads) {
+    const auto get_channel = [&](int column) {
+        return pair_channel(column/16*16 + column%8*2 + column/8%2, rope_type, n_rot);
+    };
+    const float first_mean = at<float>(pack, head.mean)[get_channel(min(thread, D - 1))]; // on its way before the matrix is waited for
+#pragma unroll 2
+    for (int i = thread; i < D*(D/32); i += n_threads) {
+        const int column = i%D;
+        const int block  = i/D; // of 32 components
+        const uint4 * from = (const uint4 *) (at<half>(pack, head.decode) + get_channel(column)*D + block*32);
+        const uint4 x[4] = { from[0], from[1], from[2], from[3] };
+        uint4 * to = (uint4 *) matrix + block*4*D + column;
+        to[0*D] = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
+        to[1*D] = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
+        to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
+        to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+    }
+    for (int i = thread; i < 2*D; i += n_threads) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (i < D) {
+            const float mean  = i == thread ? first_mean : at<float>(pack, head.mean)[get_channel(i)];
+            const float upper = __half2float(__float2half(mean));
+            x.x = pack_half2(upper, mean - upper);
+        }
+        *(uint4 *) (matrix + (D/8*D + i)*8) = x;
+    }
+}
+
 __device__ __forceinline__ bool is_wide(const pair_code & code) {
     return code.shift >> 8 > 8;
+}
+
+// A group of more than 4 bits of 16 rows, by a whole warp: a lane has one component of every fourth row. decode_wide() for the few
+// lanes that multiply it costs as many instructions for each row as this for all of them
+__device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
+    const uint32_t lane  = threadIdx.x % 32;
+    const uint32_t w     = code.shift >> 9;
+    const uint32_t bit   = code.shift % 32 + lane%8*w;
+    const uint32_t mask  = (2u << w) - 2;
+    const uint32_t table = code.table + (2*(lane%8) << w);
+    const uint8_t * from = rows + code.word + bit/32*4 + lane/8*stride;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t * word = (const uint32_t *) (from + 4*i*stride);
+        const uint32_t   b    = __funnelshift_r(word[0], word[1], bit);
+        uint16_t x;
+        asm("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(table + (b << 1 & mask)));
+        ((uint16_t *) to)[32*i + lane] = x;
+    }
+}
+
+// n groups from `codes` on: those of more than 4 bits come to `to`, one after the other, for use(group) to take from there
+template <typename T>
+__device__ __forceinline__ void for_wide(const pair_code * codes, int n, const uint8_t * rows, int stride, uint4 * to, const T & use) {
+#pragma unroll 1
+    for (int g = 0; g < n; ++g) {
+        const pair_code code = load_code(codes + g);
+        if (is_wide(code)) {
+            decode_wide_rows(rows, stride, code, to);
+            __syncwarp();
+            use(g);
+            __syncwarp();
+        }
+    }
 }
 
 } // namespace kvtc

@@ -147,7 +147,7 @@ struct sm90_plan {
     int lanes[2];
     int stride[2];
     int n_fine;            // positions in the table of rotations: slabs within them share an anchor
-    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -184,9 +184,12 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
         p.at_codes    = take(2*(s.d/8)*16);
         p.at_ranges   = take(2*n_warp*8);
+        p.at_weights  = take(n_warp*32*8);
+        p.at_tops     = take(n_warp*4*8);
+        p.at_wide     = take(n_warp*16*16);
         p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
         p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-        p.shared      = std::max(used, n_warp*8*(s.d + 8 + 2)*4);
+        p.shared      = std::max(used, n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4);
         if ((size_t) p.shared <= gpu.shared) {
             return true;
         }
@@ -247,12 +250,13 @@ struct prefill_plan {
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
 constexpr int    PREFILL_MERGE   = 8;
+constexpr int    MAX_SINGLE_HEAD = 256;           // above, ggml has no kernel for one head at once, as ALiBi needs it
 
 // n_exact: most exact rows of a stream
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
     prefill_plan p;
     p.n_cols  = n_cols;
-    p.n_cols2 = alibi || s.group == 1 ? 1 : s.group == 2 ? 2 : s.group <= 4 ? 4 : 8;
+    p.n_cols2 = alibi || (s.group == 1 && s.d <= MAX_SINGLE_HEAD) ? 1 : s.group <= 2 ? 2 : s.group <= 4 ? 4 : 8;
     const int align = PREFILL_ALIGN;
     const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
     const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
@@ -280,6 +284,92 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
     p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
     return p;
+}
+
+//
+// prefill on sm_90a: the expanded columns lie in tiles
+//
+
+constexpr int TILE_ROWS   = 128; // query rows of a block
+constexpr int TILE_STAGES = 2;
+
+template <int D> constexpr int TILE_KEYS = D <= 128 ? 128 : 64;
+
+inline int tile_keys(int d) {
+    return d <= 128 ? TILE_KEYS<128> : TILE_KEYS<256>;
+}
+
+struct tiles_plan {
+    int n_column, n_list, chunk, n_chunk, n_merge; // as in prefill_plan
+    int n_row_block;
+    int n_split, tiles_per_split; // of a chunk
+};
+
+// False where this kernel does not serve the shape.
+inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, tiles_plan & p) {
+    if (s.d != 64 && s.d != 128 && s.d != 256) {
+        return false;
+    }
+    const int align = PREFILL_ALIGN;
+    const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
+    const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
+    p.n_list      = ceil_div(std::min(s.n_kv, n_exact), align)*align;
+    p.n_column    = ceil_div(s.n_kv, align)*align + p.n_list;
+    p.chunk       = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
+    p.n_chunk     = ceil_div(p.n_column, p.chunk);
+    p.n_row_block = ceil_div(s.n_tokens*s.group, TILE_ROWS);
+
+    const int n_tile = p.chunk/tile_keys(s.d);
+    const int blocks = p.n_row_block*s.n_head_kv*s.n_stream;
+    double best = 0.0;
+    int n_split = 1;
+    for (int n = 1; n <= 16 && 2*n <= n_tile; ++n) { // as few ranges as fill the processors
+        const double use = (double) blocks*n/(ceil_div(blocks*n, gpu.n_sm)*gpu.n_sm);
+        if (use > best + 0.05) {
+            best    = use;
+            n_split = n;
+        }
+    }
+    p.tiles_per_split = ceil_div(n_tile, n_split);
+    p.n_split         = ceil_div(n_tile, p.tiles_per_split);
+    const size_t sums = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*p.n_split*(s.d + 2)*4;
+    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    return true;
+}
+
+template <int D> constexpr int REBUILD_GROUPS = D <= 128 ? 3 : 2; // of four warps, for slabs of 64 cells
+
+struct rebuild_plan {
+    int n_key_block, n_value_block;
+    int unit, lanes, stride; // as in staging
+    int at_table, at_freq, at_codes, at_stage; // keys: the decode matrix is at 0, and values' tables are
+    size_t shared;
+};
+
+// False where matrix or tables are too large, or rows no multiple of 8 bytes: expand_plan's kernel serves these.
+inline bool make_rebuild_plan(const attn_shape & s, const gpu_shape & gpu, int n_column, rebuild_plan & p) {
+    const int     n_group = s.d <= 128 ? REBUILD_GROUPS<128> : REBUILD_GROUPS<256>;
+    const staging rows    = make_staging(s);
+    if (rows.unit < 8) {
+        return false;
+    }
+    p.unit   = rows.unit;
+    p.lanes  = std::max(rows.lanes [0], rows.lanes [1]);
+    p.stride = std::max(rows.stride[0], rows.stride[1]);
+    int used = 0;
+    const auto take = [&used](int n, int align) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+    take((s.d/8 + 2)*s.d*16, 128);
+    p.at_table = take(s.pairs[0], 1024); // its tables are aligned to their size
+    used       = std::max(used, s.pairs[1]);
+    p.at_freq  = take(s.d/2*8, 128);
+    p.at_codes = take(s.d/8*16, 128);
+    p.at_stage = take(4*n_group*2*16*p.stride + 16, 128); // read past the end
+    p.shared   = used;
+    const int most    = ceil_div(n_column, 64*n_group);
+    const int blocks  = std::max(2, gpu.n_sm/(s.n_head_kv*s.n_stream));
+    p.n_key_block   = std::max(1, std::min(most, blocks*3/5)); // a key costs more than a value does
+    p.n_value_block = std::max(1, std::min(most, blocks - p.n_key_block));
+    return p.shared <= gpu.shared;
 }
 
 } // namespace kvtc

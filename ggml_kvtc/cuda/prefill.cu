@@ -11,7 +11,6 @@ namespace {
 
 constexpr int MERGE_THREADS = 256;
 
-// fold the ranges of these chunks, and the sums before, into one sum for each row
 template <int D>
 __global__ void merge_chunks(const attn_args a, const partial_sums p, int64_t n_row, float * values, float2 * meta) {
     constexpr int LANES  = D/4; // threads of a row, four components each
@@ -74,7 +73,9 @@ void merge(const attn_args & a, const partial_sums & p, int64_t n_row, float * v
     CUDA_CHECK(cudaGetLastError());
 }
 
-void merge(const attn_args & a, const partial_sums & p, int d, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
+} // namespace
+
+void merge_sums(const attn_args & a, const partial_sums & p, int d, int64_t n_row, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
         case  64: return merge< 64>(a, p, n_row, values, meta, stream);
         case  80: return merge< 80>(a, p, n_row, values, meta, stream);
@@ -85,8 +86,6 @@ void merge(const attn_args & a, const partial_sums & p, int d, int64_t n_row, fl
     }
 }
 
-} // namespace
-
 bool prefill_supports(const attn_args & a, const attn_shape & s) {
     return a.softcap == 0.0f || s.d >= 128; // ggml compiles its kernel with a cap for these
 }
@@ -94,8 +93,7 @@ bool prefill_supports(const attn_args & a, const attn_shape & s) {
 void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const output & dst) {
     cudaStream_t stream = ctx.stream();
     const int cc = ggml_cuda_info().devices[ctx.device].cc;
-    const int n_exact = a.n_slots > 0 || a.batch[0] ? a.n_slots + s.n_tokens*s.n_stream : 0;
-    const prefill_plan p = make_prefill_plan(s, gpu, n_exact, a.max_bias != 0.0f, cc == GGML_CUDA_CC_TURING ? 32 : 64);
+    const prefill_plan p = make_prefill_plan(s, gpu, count_exact(a, s), a.max_bias != 0.0f, cc == GGML_CUDA_CC_TURING ? 32 : 64);
 
     const int     n_grid  = p.n_split*p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream;
     const int     n_block = ceil_div(s.n_kv, COUNT_CELLS);
@@ -109,12 +107,13 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     ggml_cuda_pool_alloc<half>   mask  (ctx.pool(), (int64_t) s.n_stream*s.n_tokens*p.chunk);
     ggml_cuda_pool_alloc<int>    counts(ctx.pool(), s.n_stream*n_block);
     ggml_cuda_pool_alloc<int>    list  (ctx.pool(), s.n_stream*(p.n_list + 1));
+    ggml_cuda_pool_alloc<int2>   ranges(ctx.pool(), s.n_stream);
     ggml_cuda_pool_alloc<float2> out   (ctx.pool(), n_sums*std::min(p.n_chunk, p.n_merge));
     ggml_cuda_pool_alloc<float>  values(ctx.pool(), folds ? n_row*s.d : 1);
     ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), folds ? n_row : 1);
     int * list_end = list.get() + (int64_t) s.n_stream*p.n_list;
 
-    list_either(a, p.n_list, counts.get(), list.get(), list_end, stream);
+    list_either(a, p.n_list, counts.get(), ranges.get(), list.get(), list_end, stream);
 
     // 16-byte copies of the mask
     const bool plain_mask = a.mask && a.ne_m1 % 8 == 0 && a.ne_m3 % 8 == 0 && (uintptr_t) a.mask % 16 == 0;
@@ -166,12 +165,12 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
 
     for (int at = 0; at < p.n_column; at += p.chunk) {
         if (sums.n_chunk == p.n_merge) {
-            merge(a, sums, s.d, n_row, values.get(), meta.get(), stream);
+            merge_sums(a, sums, s.d, n_row, values.get(), meta.get(), stream);
             sums.old_meta   = meta.get();
             sums.old_values = values.get();
             sums.n_chunk    = 0;
         }
-        c.c   = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end };
+        c.c   = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end, ranges.get() };
         c.out = out.get() + sums.n_chunk*n_sums;
         expand_cells(a, s, gpu, c.c, k.get(), v.get(), stream);
         expand_mask (a, c.c, counts.get(), p.split, plain_mask, mask.get(), stream);

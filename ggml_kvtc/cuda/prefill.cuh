@@ -10,4 +10,15 @@ bool prefill_supports(const attn_args & a, const attn_shape & s);
 
 void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const output & dst);
 
+// the same on sm_90a
+void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const tiles_plan & p, const output & dst);
+
+// most exact rows that one stream has
+inline int count_exact(const attn_args & a, const attn_shape & s) {
+    return a.n_slots > 0 || a.batch[0] ? a.n_slots + s.n_tokens*s.n_stream : 0;
+}
+
+// fold the ranges of these chunks, and the sums before, into one sum for each row
+void merge_sums(const attn_args & a, const partial_sums & p, int d, int64_t n_row, float * values, float2 * meta, cudaStream_t stream);
+
 } // namespace kvtc

@@ -88,6 +88,42 @@ def cases() -> Iterator[tuple[str, object]]:
     for tokens in (1, 33):
         yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
         yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
+    yield from few_cases(replace(plain, dk=128, rope=neox(128), k=2, v=4, n_kv=700))
+
+
+def few_cases(plain: object) -> Iterator[tuple[str, object]]:
+    """Cases of at most 8 query rows of head_dim 128, which warps of sm_90a share in another way than those of 64."""
+    from kvtc_gguf.reference_rope import Rope
+
+    variants = {
+        "no rope": {"rope": None},
+        "normal": {"rope": Rope(128, neox=False)},
+        "neox 64 of 128": {"rope": Rope(64, neox=True)},
+        "shuffled": {"order": "shuffled", "start": 61},
+        "sparse": {"order": "sparse"},
+        "far": {"start": 999_900, "n_kv": 5000},
+        "interleaved": {"order": "interleaved", "n_kv": 3000},
+        "all exact": {"exact": "store", "window": 10_000},
+        "batch exact": {"exact": "batch"},
+        "nothing exact": {"exact": "none"},
+        "long window": {"exact": "store", "window": 500, "n_kv": 1500},
+        "window's edge": {"exact": "store", "window": 33, "n_kv": 400, "k": 1, "v": 1},
+        "wide": {"k": 6, "v": 6},
+        "wide keys": {"k": 5, "v": 2},
+        "wide values": {"k": 3, "v": 6},
+        "holes": {"mask": "holes"},
+        "dead": {"mask": "dead"},
+        "no mask": {"mask": "none", "empty": 0},
+        "streams": {"streams": 3, "order": "shuffled"},
+        "softcap": {"softcap": 3.0},
+        "sink logits": {"sink_logits": True},
+        "alibi": {"max_bias": 8.0, "heads": 3},
+        "strided": {"permuted": True, "exact": "batch"},
+        "many cells": {"n_kv": 20_000},
+    }
+    for name, extra in variants.items():
+        for group, tokens in ((4, 1), (2, 4), (7, 1)):
+            yield f"few, {name} group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, **extra)
 
 
 def store_cases() -> Iterator[tuple[str, object]]:

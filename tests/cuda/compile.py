@@ -24,7 +24,7 @@ SOURCES = ROOT / "ggml_kvtc"
 # Turing, Ampere, Hopper, Blackwell; ggml builds 12.0 with its architecture's own instructions, as do we.
 ARCHITECTURES = ("75", "80", "90", "120a")
 # Files that exist for one architecture alone, see ggml_kvtc/CMakeLists.txt.
-SINGLE = {"decode-sm90.cu": ("90a",)}
+SINGLE = {name: ("90a",) for name in ("decode-sm90.cu", "attend-sm90.cu", "prefill-sm90.cu", "rebuild-sm90.cu")}
 # What ggml-cuda's own CMakeLists.txt passes to nvcc, less what its headers and nvcc's own code do not keep to.
 WARNINGS = "-Wall,-Wextra,-Wcast-qual,-Wno-unused-function,-Wno-unused-parameter,-Wno-array-bounds"
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", f"-Xcompiler=-fPIC,{WARNINGS}")

@@ -26,7 +26,7 @@ int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
     sm90_plan p = {};
     const bool ok = make_sm90_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_ranges, p.at_stage[0], p.at_stage[1] };
+        p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_ranges, p.at_weights, p.at_tops, p.at_wide, p.at_stage[0], p.at_stage[1] };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
 }
@@ -41,6 +41,20 @@ void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_
     const long folded = p.n_chunk > p.n_merge ? rows*(s.d*4 + 8) : 0;
     const long values[] = { p.chunk, p.n_list, p.n_split, p.split, p.n_merge, p.n_token_block, p.n_head_block, p.n_cols2, p.n_column, p.n_chunk, folded + cells + sums };
     std::copy(std::begin(values), std::end(values), out);
+}
+
+// out: chunk, n_list, n_column, n_chunk, n_merge, n_row_block, n_split, tiles_per_split, keys of a tile, bytes of scratch; true where served
+int plan_tiles(const int * shape, int n_sm, long scratch, int n_exact, long * out) {
+    const attn_shape s = get_shape(shape);
+    tiles_plan p = {};
+    const bool ok = make_tiles_plan(s, { n_sm, 0, (size_t) scratch }, n_exact, p);
+    const long rows  = (long) s.n_stream*s.n_tokens*s.group*s.n_head_kv;
+    const long cells = (long) s.n_stream*p.chunk*(s.n_head_kv*s.d*4 + s.n_tokens*2);
+    const long sums  = rows*p.n_split*(s.d*4 + 8)*std::min(p.n_chunk, p.n_merge);
+    const long folded = p.n_chunk > p.n_merge ? rows*(s.d*4 + 8) : 0;
+    const long values[] = { p.chunk, p.n_list, p.n_column, p.n_chunk, p.n_merge, p.n_row_block, p.n_split, p.tiles_per_split, tile_keys(s.d), folded + cells + sums };
+    std::copy(std::begin(values), std::end(values), out);
+    return ok;
 }
 
 }

@@ -35,6 +35,7 @@ def plans(tmp_path_factory):
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
+        int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
     """)
     return ffi, ffi.dlopen(str(library))
 
@@ -42,7 +43,7 @@ def plans(tmp_path_factory):
 @st.composite
 def shapes(draw, tokens: st.SearchStrategy[int]) -> list[int]:
     """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V."""
-    d = draw(st.sampled_from([64, 80, 96, 128, 256]))
+    d = draw(st.sampled_from([64, 80, 96, 128, 256, 512]))
     heads = draw(st.integers(1, 16))
     bits = [draw(st.integers(1, 6)) for _ in range(2)]
     rows = [heads * d * b // 8 for b in bits]
@@ -86,7 +87,7 @@ def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
 @given(shape=shapes(st.integers(1, 8)))
 def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[17]")
+    out = ffi.new("long[20]")
     if library.plan_sm90(shape, *GPUS["hopper"], out):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
@@ -114,6 +115,23 @@ def test_prefill_covers_all_cells_in_chunks(plans, shape, n_exact, mib, cols):
     assert 1 <= n_merge <= 8
 
 
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(17, 512)), n_exact=st.integers(0, 2000), mib=st.integers(1, 144))
+def test_wgmma_prefill_covers_all_cells_and_rows_in_whole_tiles(plans, shape, n_exact, mib):
+    ffi, library = plans
+    out = ffi.new("long[10]")
+    served = library.plan_tiles(shape, 132, mib * MIB, n_exact, out)
+    assert served == (shape[0] in (64, 128, 256))
+    if served:
+        chunk, n_list, n_column, n_chunk, n_merge, row_blocks, n_split, per_split, keys, _ = out
+        assert chunk % 256 == n_list % 256 == n_column % 256 == 256 % keys == 0
+        assert n_list >= min(shape[1], n_exact) and n_column - n_list >= shape[1]
+        assert (n_chunk - 1) * chunk < n_column <= n_chunk * chunk
+        assert (n_split - 1) * per_split < chunk // keys <= n_split * per_split
+        assert (row_blocks - 1) * 128 < shape[2] * shape[3] <= row_blocks * 128
+        assert 1 <= n_merge <= 8
+
+
 @pytest.mark.parametrize("group, heads, d", [(4, 8, 128), (7, 4, 128), (4, 4, 256), (3, 3, 64)])
 @pytest.mark.parametrize("n_kv", [512, 4096, 131072, 1 << 20])
 def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads, d, n_kv):
@@ -122,3 +140,5 @@ def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads,
     shape = [d, n_kv, 512, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
     library.plan_prefill(shape, 132, 144 * MIB, 196 + 512, 64, out)
     assert out[10] <= 256 * MIB
+    assert library.plan_tiles(shape, 132, 144 * MIB, 196 + 512, out)
+    assert out[9] <= 256 * MIB

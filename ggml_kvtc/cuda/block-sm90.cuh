@@ -1,0 +1,152 @@
+// What a block of decode-sm90.cu does before its loop and after it: the pack's part of its head to shared memory, its queries,
+// and the warps' sums to one.
+#pragma once
+
+#include "pairs.cuh"
+#include "plan.h"
+
+namespace kvtc {
+
+// words of a position in the table of rotations: neighbours do not share banks. Pairs 16*u + 2*q, + 1, + 8, + 9 are four at 16*u + 4*q
+template <int D>
+constexpr int TURN_WORDS = D/2 + 16;
+
+template <int D>
+__device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
+                                           int rope_type, int n_rot, int n_threads) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
+        for (int i = threadIdx.x; i < (int) h.n_pairs/16; i += n_threads) {
+            copy_async<16>(smem + p.at_table[s] + 16*i, base + h.pairs + 16*i);
+        }
+    }
+    copy_commit();
+    // what is small is on its way before the matrix is waited for
+    constexpr int AHEAD = 3; // turns of a thread
+    const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
+    const int n_turn = p.n_fine*(D/8);
+    uint4 first_turns[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        first_turns[k] = at<uint4>(base, pack.turns)[min((int) threadIdx.x + k*n_threads, n_turn - 1)];
+    }
+    const uint64_t freq = at<uint64_t>(base, pack.freq)[min((int) threadIdx.x, D/2 - 1)];
+    const bool     of_k = threadIdx.x < D/8;
+    pair_code      code = at<pair_code>(base, (of_k ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
+    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
+    const auto put_turn = [&](int i, const uint4 & x) { // (cos, sin) of pairs 4*j .. 4*j + 3
+        const int j = i%(D/8);
+        uint32_t * to = (uint32_t *) (smem + p.at_fine) + i/(D/8)*TURN_WORDS<D> + j/4*16 + j%2*8 + j/2%2*2;
+        *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
+        *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
+    };
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        if ((int) threadIdx.x + k*n_threads < n_turn) {
+            put_turn(threadIdx.x + k*n_threads, first_turns[k]);
+        }
+    }
+    for (int i = threadIdx.x + AHEAD*n_threads; i < n_turn; i += n_threads) {
+        put_turn(i, at<uint4>(base, pack.turns)[i]);
+    }
+    if (threadIdx.x < D/2) { // there are more threads
+        ((uint64_t *) (smem + p.at_freq))[threadIdx.x] = threadIdx.x < n_rot/2 ? freq : 0;
+    }
+    if (threadIdx.x < 2*(D/8)) {
+        code.table += (uint32_t) __cvta_generic_to_shared(smem + (of_k ? p.at_table[0] : p.at_table[1]));
+        ((pair_code *) (smem + p.at_codes))[threadIdx.x] = code;
+    }
+}
+
+// f32 [query row][D + 8] in the order of pairs
+template <int D>
+__device__ __forceinline__ void load_queries(const attn_args & a, float * queries, int head, int stream, int rope_type, int n_rot, float mscale, int n_threads) {
+    const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
+    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += n_threads) {
+        const int r       = i/D;
+        const int token   = r/a.group;
+        const int channel = pair_channel(i%D, rope_type, n_rot);
+        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
+        queries[r*(D + 8) + i%D] = x*(i%D < n_rot ? scale*mscale : scale);
+    }
+}
+
+// The queries, f16, rotated back by a position; the rows of `turned` lie D + 8 apart. n threads that follow each other do it together
+template <int D, int n>
+__device__ __forceinline__ void turn_queries(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
+    constexpr int UNITS = D/4; // of two pairs
+    const int    i  = threadIdx.x%UNITS;
+    const float2 c0 = get_rotation(pos, freq[2*i]);
+    const float2 c1 = get_rotation(pos, freq[2*i + 1]);
+    for (int r = threadIdx.x%n/UNITS; r < n_row; r += n/UNITS) { // the others stay zeros
+        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+        half * to = turned + r*(D + 8) + i/4*16 + i%4*2;
+        *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
+        *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
+    }
+}
+
+// The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
+// rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
+// each. All of shared memory is free.
+template <int D, int N_WARP>
+__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
+                                            int head, int stream, float * values, float2 * meta) {
+    constexpr int LD    = D + 8;
+    constexpr int SHARE = D/64;
+    constexpr int N_SET = N_WARP/SHARE;
+    const int own = threadIdx.x / 32 % SHARE;
+    const int set = threadIdx.x / 32 / SHARE;
+    const int r8  = threadIdx.x % 32 / 4;
+    const int q4  = threadIdx.x % 4;
+    float * all_o   = (float *) smem;     // [set][row][LD]
+    float * all_top = all_o + N_SET*8*LD; // [set][row]
+    float * all_sum = all_top + N_SET*8;  // [set][row][warp of it]
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+        float s = sum[x];
+        s += __shfl_xor_sync(0xffffffff, s, 4);
+        s += __shfl_xor_sync(0xffffffff, s, 8);
+        s += __shfl_xor_sync(0xffffffff, s, 16);
+        const int row = set*8 + 2*q4 + x;
+        if (r8 == 0) {
+            all_sum[row*SHARE + own] = s;
+            if (own == 0) {
+                all_top[row] = top[x];
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            all_o[row*LD + 64*own + 8*t + r8]       = o[t][x];
+            all_o[row*LD + 64*own + 8*(t + 4) + r8] = o[t][x + 2];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += 32*N_WARP) {
+        const int r = i/D;
+        const int c = i%D;
+        const int place = (c/64*8 + c%8)*8 + c/8%8;
+        float most = -INFINITY;
+        for (int u = 0; u < N_SET; ++u) {
+            most = fmaxf(most, all_top[u*8 + r]);
+        }
+        float value = 0.0f;
+        float total = 0.0f;
+        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
+            const float f = exp2f(all_top[u*8 + r] - most);
+            value += f*all_o[(u*8 + r)*LD + place];
+#pragma unroll
+            for (int s = 0; s < SHARE; ++s) {
+                total += f*all_sum[(u*8 + r)*SHARE + s];
+            }
+        }
+        const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
+        values[(row*gridDim.x + blockIdx.x)*D + c] = value;
+        if (c == 0) {
+            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
+        }
+    }
+}
+
+} // namespace kvtc
