@@ -15,8 +15,7 @@
 #include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "stage.cuh"
-
-#include <type_traits>
+#include "turn-sm90.cuh"
 
 namespace kvtc {
 
@@ -325,51 +324,10 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             };
             decode_values(v_rows);
             wgmma_wait();
-            const auto multiply = [&](auto near) {
-#pragma unroll
-                for (int u = 0; u < D/32; ++u) {
-                    uint32_t qf[4];
-                    ldmatrix_x4(qf, turned + lane%8*LD + 32*u + lane/8*8);
-                    uint4 cs[2];
-                    if constexpr (decltype(near)::value) {
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            cs[i] = *(const uint4 *) (turn[i] + 16*u);
-                        }
-                    }
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        uint32_t kf[4];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            half2 cos, sin;
-                            if constexpr (decltype(near)::value) {
-                                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                                const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
-                                cos = *(const half2 *) &cu;
-                                sin = *(const half2 *) &su;
-                            } else {
-                                const int    pair = 16*u + 8*m + 2*q4;
-                                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                cos = __floats2half2_rn(cs0.x, cs1.x);
-                                sin = __floats2half2_rn(cs0.y, cs1.y);
-                            }
-                            const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
-                            const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
-                            const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
-                            const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
-                            kf[i]     = *(const uint32_t *) &y0;
-                            kf[i + 2] = *(const uint32_t *) &y1;
-                        }
-                        mma(w, kf, qf[2*m], qf[2*m + 1]);
-                    }
-                }
-            };
             if (near) {
-                multiply(std::true_type());
+                multiply_turned<D, true >(w, x, turned, turn, row_pos, freq);
             } else {
-                multiply(std::false_type());
+                multiply_turned<D, false>(w, x, turned, turn, row_pos, freq);
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
