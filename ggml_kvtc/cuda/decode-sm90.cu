@@ -9,6 +9,10 @@
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order. Its columns are eight first channels of
 // rotation pairs, then their eight partners, and so on: a thread gets both of a pair, two pairs in a register.
 //
+// For the values' product warps do not divide keys alone: of 128 components, two warps have 64 each of the keys of both. So a warp's
+// sums take half the registers, and a thread has one group of eight. Weights of the other warp's keys come by shared memory, and both
+// keep to one largest logit.
+//
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
@@ -32,7 +36,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SLAB    = 16*WARPS;
     constexpr int LD      = D + 8;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
+    constexpr int SHARE   = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -71,8 +75,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
-    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
-    float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of its keys, as the other warp's operand
+    float2 * tops    = (float2 *) (smem + p.at_tops);    // [warp][q4] largest logits
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     const auto meet_set = [&](bool x) {
         if constexpr (SHARE == 1) {
@@ -282,14 +286,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             again = pass == 0 && any_either;
-            if (!again) {
-                __syncwarp();
-                fetch(0, slab + 1, more);
-            }
-
             if (again) {
                 copy_wait<0>();
             } else {
+                __syncwarp();
+                fetch(0, slab + 1, more);
                 copy_wait<1>(); // the values
             }
             __syncwarp();
@@ -312,8 +313,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
-            // meanwhile values of the warp's own keys
-            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
             const pair_code code = load_code(codes + D/8 + r8 + 8*own);
             const auto decode_values = [&](const uint8_t * rows) {
