@@ -4,12 +4,9 @@
 
 #include "pairs.cuh"
 #include "plan.h"
+#include "turn-sm90.cuh"
 
 namespace kvtc {
-
-// words of a position in the table of rotations: neighbours do not share banks. Pairs 16*u + 2*q, + 1, + 8, + 9 are four at 16*u + 4*q
-template <int D>
-constexpr int TURN_WORDS = D/2 + 16;
 
 template <int D>
 __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
@@ -69,21 +66,6 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
         const int channel = pair_channel(i%D, rope_type, n_rot);
         const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
         queries[r*(D + 8) + i%D] = x*(i%D < n_rot ? scale*mscale : scale);
-    }
-}
-
-// The queries, f16, rotated back by a position; the rows of `turned` lie D + 8 apart. n threads that follow each other do it together
-template <int D, int n>
-__device__ __forceinline__ void turn_queries(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
-    constexpr int UNITS = D/4; // of two pairs
-    const int    i  = threadIdx.x%UNITS;
-    const float2 c0 = get_rotation(pos, freq[2*i]);
-    const float2 c1 = get_rotation(pos, freq[2*i + 1]);
-    for (int r = threadIdx.x%n/UNITS; r < n_row; r += n/UNITS) { // the others stay zeros
-        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
-        half * to = turned + r*(D + 8) + i/4*16 + i%4*2;
-        *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
-        *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
     }
 }
 

@@ -9,14 +9,17 @@
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order. Its columns are eight first channels of
 // rotation pairs, then their eight partners, and so on: a thread gets both of a pair, two pairs in a register.
 //
+// For the values' product warps do not divide keys alone: of 128 components, two warps have 64 each of the keys of both. So a warp's
+// sums take half the registers, and a thread has one group of eight. Weights of the other warp's keys come by shared memory, and both
+// keep to one largest logit.
+//
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "stage.cuh"
-
-#include <type_traits>
+#include "turn-sm90.cuh"
 
 namespace kvtc {
 
@@ -39,7 +42,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SLAB    = 16*WARPS;
     constexpr int LD      = D + 8;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
+    constexpr int SHARE   = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -77,8 +80,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
-    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
-    float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of its keys, as the other warp's operand
+    float2 * tops    = (float2 *) (smem + p.at_tops);    // [warp][q4] largest logits
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     const auto meet_set = [&](bool x) {
         if constexpr (SHARE == 1) {
@@ -306,14 +309,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             again = pass == 0 && any_either;
-            if (!again) {
-                __syncwarp();
-                fetch(0, slab + 1, more);
-            }
-
             if (again) {
                 copy_wait<0>();
             } else {
+                __syncwarp();
+                fetch(0, slab + 1, more);
                 copy_wait<1>(); // the values
             }
             __syncwarp();
@@ -336,8 +336,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
-            // meanwhile values of the warp's own keys
-            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
             const pair_code code = load_code(codes + D/8 + r8 + 8*own);
             const auto decode_values = [&](const uint8_t * rows) {
@@ -348,51 +347,10 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             };
             decode_values(v_rows);
             wgmma_wait();
-            const auto multiply = [&](auto near) {
-#pragma unroll
-                for (int u = 0; u < D/32; ++u) {
-                    uint32_t qf[4];
-                    ldmatrix_x4(qf, turned + lane%8*LD + 32*u + lane/8*8);
-                    uint4 cs[2];
-                    if constexpr (decltype(near)::value) {
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            cs[i] = *(const uint4 *) (turn[i] + 16*u);
-                        }
-                    }
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        uint32_t kf[4];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            half2 cos, sin;
-                            if constexpr (decltype(near)::value) {
-                                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                                const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
-                                cos = *(const half2 *) &cu;
-                                sin = *(const half2 *) &su;
-                            } else {
-                                const int    pair = 16*u + 8*m + 2*q4;
-                                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                cos = __floats2half2_rn(cs0.x, cs1.x);
-                                sin = __floats2half2_rn(cs0.y, cs1.y);
-                            }
-                            const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
-                            const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
-                            const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
-                            const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
-                            kf[i]     = *(const uint32_t *) &y0;
-                            kf[i + 2] = *(const uint32_t *) &y1;
-                        }
-                        mma(w, kf, qf[2*m], qf[2*m + 1]);
-                    }
-                }
-            };
             if (near) {
-                multiply(std::true_type());
+                multiply_turned<D, true >(w, x, turned, turn, row_pos, freq);
             } else {
-                multiply(std::false_type());
+                multiply_turned<D, false>(w, x, turned, turn, row_pos, freq);
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
