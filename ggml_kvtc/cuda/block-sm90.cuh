@@ -4,12 +4,9 @@
 
 #include "pairs.cuh"
 #include "plan.h"
+#include "turn-sm90.cuh"
 
 namespace kvtc {
-
-// words of a position in the table of rotations: neighbours do not share banks. Pairs 16*u + 2*q, + 1, + 8, + 9 are four at 16*u + 4*q
-template <int D>
-constexpr int TURN_WORDS = D/2 + 16;
 
 template <int D>
 __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
@@ -22,22 +19,39 @@ __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, 
         }
     }
     copy_commit();
-    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
+    // what is small is on its way before the matrix is waited for
+    constexpr int AHEAD = 3; // turns of a thread
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    for (int i = threadIdx.x; i < p.n_fine*(D/8); i += n_threads) {
-        const uint4 x = at<uint4>(base, pack.turns)[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
-        const int   j = i%(D/8);
+    const int n_turn = p.n_fine*(D/8);
+    uint4 first_turns[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        first_turns[k] = at<uint4>(base, pack.turns)[min((int) threadIdx.x + k*n_threads, n_turn - 1)];
+    }
+    const uint64_t freq = at<uint64_t>(base, pack.freq)[min((int) threadIdx.x, D/2 - 1)];
+    const bool     of_k = threadIdx.x < D/8;
+    pair_code      code = at<pair_code>(base, (of_k ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
+    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
+    const auto put_turn = [&](int i, const uint4 & x) { // (cos, sin) of pairs 4*j .. 4*j + 3
+        const int j = i%(D/8);
         uint32_t * to = (uint32_t *) (smem + p.at_fine) + i/(D/8)*TURN_WORDS<D> + j/4*16 + j%2*8 + j/2%2*2;
         *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
         *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
+    };
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        if ((int) threadIdx.x + k*n_threads < n_turn) {
+            put_turn(threadIdx.x + k*n_threads, first_turns[k]);
+        }
     }
-    for (int i = threadIdx.x; i < D/2; i += n_threads) {
-        ((uint64_t *) (smem + p.at_freq))[i] = i < n_rot/2 ? at<uint64_t>(base, pack.freq)[i] : 0;
+    for (int i = threadIdx.x + AHEAD*n_threads; i < n_turn; i += n_threads) {
+        put_turn(i, at<uint4>(base, pack.turns)[i]);
+    }
+    if (threadIdx.x < D/2) { // there are more threads
+        ((uint64_t *) (smem + p.at_freq))[threadIdx.x] = threadIdx.x < n_rot/2 ? freq : 0;
     }
     if (threadIdx.x < 2*(D/8)) {
-        const int side = threadIdx.x/(D/8);
-        pair_code code = at<pair_code>(base, (side == 0 ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
-        code.table += (uint32_t) __cvta_generic_to_shared(smem + (side == 0 ? p.at_table[0] : p.at_table[1]));
+        code.table += (uint32_t) __cvta_generic_to_shared(smem + (of_k ? p.at_table[0] : p.at_table[1]));
         ((pair_code *) (smem + p.at_codes))[threadIdx.x] = code;
     }
 }
@@ -52,21 +66,6 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
         const int channel = pair_channel(i%D, rope_type, n_rot);
         const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
         queries[r*(D + 8) + i%D] = x*(i%D < n_rot ? scale*mscale : scale);
-    }
-}
-
-// The queries, f16, rotated back by a position; the rows of `turned` lie D + 8 apart. n threads that follow each other do it together
-template <int D, int n>
-__device__ __forceinline__ void turn_queries(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
-    constexpr int UNITS = D/4; // of two pairs
-    const int    i  = threadIdx.x%UNITS;
-    const float2 c0 = get_rotation(pos, freq[2*i]);
-    const float2 c1 = get_rotation(pos, freq[2*i + 1]);
-    for (int r = threadIdx.x%n/UNITS; r < n_row; r += n/UNITS) { // the others stay zeros
-        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
-        half * to = turned + r*(D + 8) + i/4*16 + i%4*2;
-        *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
-        *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
     }
 }
 

@@ -9,20 +9,29 @@
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order. Its columns are eight first channels of
 // rotation pairs, then their eight partners, and so on: a thread gets both of a pair, two pairs in a register.
 //
+// For the values' product warps do not divide keys alone: of 128 components, two warps have 64 each of the keys of both. So a warp's
+// sums take half the registers, and a thread has one group of eight. Weights of the other warp's keys come by shared memory, and both
+// keep to one largest logit.
+//
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "stage.cuh"
-
-#include <type_traits>
+#include "turn-sm90.cuh"
 
 namespace kvtc {
 
 namespace {
 
 constexpr int WARPS = GROUP_WARPS;
+
+// of the store; a slot below 0 has none
+template <int D>
+__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot) {
+    return (const uint4 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*D);
+}
 
 // ONE: one token, whose keys either count exactly or do not
 template <int D, int GROUPS, bool ONE>
@@ -33,7 +42,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SLAB    = 16*WARPS;
     constexpr int LD      = D + 8;
     constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int SHARE   = D/64;              // warps that share keys for the values' product: each has 64 components of them
+    constexpr int SHARE   = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -71,9 +80,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
-    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
-    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of the keys' last slab
-    float2 * tops    = (float2 *) (smem + p.at_tops);
+    uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of its keys, as the other warp's operand
+    float2 * tops    = (float2 *) (smem + p.at_tops);    // [warp][q4] largest logits
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     const auto meet_set = [&](bool x) {
         if constexpr (SHARE == 1) {
@@ -155,6 +163,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     if (slab < slab_end) {
         look(slab, next);
     }
+    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     copy_wait<1>(); // all but this fetch
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
@@ -211,6 +220,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         fetch(1, slab, true);
         const int pos = now.cell.x;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, now.cell.y, min_pos, max_pos);
+        if (use != USE_CODES && now.cell.y >= 0) { // one warp of two the keys, one the values
+            const char * exact = (const char *) get_exact_row<D>(a, here, head, now.cell.y);
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
+            }
+        }
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
         const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
@@ -271,26 +287,33 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 }
             }
             if (any_chosen) {
+                int   from[2];
+                uint4 y[2][D/32]; // all on their way before the first is needed
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int from = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
-                    if (from != -1) {
+                    from[i] = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
+                    const uint4 * exact = get_exact_row<D>(a, GGML_KVTC_K, head, from[i]) + q4;
+#pragma unroll
+                    for (int s = 0; s < D/32; ++s) {
+                        y[i][s] = from[i] >= 0 ? exact[4*s] : make_uint4(0, 0, 0, 0);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (from[i] != -1) {
 #pragma unroll
                         for (int s = 0; s < D/32; ++s) {
-                            put(s, i, load_exact(a, GGML_KVTC_K, D, head, from, (4*s + q4)*8), __float2half2_rn(1.0f));
+                            put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8), __float2half2_rn(1.0f));
                         }
                     }
                 }
             }
             again = pass == 0 && any_either;
-            if (!again) {
-                __syncwarp();
-                fetch(0, slab + 1, more);
-            }
-
             if (again) {
                 copy_wait<0>();
             } else {
+                __syncwarp();
+                fetch(0, slab + 1, more);
                 copy_wait<1>(); // the values
             }
             __syncwarp();
@@ -313,8 +336,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_matrix + 2*D*KS);
             wgmma_commit();
-            // meanwhile values of the warp's own keys
-            // group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: its component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
             const pair_code code = load_code(codes + D/8 + r8 + 8*own);
             const auto decode_values = [&](const uint8_t * rows) {
@@ -325,51 +347,10 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             };
             decode_values(v_rows);
             wgmma_wait();
-            const auto multiply = [&](auto near) {
-#pragma unroll
-                for (int u = 0; u < D/32; ++u) {
-                    uint32_t qf[4];
-                    ldmatrix_x4(qf, turned + lane%8*LD + 32*u + lane/8*8);
-                    uint4 cs[2];
-                    if constexpr (decltype(near)::value) {
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            cs[i] = *(const uint4 *) (turn[i] + 16*u);
-                        }
-                    }
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        uint32_t kf[4];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            half2 cos, sin;
-                            if constexpr (decltype(near)::value) {
-                                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                                const uint32_t su = m == 0 ? cs[i].y : cs[i].w;
-                                cos = *(const half2 *) &cu;
-                                sin = *(const half2 *) &su;
-                            } else {
-                                const int    pair = 16*u + 8*m + 2*q4;
-                                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                                cos = __floats2half2_rn(cs0.x, cs1.x);
-                                sin = __floats2half2_rn(cs0.y, cs1.y);
-                            }
-                            const half2 x0 = *(const half2 *) &x[8*u + 4*m + i];
-                            const half2 x1 = *(const half2 *) &x[8*u + 4*m + i + 2];
-                            const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
-                            const half2 y1 = __hfma2(x0, sin, __hmul2(x1, cos));
-                            kf[i]     = *(const uint32_t *) &y0;
-                            kf[i + 2] = *(const uint32_t *) &y1;
-                        }
-                        mma(w, kf, qf[2*m], qf[2*m + 1]);
-                    }
-                }
-            };
             if (near) {
-                multiply(std::true_type());
+                multiply_turned<D, true >(w, x, turned, turn, row_pos, freq);
             } else {
-                multiply(std::false_type());
+                multiply_turned<D, false>(w, x, turned, turn, row_pos, freq);
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
@@ -483,11 +464,17 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     }
                 });
                 if (any_chosen) {
+                    int   from[4];
+                    uint4 y[4];
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
-                        const int from = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
-                        if (from != -1) {
-                            z[n] = load_exact(a, GGML_KVTC_V, D, head, from, (r8 + 8*own)*8);
+                        from[n] = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
+                        y[n] = from[n] >= 0 ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n])[r8 + 8*own] : make_uint4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        if (from[n] != -1) {
+                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*own)*8);
                         }
                     }
                 }

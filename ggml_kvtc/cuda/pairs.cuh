@@ -54,6 +54,7 @@ __device__ __forceinline__ void load_matrix_pairs(half * matrix, const char * pa
     const auto get_channel = [&](int column) {
         return pair_channel(column/16*16 + column%8*2 + column/8%2, rope_type, n_rot);
     };
+    const float first_mean = at<float>(pack, head.mean)[get_channel(min(thread, D - 1))]; // on its way before the matrix is waited for
 #pragma unroll 2
     for (int i = thread; i < D*(D/32); i += n_threads) {
         const int column = i%D;
@@ -69,7 +70,7 @@ __device__ __forceinline__ void load_matrix_pairs(half * matrix, const char * pa
     for (int i = thread; i < 2*D; i += n_threads) {
         uint4 x = make_uint4(0, 0, 0, 0);
         if (i < D) {
-            const float mean  = at<float>(pack, head.mean)[get_channel(i)];
+            const float mean  = i == thread ? first_mean : at<float>(pack, head.mean)[get_channel(i)];
             const float upper = __half2float(__float2half(mean));
             x.x = pack_half2(upper, mean - upper);
         }
