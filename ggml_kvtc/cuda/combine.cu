@@ -217,7 +217,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
     }
     __syncthreads();
     {
-        float4 x[HELD];
+        float4 x[HELD] = {};
         const auto add = [&](int k, const float2 & m, const float4 & y) {
             const float2 n = norm[(k*32*MANY_WARPS + threadIdx.x)/LANES];
             const float  f = m.x == -INFINITY ? 0.0f : exp2f(m.x - n.x)*n.y;
@@ -229,7 +229,6 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
         for (int k = 0; k < HELD; ++k) {
             const int j = k*32*MANY_WARPS + threadIdx.x;
             const int c = min(j%LANES*4, D - 4);
-            x[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (p.old_meta) {
                 const int64_t row = get_row(a, blockIdx.y, min(blockIdx.x*ROWS + j/LANES, n_row - 1));
                 add(k, p.old_meta[row], *(const float4 *) (p.old_values + row*D + c));
