@@ -39,6 +39,13 @@ __device__ __forceinline__ void get_query_range(const attn_args & a, int stream,
 template <int D, bool in_shared, bool tiled>
 __launch_bounds__(256, D <= 128 ? 2 : 1)
 __global__ void rebuild_rows(const attn_args a, const columns c, const expand_plan p, int n_key_blocks, half * keys, half * values) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != GGML_CUDA_CC_HOPPER
+    if constexpr (tiled) { // its reader is for Hopper
+        GGML_UNUSED_VARS(a, c, p, n_key_blocks, keys, values);
+        NO_DEVICE_CODE;
+        return;
+    }
+#endif
     constexpr int KS = D/16;
     constexpr int LD = D + 8;
     extern __shared__ __align__(16) uint8_t smem[];
