@@ -16,6 +16,7 @@
 // The mean of a channel is added by the product, last, as f16 sums are best kept small: two more components are 1 in every row,
 // and the matrix has the mean's upper and lower half there.
 #include "decode.cuh"
+#include "ahead-sm90.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "stage.cuh"
@@ -127,38 +128,14 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const auto fetch = [&](int s, int slab, bool inside) {
         copies[s].start(a, p, s, slab*SLAB + 16*part, inside, (slab + 1)*SLAB <= a.n_kv);
     };
-    struct ahead { // what is read from global memory a slab ahead
-        int2 cell; // of the 32 that hold the warp's
-        half mask[ONE ? 1 : 2][2]; // ONE: of that cell, and of one of the slab's other half
-        int  pos;  // ONE: of that one
-    };
-    const auto look = [&](int slab, ahead & x) {
-        const int mine = slab*SLAB + 32*(part/2) + lane;
-        x.cell = info[min(mine, a.n_kv - 1)];
-        if constexpr (ONE) {
-            const int other = slab*SLAB + 32*(1 - part/2) + lane;
-            x.pos = info[min(other, a.n_kv - 1)].x;
-            x.mask[0][0] = mine  >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[mine]  : __ushort_as_half(0);
-            x.mask[0][1] = other >= a.n_kv ? __ushort_as_half(0xfc00) : mask ? mask[other] : __ushort_as_half(0);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int cell = slab*SLAB + 16*part + r8 + 8*i;
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    x.mask[i][e] = cell >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : mask ? mask[token[e]*a.ne_m1 + cell] : __ushort_as_half(0);
-                }
-            }
-        }
-    };
-    const auto is_seen = [](const half & x) { return __half_as_ushort(x) != 0xfc00; };
+    const auto look = [&](int slab, slab_ahead<ONE> & x) { x.load(a, mask, info, token, slab*SLAB, part); };
 
     // neighbouring slabs to one group: they share an anchor
     const int split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
     const int per_group = (p.slabs_per_split + GROUPS - 1)/GROUPS;
     int       slab      = blockIdx.x*p.slabs_per_split + group*per_group;
     const int slab_end  = min(split_end, slab + per_group);
-    ahead next;
+    slab_ahead<ONE> next;
     fetch(0, slab, slab < slab_end);
     if (slab < slab_end) {
         look(slab, next);
@@ -173,10 +150,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1]; // of the warp's own keys; values of its partner's: 16*p.stride[1] away
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
     const float gain_base[2] = { kh.gain_base, vh.gain_base };
-
 #pragma unroll 1
     for (; slab < slab_end; ++slab) {
-        ahead now = next;
+        slab_ahead<ONE> now = next;
         const bool more = slab + 1 < slab_end;
         if (more) {
             look(slab + 1, next);

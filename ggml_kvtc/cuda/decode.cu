@@ -11,6 +11,7 @@
 //
 // So no key or value ever reaches global memory. The values' sum stays in coefficient space; combine.cu turns it into channels.
 #include "decode.cuh"
+#include "merge.cuh"
 #include "tables.cuh"
 
 #include <type_traits>
@@ -468,58 +469,9 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
         }
     }
 
-    //
-    // the warps' states to one, and out
-    //
     copy_wait<0>();
     __syncthreads();
-    float * all_o   = (float *) smem;                       // [warp][row][D + 8]
-    float * all_top = all_o + n_warp*ROWS*LD;          // [warp][row]
-    float * all_sum = all_top + n_warp*ROWS;
-#pragma unroll
-    for (int n = 0; n < NQ; ++n) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-            float s = sum[n][x];
-            s += __shfl_xor_sync(0xffffffff, s, 4);
-            s += __shfl_xor_sync(0xffffffff, s, 8);
-            s += __shfl_xor_sync(0xffffffff, s, 16);
-            const int row = warp*ROWS + 8*n + 2*q4 + x;
-            if (r8 == 0) {
-                all_top[row] = top[n][x];
-                all_sum[row] = s;
-            }
-#pragma unroll
-            for (int t = 0; t < KS; ++t) {
-                all_o[row*LD + 16*t + r8]     = o[t][n][x];
-                all_o[row*LD + 16*t + r8 + 8] = o[t][n][x + 2];
-            }
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS*D; i += blockDim.x) {
-        const int r = i/D;
-        if (row0 + r >= n_row) {
-            break;
-        }
-        float most = -INFINITY;
-        for (int u = 0; u < n_warp; ++u) {
-            most = fmaxf(most, all_top[u*ROWS + r]);
-        }
-        float value = 0.0f;
-        float total = 0.0f;
-        for (int u = 0; u < n_warp && most != -INFINITY; ++u) {
-            const float f = exp2f(all_top[u*ROWS + r] - most);
-            value += f*all_o[(u*ROWS + r)*LD + i%D];
-            total += f*all_sum[u*ROWS + r];
-        }
-        const int     t   = (row0 + r)/a.group;
-        const int64_t row = ((int64_t) stream*a.n_tokens + t)*a.n_head + head*a.group + (row0 + r)%a.group;
-        values[(row*gridDim.x + blockIdx.x)*D + i%D] = value;
-        if (i%D == 0) {
-            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
-        }
-    }
+    merge_states<D, NQ>(a, smem, o, top, sum, head, row0, stream, values, meta);
 }
 
 template <int D, int NQ, int MT>

@@ -1,0 +1,70 @@
+// The end of a block that decodes: the states of its warps, each of which has seen other cells, to one.
+#pragma once
+
+#include "device.cuh"
+
+namespace kvtc {
+
+// o: weighted sums of components as mma leaves them, [step of 16 components][8 rows]; top: largest logits; sum: the thread's part of
+// the sums of weights. All of shared memory is free. values, meta: as decode() has them, of rows row0 ... of a kv head.
+template <int D, int NQ>
+__device__ __forceinline__ void merge_states(const attn_args & a, uint8_t * smem, const float (&o)[D/16][NQ][4], const float (&top)[NQ][2], const float (&sum)[NQ][2],
+                                             int head, int row0, int stream, float * values, float2 * meta) {
+    constexpr int KS   = D/16;
+    constexpr int ROWS = 8*NQ;
+    constexpr int LD   = D + 8;
+    const int n_row  = a.n_tokens*a.group;
+    const int n_warp = blockDim.x / 32;
+    const int warp   = threadIdx.x / 32;
+    const int r8     = threadIdx.x % 32 / 4;
+    const int q4     = threadIdx.x % 4;
+    float * all_o   = (float *) smem;                       // [warp][row][D + 8]
+    float * all_top = all_o + n_warp*ROWS*LD;          // [warp][row]
+    float * all_sum = all_top + n_warp*ROWS;
+#pragma unroll
+    for (int n = 0; n < NQ; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            float s = sum[n][x];
+            s += __shfl_xor_sync(0xffffffff, s, 4);
+            s += __shfl_xor_sync(0xffffffff, s, 8);
+            s += __shfl_xor_sync(0xffffffff, s, 16);
+            const int row = warp*ROWS + 8*n + 2*q4 + x;
+            if (r8 == 0) {
+                all_top[row] = top[n][x];
+                all_sum[row] = s;
+            }
+#pragma unroll
+            for (int t = 0; t < KS; ++t) {
+                all_o[row*LD + 16*t + r8]     = o[t][n][x];
+                all_o[row*LD + 16*t + r8 + 8] = o[t][n][x + 2];
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS*D; i += blockDim.x) {
+        const int r = i/D;
+        if (row0 + r >= n_row) {
+            break;
+        }
+        float most = -INFINITY;
+        for (int u = 0; u < n_warp; ++u) {
+            most = fmaxf(most, all_top[u*ROWS + r]);
+        }
+        float value = 0.0f;
+        float total = 0.0f;
+        for (int u = 0; u < n_warp && most != -INFINITY; ++u) {
+            const float f = exp2f(all_top[u*ROWS + r] - most);
+            value += f*all_o[(u*ROWS + r)*LD + i%D];
+            total += f*all_sum[u*ROWS + r];
+        }
+        const int     t   = (row0 + r)/a.group;
+        const int64_t row = ((int64_t) stream*a.n_tokens + t)*a.n_head + head*a.group + (row0 + r)%a.group;
+        values[(row*gridDim.x + blockIdx.x)*D + i%D] = value;
+        if (i%D == 0) {
+            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
+        }
+    }
+}
+
+} // namespace kvtc
