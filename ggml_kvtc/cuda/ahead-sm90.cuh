@@ -6,10 +6,6 @@
 
 namespace kvtc {
 
-__device__ __forceinline__ bool is_seen(const half & mask) {
-    return __half_as_ushort(mask) != 0xfc00;
-}
-
 // ONE: one token, for which each warp knows of the whole slab what its group has in common
 template <bool ONE>
 struct slab_ahead {

@@ -146,14 +146,14 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     const half * turned_row = (lane%8 < n_row ? turned + lane%8*LD : zeros) + lane/8*8;
 
     // neighbouring slabs to one group: they share an anchor
-    const row_copy k_copy = make_row_copy(a, p.rows, 0, kh, skew[0], stream, stage[0]);
-    const row_copy v_copy = make_row_copy(a, p.rows, 1, vh, skew[1], stream, stage[1]);
+    const row_copy k_copy(a, p.rows, 0, kh, stream, skew[0], stage[0]);
+    const row_copy v_copy(a, p.rows, 1, vh, stream, skew[1], stage[1]);
     const int split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
     const int per_group = (p.slabs_per_split + GROUPS - 1)/GROUPS;
     int       slab      = blockIdx.x*p.slabs_per_split + group*per_group;
     const int slab_end  = min(split_end, slab + per_group);
     cells_ahead<ONE> next;
-    fetch_rows(a, p.rows, 0, k_copy, slab*SLAB90 + 16*part, slab < slab_end);
+    k_copy.start(a, p.rows, 0, slab*SLAB90 + 16*part, slab < slab_end, slab*SLAB90 + 16*part + 16 <= a.n_kv);
     if (slab < slab_end) {
         next.load(a, info, mask, token, slab*SLAB90 + 16*part);
     }
@@ -186,7 +186,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         copy_wait<0>(); // the keys
         // also: they have arrived for all threads of the warp, and turned queries and values of the slab before were read by all
         if (!__any_sync(0xffffffff, meet(group, now.any_seen()))) {
-            fetch_rows(a, p.rows, 0, k_copy, first + SLAB90, more);
+            k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
             continue;
         }
         const int pos  = now.cell.x;
@@ -267,7 +267,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 }
                 wgmma<false>(x, k[2*s], of_step(2*s));
                 if (s == D/32 - 2 && pass == 0) {
-                    fetch_rows(a, p.rows, 1, v_copy, first, true);
+                    v_copy.start(a, p.rows, 1, first, true, first + 16 <= a.n_kv);
                 }
             }
             wgmma<false>(x, ones, of_mean);
@@ -279,7 +279,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
             if (!again) {
                 __syncwarp();
-                fetch_rows(a, p.rows, 0, k_copy, first + SLAB90, more);
+                k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
             }
 
             // rotated, times queries
@@ -290,7 +290,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int away = row_pos[i] - anchor;
-                turn[i] = fine + min(abs(away), reach)*TURN90<D> + 4*q4;
+                turn[i] = fine + min(abs(away), reach)*TURN_WORDS<D> + 4*q4;
                 sign[i] = away < 0 ? 0x80008000 : 0;
             }
             wgmma_wait();

@@ -74,6 +74,11 @@ __device__ __forceinline__ bool is_exact(const attn_args & a, int query, int pos
     return query - pos < a.n_window || pos < a.n_sink;
 }
 
+// not masked
+__device__ __forceinline__ bool is_seen(const half & mask) {
+    return __half_as_ushort(mask) != 0xfc00;
+}
+
 // eight neighbouring components of a key that counts exactly
 __device__ __forceinline__ uint4 load_exact(const attn_args & a, int side, int d, int head, int slot, int c) {
     if (slot >= 0) {
@@ -100,6 +105,11 @@ __device__ __forceinline__ int pair_channel(int c, int rope_type, int n_rot) {
         return c;
     }
     return c/2 + c%2*(n_rot/2);
+}
+
+// channel in column c of a product by wgmma: eight first channels of rotation pairs are followed by their eight partners
+__device__ __forceinline__ int column_channel(int c, int rope_type, int n_rot) {
+    return pair_channel(c/16*16 + c%8*2 + c/8%2, rope_type, n_rot);
 }
 
 // (cos, sin) of position * frequency; exact at any position, since the product is taken modulo one turn in integers

@@ -3,7 +3,8 @@
 
 #include "device.cuh"
 #include "hopper.cuh"
-#include "plan.h"
+#include "stage.cuh"
+#include "turn-sm90.cuh"
 
 namespace kvtc {
 
@@ -12,11 +13,6 @@ constexpr int SLAB90 = 16*GROUP_WARPS; // 16 cells for each warp of a group
 //
 // of the pack, by all threads of a block
 //
-
-// channel in column c of a product: eight first channels of rotation pairs are followed by their eight partners
-__device__ __forceinline__ int column_channel(int c, int rope_type, int n_rot) {
-    return pair_channel(c/16*16 + c%8*2 + c/8%2, rope_type, n_rot);
-}
 
 // matrix: [D/64][D columns][8 groups of 8 components], wgmma's operand with a swizzle of 128 bytes; of each 32 components, lane%4 == q
 // of a product has the eight of group q as columns 2*q, 2*q + 1 of four steps. Then [D columns][8], the mean's upper and lower half
@@ -53,83 +49,21 @@ __device__ __forceinline__ void load_columns(half * matrix, const char * base, c
     }
 }
 
-template <int D> constexpr int TURN90 = D/2 + 16; // words of a position in the table of rotations: neighbours do not share banks
-
-// turns: [n][TURN90], (cos, cos) and (sin, sin) of pairs 16*u + 2*q, + 1, then of + 8, + 9, at word 16*u + 4*q
+// turns: [n][TURN_WORDS], (cos, cos) and (sin, sin) of pairs 16*u + 2*q, + 1, then of + 8, + 9, at word 16*u + 4*q
 template <int D, int THREADS>
 __device__ __forceinline__ void load_turns(uint32_t * turns, const uint4 * from, int n) {
     for (int i = threadIdx.x; i < n*(D/8); i += THREADS) {
         const uint4 x = from[i]; // (cos, sin) of pairs 4*j .. 4*j + 3
         const int   j = i%(D/8);
-        uint32_t * to = turns + i/(D/8)*TURN90<D> + j/4*16 + j%2*8 + j/2%2*2;
+        uint32_t * to = turns + i/(D/8)*TURN_WORDS<D> + j/4*16 + j%2*8 + j/2%2*2;
         *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
         *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
     }
 }
 
 //
-// of the cache: 16 rows, by a warp
-//
-
-struct row_copy {
-    const uint8_t * source; // of this thread's part of the first row
-    uint8_t       * target;
-    int             n_rows; // that it copies parts of, every 32/lanes-th
-};
-
-// stage: the warp's place for 16 rows, each `skew` bytes before its payload on
-__device__ __forceinline__ row_copy make_row_copy(const attn_args & a, const staging & p, int side, const ggml_kvtc_cuda_head & head, int skew, int stream, uint8_t * stage) {
-    const int lane   = threadIdx.x % 32;
-    const int c      = lane & ((1 << p.lanes[side]) - 1);
-    const int j      = lane >> p.lanes[side];
-    const int n_copy = (skew + (int) head.n_bytes + p.unit - 1)/p.unit;
-    row_copy r;
-    r.source = a.rows[side] + stream*a.nb_stream[side] + head.payload - skew + c*p.unit;
-    r.target = stage + j*p.stride[side] + c*p.unit;
-    r.n_rows = c < n_copy && j < 16 ? max(1, (16 << p.lanes[side])/32) : 0;
-    return r;
-}
-
-// rows first .. first + 15; none unless `wanted`
-__device__ __forceinline__ void fetch_rows(const attn_args & a, const staging & p, int side, const row_copy & r, int first, bool wanted) {
-    const int lane = threadIdx.x % 32;
-    const int row  = first + (lane >> p.lanes[side]);
-    const int step = 32 >> p.lanes[side];
-    const int n    = wanted ? r.n_rows : 0;
-    uint8_t * to   = r.target;
-    const uint8_t * from = r.source + (int64_t) row*(int) a.nb_row[side];
-    if (p.unit == 16 && first + 16 <= a.n_kv) {
-        const int jump = step*(int) a.nb_row[side];
-#pragma unroll 2
-        for (int i = 0; i < n; ++i) {
-            copy_async<16>(to, from);
-            from += jump;
-            to   += step*p.stride[side];
-        }
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < n; ++i) {
-            from = r.source + (int64_t) min(row + i*step, a.n_kv - 1)*(int) a.nb_row[side];
-            if (p.unit == 16) {
-                copy_async<16>(to, from);
-            } else if (p.unit == 8) {
-                copy_async<8>(to, from);
-            } else {
-                copy_async<4>(to, from);
-            }
-            to += step*p.stride[side];
-        }
-    }
-    copy_commit();
-}
-
-//
 // of positions and masks: 16 cells, by a warp
 //
-
-__device__ __forceinline__ bool is_seen(const half & x) {
-    return __half_as_ushort(x) != 0xfc00;
-}
 
 // ONE: one token
 template <bool ONE>

@@ -6,13 +6,14 @@
 
 namespace kvtc {
 
-// A side's rows as a warp copies them; a thread has one piece of every 32/lanes-th row.
+// A side's rows as a warp copies them; a thread has one piece of every 32/lanes-th row. plan: has the members of `staging`
 struct row_copy {
     const uint8_t * source; // of the thread's piece, in the stream's first row
     uint8_t       * target; // in its first row of the 16
     int             n;      // rows of the 16 that it copies a piece of
 
-    __device__ __forceinline__ row_copy(const attn_args & a, const sm90_plan & p, int side, const ggml_kvtc_cuda_head & h, int stream, int skew, uint8_t * stage) {
+    template <typename plan>
+    __device__ __forceinline__ row_copy(const attn_args & a, const plan & p, int side, const ggml_kvtc_cuda_head & h, int stream, int skew, uint8_t * stage) {
         const int lane   = threadIdx.x % 32;
         const int c      = lane & ((1 << p.lanes[side]) - 1);
         const int j      = lane >> p.lanes[side];
@@ -23,7 +24,8 @@ struct row_copy {
     }
 
     // first: the first of the 16 cells; inside: whether there are any; whole: whether all are cells of the cache. Commits in any case
-    __device__ __forceinline__ void start(const attn_args & a, const sm90_plan & p, int side, int first, bool inside, bool whole) const {
+    template <typename plan>
+    __device__ __forceinline__ void start(const attn_args & a, const plan & p, int side, int first, bool inside, bool whole) const {
         const int row   = first + (threadIdx.x % 32 >> p.lanes[side]);
         const int step  = 32 >> p.lanes[side];
         const int count = inside ? n : 0;
