@@ -169,6 +169,38 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
     }
 }
 
+// the channel in column c of an operand
+int column_channel(int c, const ggml_kvtc_cuda_pack & pack) {
+    const int n_rot = (int) pack.rope_n_rot;
+    const int first = c/16*16 + c%8*2 + c/8%2; // where rotation pairs are neighbours
+    return pack.rope_type == GGML_KVTC_ROPE_NEOX && first < n_rot ? first/2 + first%2*(n_rot/2) : first;
+}
+
+// The decode matrices and means of keys as operands, in the columns' order that the rotation asks for.
+void put_operands(ggml_kvtc_cuda_pack * pack) {
+    char    * base   = (char *) pack;
+    const int d      = (int) pack->side[GGML_KVTC_K].d;
+    const int n_head = (int) pack->side[GGML_KVTC_K].n_head;
+    const int n_all  = std::max(n_head, (int) pack->side[GGML_KVTC_V].n_head);
+    for (int h = 0; h < n_head && GGML_KVTC_CUDA_HAS_OPERAND(d); ++h) {
+        const auto & head = *(const ggml_kvtc_cuda_head *) (base + GGML_KVTC_CUDA_HEAD_AT(GGML_KVTC_K, h));
+        const auto * from = (const ggml_fp16_t *) (base + head.decode);
+        const auto * mean = (const float *)       (base + head.mean);
+        auto       * to   = (ggml_fp16_t *)       (base + GGML_KVTC_CUDA_OPERAND_AT(n_all, d, h));
+        for (int c = 0; c < d; ++c) {
+            const int channel = column_channel(c, *pack);
+            for (int i = 0; i < d; ++i) { // components: of 32, number 8*p + 2*j + x is half 2*p + x of group j
+                const int group = i/32*4 + i%8/2;
+                to[((size_t) group*d + c)*8 + i/8%4*2 + i%2] = from[channel*d + i];
+            }
+            ggml_fp16_t * last = to + ((size_t) d/8*d + c)*8;
+            std::fill_n(last, 8, ggml_fp32_to_fp16(0.0f));
+            last[0] = ggml_fp32_to_fp16(mean[channel]);
+            last[1] = ggml_fp32_to_fp16(mean[channel] - ggml_fp16_to_fp32(last[0]));
+        }
+    }
+}
+
 size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v, char * base) {
     ggml_kvtc_bump out { base };
     out.align = 16;
@@ -176,16 +208,15 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
     out.put(1, &pack);
     const int n_head = std::max(bits_k > 0 ? cal.find(il, GGML_KVTC_K)->H : 0, bits_v > 0 ? cal.find(il, GGML_KVTC_V)->H : 0);
     out.reserve(2*(size_t) n_head*sizeof(ggml_kvtc_cuda_head));
+    const int d_k = bits_k > 0 ? cal.find(il, GGML_KVTC_K)->d : 0;
+    if (GGML_KVTC_CUDA_HAS_OPERAND(d_k)) {
+        const uint32_t at = out.reserve(n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + (size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d_k)*4);
+        GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
+    }
     put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
     put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
 
-    uint32_t freq  = 0;
-    uint32_t turns = 0;
-    if (bits_k > 0) {
-        const int n_pair = cal.find(il, GGML_KVTC_K)->d/2;
-        freq  = out.reserve(n_pair*sizeof(uint64_t));
-        turns = out.reserve((size_t) GGML_KVTC_CUDA_TURNS*n_pair*2*sizeof(ggml_fp16_t));
-    }
+    const uint32_t freq = bits_k > 0 ? out.reserve(d_k/2*sizeof(uint64_t)) : 0;
     const size_t size = (out.used + 63)/64*64;
     if (pack) {
         pack->magic     = GGML_KVTC_CUDA_PACK_MAGIC;
@@ -193,7 +224,7 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         pack->size      = size;
         pack->rope_type = GGML_KVTC_ROPE_NONE;
         pack->freq      = freq;
-        pack->turns     = turns;
+        put_operands(pack);
     }
     return size;
 }
@@ -228,12 +259,20 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     for (int p = 0; p < rope->n_rot/2 && rope->type != GGML_KVTC_ROPE_NONE; ++p) {
         freq[p] = get_turns(rope->inv_freq[p]);
     }
-    auto * turns = (ggml_fp16_t *) ((char *) data + pack->turns);
-    const int n_pair = (int) pack->side[GGML_KVTC_K].d/2;
-    for (int i = 0; i < GGML_KVTC_CUDA_TURNS*n_pair; ++i) { // pairs that do not rotate have frequency 0
-        const double angle = (double) ((uint64_t) (i/n_pair)*freq[i%n_pair])*3.4061215800304515e-19; // 2*pi/2^64
-        turns[2*i]     = ggml_fp32_to_fp16((float) cos(angle));
-        turns[2*i + 1] = ggml_fp32_to_fp16((float) sin(angle));
+    const int d = (int) pack->side[GGML_KVTC_K].d;
+    if (!GGML_KVTC_CUDA_HAS_OPERAND(d)) {
+        return;
+    }
+    put_operands(pack);
+    const int n_head = (int) std::max(pack->side[GGML_KVTC_K].n_head, pack->side[GGML_KVTC_V].n_head);
+    auto * turns = (ggml_fp16_t *) ((char *) data + GGML_KVTC_CUDA_TURNS_AT(n_head, d));
+    for (int pos = 0; pos < GGML_KVTC_CUDA_TURNS; ++pos) {
+        for (int p = 0; p < d/2; ++p) { // pairs that do not rotate have frequency 0
+            const double angle = (double) ((uint64_t) pos*freq[p])*3.4061215800304515e-19; // 2*pi/2^64
+            const int    word  = pos*GGML_KVTC_CUDA_TURN_WORDS(d) + p/16*16 + p/4%2*8 + p/8%2*2 + p/2%2*4;
+            turns[2*word + p%2]     = ggml_fp32_to_fp16((float) cos(angle));
+            turns[2*word + p%2 + 2] = ggml_fp32_to_fp16((float) sin(angle));
+        }
     }
 }
 

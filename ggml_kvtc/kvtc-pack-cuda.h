@@ -1,9 +1,9 @@
 // Layout of a pack for CUDA devices: what the kernels in cuda/ read of one layer, apart from the rows. All offsets are bytes
 // from the start of the pack, all arrays are 16-byte aligned.
 //
-//   +--------+----------+----------+----------+----------+---+---------------------------------------+--------------+
-//   | header | K head 0 | V head 0 | K head 1 | V head 1 | … | per head: levels, bounds, matrices, … | freq, turns  |
-//   +--------+----------+----------+----------+----------+---+---------------------------------------+--------------+
+//   +--------+----------+----------+----------+----------+---+-------------------+---------------------------------------+------+
+//   | header | K head 0 | V head 0 | K head 1 | V head 1 | … | operands  | turns | per head: levels, bounds, matrices, … | freq |
+//   +--------+----------+----------+----------+----------+---+-------------------+---------------------------------------+------+
 //
 // Where a head is described follows from its number, and what its writing needs first lies there too: each read that must wait for
 // another costs a kernel of few blocks the latency of the device's memory. A side of another type leaves its places empty.
@@ -78,13 +78,26 @@ struct ggml_kvtc_cuda_pack {
     uint32_t rope_type;  // enum ggml_kvtc_rope_type
     uint32_t rope_n_rot;
     float    rope_mscale;
-    uint32_t turns;      // f16 [GGML_KVTC_CUDA_TURNS][d_k/2] (cos, sin) of the angles at the first positions
-    uint32_t pad[3];
+    uint32_t pad[4];
     uint32_t freq;       // u64 [d_k/2] turns per position in units of 2^-64, modulo 1: angle = 2*pi * (position * freq mod 2^64) / 2^64
 };
 
 // Where head h of a side is described.
 #define GGML_KVTC_CUDA_HEAD_AT(side, h) (sizeof(struct ggml_kvtc_cuda_pack) + (2*(size_t) (h) + (side))*sizeof(struct ggml_kvtc_cuda_head))
+
+// What Hopper's kernels copy to shared memory as it is, for keys of 64, 128 or 256 channels (GGML_KVTC_CUDA_HAS_OPERAND).
+//
+// Operands: for each head f16 [d/8 + 1][d columns][8], wgmma's operand without swizzle. Columns are eight first channels of rotation
+// pairs, then their partners, and so on. Of 32 components, group 4*b + j has 2*j, 2*j + 1 of each eight. Behind them come the mean's
+// upper and lower half and zeros.
+//
+// Turns: u32 [GGML_KVTC_CUDA_TURNS][d/2 + 16], for each position (cos, cos) and (sin, sin) of pairs 16*u + 2*q, + 1, then of + 8, + 9,
+// at word 16*u + 4*q; neighbouring positions do not share banks.
+#define GGML_KVTC_CUDA_HAS_OPERAND(d)           ((d) == 64 || (d) == 128 || (d) == 256)
+#define GGML_KVTC_CUDA_OPERAND_BYTES(d)         (((size_t) (d)/8 + 1)*(d)*16)
+#define GGML_KVTC_CUDA_OPERAND_AT(n_head, d, h) (GGML_KVTC_CUDA_HEAD_AT(0, n_head) + (h)*GGML_KVTC_CUDA_OPERAND_BYTES(d))
+#define GGML_KVTC_CUDA_TURN_WORDS(d)            ((d)/2 + 16)
+#define GGML_KVTC_CUDA_TURNS_AT(n_head, d)      GGML_KVTC_CUDA_OPERAND_AT(n_head, d, n_head)
 
 // Sizes that a kernel's launch needs and the host cannot read from a pack on the device: the most of any head.
 struct ggml_kvtc_cuda_limits {

@@ -8,49 +8,17 @@
 
 namespace kvtc {
 
+// what is small of the pack's part of a head; pack-sm90.cuh brings the rest
 template <int D>
-__device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
-                                           int rope_type, int n_rot, int n_threads) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        const ggml_kvtc_cuda_head & h = s == 0 ? kh : vh;
-        for (int i = threadIdx.x; i < (int) h.n_pairs/16; i += n_threads) {
-            copy_async<16>(smem + p.at_table[s] + 16*i, base + h.pairs + 16*i);
-        }
-    }
-    copy_commit();
-    // what is small is on its way before the matrix is waited for
-    constexpr int AHEAD = 3; // turns of a thread
+__device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh, int n_rot) {
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    const int n_turn = p.n_fine*(D/8);
-    uint4 first_turns[AHEAD];
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-        first_turns[k] = at<uint4>(base, pack.turns)[min((int) threadIdx.x + k*n_threads, n_turn - 1)];
-    }
-    const uint64_t freq = at<uint64_t>(base, pack.freq)[min((int) threadIdx.x, D/2 - 1)];
-    const bool     of_k = threadIdx.x < D/8;
-    pair_code      code = at<pair_code>(base, (of_k ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
-    load_matrix_pairs<D>((half *) smem, base, kh, rope_type, n_rot, threadIdx.x, n_threads);
-    const auto put_turn = [&](int i, const uint4 & x) { // (cos, sin) of pairs 4*j .. 4*j + 3
-        const int j = i%(D/8);
-        uint32_t * to = (uint32_t *) (smem + p.at_fine) + i/(D/8)*TURN_WORDS<D> + j/4*16 + j%2*8 + j/2%2*2;
-        *(uint2 *)  to      = make_uint2(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632));
-        *(uint2 *) (to + 4) = make_uint2(__byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
-    };
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-        if ((int) threadIdx.x + k*n_threads < n_turn) {
-            put_turn(threadIdx.x + k*n_threads, first_turns[k]);
-        }
-    }
-    for (int i = threadIdx.x + AHEAD*n_threads; i < n_turn; i += n_threads) {
-        put_turn(i, at<uint4>(base, pack.turns)[i]);
-    }
     if (threadIdx.x < D/2) { // there are more threads
-        ((uint64_t *) (smem + p.at_freq))[threadIdx.x] = threadIdx.x < n_rot/2 ? freq : 0;
+        const uint64_t freq = at<uint64_t>(base, pack.freq)[threadIdx.x];
+        ((uint64_t *) (smem + p.at_freq))[threadIdx.x] = (int) threadIdx.x < n_rot/2 ? freq : 0;
     }
     if (threadIdx.x < 2*(D/8)) {
+        const bool of_k = threadIdx.x < D/8;
+        pair_code  code = at<pair_code>(base, (of_k ? kh : vh).pair_codes)[threadIdx.x%(D/8)];
         code.table += (uint32_t) __cvta_generic_to_shared(smem + (of_k ? p.at_table[0] : p.at_table[1]));
         ((pair_code *) (smem + p.at_codes))[threadIdx.x] = code;
     }
@@ -71,9 +39,9 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
 
 // The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
 // rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
-// each. All of shared memory is free.
+// each.
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
+__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
                                             int head, int stream, float * values, float2 * meta) {
     constexpr int LD    = D + 8;
     constexpr int SHARE = D/64;
@@ -82,7 +50,7 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * smem,
     const int set = threadIdx.x / 32 / SHARE;
     const int r8  = threadIdx.x % 32 / 4;
     const int q4  = threadIdx.x % 4;
-    float * all_o   = (float *) smem;     // [set][row][LD]
+    float * all_o   = (float *) to;       // [set][row][LD]
     float * all_top = all_o + N_SET*8*LD; // [set][row]
     float * all_sum = all_top + N_SET*8;  // [set][row][warp of it]
 #pragma unroll

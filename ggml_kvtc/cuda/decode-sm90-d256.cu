@@ -9,6 +9,7 @@
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order.
 #include "decode.cuh"
 #include "hopper.cuh"
+#include "pack-sm90.cuh"
 #include "pairs.cuh"
 #include "slabs.cuh"
 #include "values-sm90.cuh"
@@ -34,6 +35,11 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     constexpr int N_WARP  = WARPS*GROUPS;
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
+    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    if (threadIdx.x == 0) {
+        bring_operand<D>(a, blockIdx.y, smem, smem + p.at_fine, p.n_fine, ready);
+        bring_tables(a, smem + p.at_pairs, get_head(a.pack, GGML_KVTC_K, blockIdx.y), nullptr, nullptr, ready);
+    }
 
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
@@ -54,7 +60,6 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
     const int n_rp      = n_rot/2;
 
-    half     * matrix  = (half *)     smem;
     float    * queries = (float *)    (smem + p.at_queries);
     half     * turned  = (half *)     (smem + p.at_turned) + group*n_row*LD; // queries rotated back by the anchor
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
@@ -66,18 +71,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     //
     // what the block needs of the pack
     //
-    for (int i = threadIdx.x; i < (int) kh.n_pairs/16; i += THREADS) {
-        copy_async<16>(smem + p.at_pairs + 16*i, base + kh.pairs + 16*i);
-    }
-    copy_commit();
     static_assert(THREADS == D, "a thread reads the levels of a component");
     uint32_t my_levels[8]; // on their way before the matrix is waited for, as is what the values' sum needs
     read_levels(my_levels, at<half>(base, vh.levels) + at<uint32_t>(base, vh.levels_at)[threadIdx.x/8], at<uint8_t>(base, vh.widths)[threadIdx.x/8], threadIdx.x%8);
     uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
     value_sums<D> sums;
     sums.init(base, vh, part, levels, smem + p.at_wide);
-    load_columns<D, THREADS>(matrix, base, kh, rope_type, n_rot);
-    load_turns<D, THREADS>(fine, at<uint4>(base, pack.turns), p.n_fine);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
     half * zeros = (half *) (smem + p.at_turned) + GROUPS*n_row*LD;
     for (int i = threadIdx.x; i < D; i += THREADS) {
@@ -157,13 +156,11 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     if (slab < slab_end) {
         next.load(a, info, mask, token, slab*SLAB90 + 16*part);
     }
-    copy_wait<1>(); // all but this fetch
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
+    barrier_wait(ready, 0);
 
-    const uint64_t of_matrix = get_swizzled_operand(matrix);
-    const uint64_t of_mean   = get_operand(matrix + D*D, 0, 128); // its other eight components, which count nothing, are the same
-    const auto of_step = [&](int s) { return of_matrix + s/4*8*D + s%4*2; };
+    const uint64_t of_matrix = get_operand(smem, 16*D, 128);
+    const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.rows.stride[0];
     const uint8_t * v_rows = smem + p.at_stage[1] + (group*SLAB90 + 2*q4)*p.rows.stride[1] + skew[1];
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.rows.stride[1];
@@ -192,6 +189,13 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         const int pos  = now.cell.x;
         const int slot = now.cell.y;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, slot, min_pos, max_pos);
+        if (use != USE_CODES && slot >= 0) { // half of the lanes the keys, half the values
+            const char * exact = (const char *) (a.exact[lane/16] + ((int64_t) head*a.n_slots + slot)*D);
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
+            }
+        }
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
         const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
@@ -261,11 +265,11 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 }
                 wgmma_fence();
                 if (s == D/32 - 1) {
-                    wgmma<true>(x, k[2*s + 1], of_step(2*s + 1));
+                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
                 } else {
-                    wgmma<false>(x, k[2*s + 1], of_step(2*s + 1));
+                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
                 }
-                wgmma<false>(x, k[2*s], of_step(2*s));
+                wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
                 if (s == D/32 - 2 && pass == 0) {
                     v_copy.start(a, p.rows, 1, first, true, first + 16 <= a.n_kv);
                 }

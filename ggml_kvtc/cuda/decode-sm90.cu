@@ -19,6 +19,7 @@
 #include "ahead-sm90.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
+#include "pack-sm90.cuh"
 #include "stage.cuh"
 #include "turn-sm90.cuh"
 
@@ -46,6 +47,13 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SHARE   = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
+    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, blockIdx.y);
+    const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, blockIdx.y);
+    if (threadIdx.x == 0) {
+        bring_operand<D>(a, blockIdx.y, smem, smem + p.at_fine, p.n_fine, ready);
+        bring_tables(a, smem + p.at_table[0], kh, smem + p.at_table[1], &vh, ready);
+    }
 
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
@@ -63,8 +71,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 
     const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
-    const ggml_kvtc_cuda_head & kh   = get_head(base, GGML_KVTC_K, head);
-    const ggml_kvtc_cuda_head & vh   = get_head(base, GGML_KVTC_V, head);
     const int rope_type = (int) pack.rope_type;
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
 
@@ -76,7 +82,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     half     * turned  = (half *) (smem + p.at_turned) + group*8*LD; // queries rotated back by the anchor
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
 
-    load_block<D>(p, smem, base, kh, vh, rope_type, n_rot, 32*N_WARP);
+    load_block<D>(p, smem, base, kh, vh, n_rot);
     for (int i = threadIdx.x; i < GROUPS*8*LD/8; i += 32*N_WARP) {
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
@@ -141,11 +147,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         look(slab, next);
     }
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
-    copy_wait<1>(); // all but this fetch
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
+    barrier_wait(ready, 0);
 
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
+    const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
     const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1]; // of the warp's own keys; values of its partner's: 16*p.stride[1] away
     const uint8_t * v_gain = stage[1] + skew[1] + r8*p.stride[1];
@@ -310,7 +316,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             for (int s = KS - 2; s >= 0; --s) {
                 wgmma<false>(x, k[s], of_matrix + 2*D*s);
             }
-            wgmma<false>(x, ones, of_matrix + 2*D*KS);
+            wgmma<false>(x, ones, of_mean);
             wgmma_commit();
             // meanwhile, values of the warp's own keys. Group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
@@ -473,7 +479,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 
     copy_wait<0>();
     __syncthreads();
-    merge_warps<D, N_WARP>(a, smem, o, top, sum, head, stream, values, meta);
+    merge_warps<D, N_WARP>(a, smem + p.at_merge, o, top, sum, head, stream, values, meta);
 #else
     GGML_UNUSED_VARS(a, p, values, meta);
     NO_DEVICE_CODE;

@@ -107,11 +107,6 @@ __device__ __forceinline__ int pair_channel(int c, int rope_type, int n_rot) {
     return c/2 + c%2*(n_rot/2);
 }
 
-// channel in column c of a product by wgmma: eight first channels of rotation pairs are followed by their eight partners
-__device__ __forceinline__ int column_channel(int c, int rope_type, int n_rot) {
-    return pair_channel(c/16*16 + c%8*2 + c/8%2, rope_type, n_rot);
-}
-
 // (cos, sin) of position * frequency; exact at any position, since the product is taken modulo one turn in integers
 __device__ __forceinline__ float2 get_rotation(int pos, uint64_t freq) {
     const int   turn  = (int) ((uint32_t) pos*(uint32_t) (freq >> 32) + __umulhi((uint32_t) pos, (uint32_t) freq));

@@ -16,12 +16,6 @@ __device__ __forceinline__ uint64_t get_operand(const void * at, int next_k, int
     return (uint64_t) ((address & 0x3ffff) >> 4) | (uint64_t) (next_k >> 4) << 16 | (uint64_t) (next_row >> 4) << 32;
 }
 
-// the same with a swizzle of 128 bytes: atoms of 8 rows x 128 bytes, one after the other, aligned to their size; piece i of 16 bytes
-// of row r lies at place i ^ r
-__device__ __forceinline__ uint64_t get_swizzled_operand(const void * at) {
-    return get_operand(at, 16, 1024) | (uint64_t) 1 << 62;
-}
-
 __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }

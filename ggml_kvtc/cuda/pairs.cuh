@@ -46,35 +46,6 @@ __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_cod
     return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
-// A decode matrix as wgmma's operand, [D/8 + 2 groups of components][D columns][8]: columns are eight first channels of rotation
-// pairs, then their partners, and so on; the groups' components come in the order 2*q, + 1 of four groups that decode_eight()'s
-// callers have; two more components are 1 in every row and add the mean, its upper and its lower half.
-template <int D>
-__device__ __forceinline__ void load_matrix_pairs(half * matrix, const char * pack, const ggml_kvtc_cuda_head & head, int rope_type, int n_rot, int thread, int n_threads) {
-    const float first_mean = at<float>(pack, head.mean)[column_channel(min(thread, D - 1), rope_type, n_rot)]; // on its way before the matrix is waited for
-#pragma unroll 2
-    for (int i = thread; i < D*(D/32); i += n_threads) {
-        const int column = i%D;
-        const int block  = i/D; // of 32 components
-        const uint4 * from = (const uint4 *) (at<half>(pack, head.decode) + column_channel(column, rope_type, n_rot)*D + block*32);
-        const uint4 x[4] = { from[0], from[1], from[2], from[3] };
-        uint4 * to = (uint4 *) matrix + block*4*D + column;
-        to[0*D] = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
-        to[1*D] = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
-        to[2*D] = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
-        to[3*D] = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
-    }
-    for (int i = thread; i < 2*D; i += n_threads) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (i < D) {
-            const float mean  = i == thread ? first_mean : at<float>(pack, head.mean)[column_channel(i, rope_type, n_rot)];
-            const float upper = __half2float(__float2half(mean));
-            x.x = pack_half2(upper, mean - upper);
-        }
-        *(uint4 *) (matrix + (D/8*D + i)*8) = x;
-    }
-}
-
 __device__ __forceinline__ bool is_wide(const pair_code & code) {
     return code.shift >> 8 > 8;
 }

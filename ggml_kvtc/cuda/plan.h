@@ -147,7 +147,8 @@ struct sm90_plan {
     int lanes[2];
     int stride[2];
     int n_fine;            // positions in the table of rotations: slabs within them share an anchor
-    int at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_merge;          // of the warps' sums: a place of its own where there is room
     size_t shared;
 };
 
@@ -175,7 +176,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
         int used = 0;
         const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-        take((s.d/8 + 2)*s.d*16);
+        take((s.d/8 + 1)*s.d*16);
         p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
         p.at_table[1] = take(s.pairs[1], 1024);
         p.at_queries  = take(8*(s.d + 8)*4);
@@ -189,7 +190,10 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         p.at_wide     = take(n_warp*16*16);
         p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
         p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-        p.shared      = std::max(used, n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4);
+        p.at_barrier  = take(8);
+        const int merge = n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
+        p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
+        p.shared      = std::max(used, merge);
         if ((size_t) p.shared <= gpu.shared) {
             return true;
         }
@@ -210,7 +214,7 @@ struct sm90_d256_plan {
     int n_split;
     staging rows;
     int n_fine;            // positions in the table of rotations: slabs less than that far from an anchor share it
-    int at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
+    int at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -249,6 +253,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
         p.at_exchange = take(GROUPS*SM90_EXCHANGE);
         p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
         p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
+        p.at_barrier  = take(8);
         p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
         if ((size_t) p.shared <= gpu.shared) {
             return true;
@@ -402,7 +407,7 @@ template <int D> constexpr int REBUILD_GROUPS = D <= 128 ? 3 : 2; // of four war
 struct rebuild_plan {
     int n_key_block, n_value_block;
     int unit, lanes, stride; // as in staging
-    int at_table, at_freq, at_codes, at_stage; // keys: the decode matrix is at 0, and values' tables are
+    int at_barrier, at_table, at_freq, at_codes, at_stage; // keys: the decode matrix is at 0, and values' tables are
     size_t shared;
 };
 
@@ -418,12 +423,13 @@ inline bool make_rebuild_plan(const attn_shape & s, const gpu_shape & gpu, int n
     p.stride = std::max(rows.stride[0], rows.stride[1]);
     int used = 0;
     const auto take = [&used](int n, int align) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-    take((s.d/8 + 2)*s.d*16, 128);
+    take((s.d/8 + 1)*s.d*16, 128);
     p.at_table = take(s.pairs[0], 1024); // its tables are aligned to their size
     used       = std::max(used, s.pairs[1]);
     p.at_freq  = take(s.d/2*8, 128);
     p.at_codes = take(s.d/8*16, 128);
     p.at_stage = take(4*n_group*2*16*p.stride + 16, 128); // read past the end
+    p.at_barrier = take(8, 8);
     p.shared   = used;
     const int most    = ceil_div(n_column, 64*n_group);
     const int blocks  = std::max(2, gpu.n_sm/(s.n_head_kv*s.n_stream));

@@ -5,6 +5,7 @@
 // Four warps share a slab of 64 cells. Keys leave the product as pairs of channels that rotate together.
 #include "expand.cuh"
 #include "hopper.cuh"
+#include "pack-sm90.cuh"
 #include "pairs.cuh"
 
 namespace kvtc {
@@ -45,23 +46,27 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     const float gain_base = h.gain_base;
     const int   skew      = (int) (h.payload % p.unit);
 
-    half     * matrix = (half *)     smem;                // [D/8 + 2 groups of components][D columns][8]
+    uint64_t & ready  = *(uint64_t *) (smem + p.at_barrier);
     uint8_t  * table  = smem + (side == GGML_KVTC_K ? p.at_table : 0);
     uint64_t * freq   = (uint64_t *)  (smem + p.at_freq);
     auto     * codes  = (pair_code *) (smem + p.at_codes);
     uint8_t  * stage  = smem + p.at_stage + warp*STAGES*16*p.stride;
 
-    for (int i = threadIdx.x; i < (int) h.n_pairs/16; i += THREADS) {
-        copy_async<16>(table + 16*i, base + h.pairs + 16*i);
+    if (threadIdx.x == 0) {
+        if (side == GGML_KVTC_K) {
+            bring_operand<D>(a, head, smem, nullptr, 0, ready);
+        } else {
+            barrier_init(ready, 1);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        bring_tables(a, table, h, nullptr, nullptr, ready);
     }
-    copy_commit();
     if (threadIdx.x < D/8) {
         pair_code code = at<pair_code>(base, h.pair_codes)[threadIdx.x];
         code.table += (uint32_t) __cvta_generic_to_shared(table);
         codes[threadIdx.x] = code;
     }
     if (side == GGML_KVTC_K) {
-        load_matrix_pairs<D>(matrix, base, h, rope_type, n_rot, threadIdx.x, THREADS);
         const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
         for (int i = threadIdx.x; i < D/2; i += THREADS) {
             freq[i] = i < n_rot/2 ? pack_freq[i] : 0;
@@ -99,10 +104,10 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     column_cell mine = cell(col0);
     column_cell next = cell(col0 + step);
     fetch(0, mine.cell);
-    copy_wait<1>(); // the tables
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // the matrix was written by threads, wgmma reads it
     __syncthreads();
-    const uint64_t of_matrix = get_operand(matrix, 16*D, 128);
+    barrier_wait(ready, 0);
+    const uint64_t of_matrix = get_operand(smem, 16*D, 128);
+    const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
 
 #pragma unroll 1
     for (int n = 0; col0 < c.n_all; col0 += step, n ^= 1) { // all warps of a group have as many slabs
@@ -187,7 +192,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
                 for (int s = KS - 2; s >= 0; --s) {
                     wgmma<false>(x, k[s], operand + 2*D*s);
                 }
-                wgmma<false>(x, ones, operand + 2*D*KS);
+                wgmma<false>(x, ones, of_mean + part*WIDE);
                 wgmma_commit();
                 wgmma_wait();
 #pragma unroll

@@ -5,9 +5,9 @@
 
 namespace kvtc {
 
-// words of a position in the table of rotations: neighbours do not share banks. Pairs 16*u + 2*q, + 1, + 8, + 9 are four at 16*u + 4*q
+// words of a position in the table of rotations
 template <int D>
-constexpr int TURN_WORDS = D/2 + 16;
+constexpr int TURN_WORDS = GGML_KVTC_CUDA_TURN_WORDS(D);
 
 // The queries, f16, rotated back by a position; the rows of `turned` lie D + 8 apart. n threads that follow each other do it together
 template <int D, int n>

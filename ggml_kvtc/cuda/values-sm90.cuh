@@ -133,11 +133,20 @@ struct value_sums {
         load_levels(table, levels, first/8);
 #pragma unroll 1
         for (int j = 0; j < GROUP_WARPS; ++j) {
+            int   from[4];
+            uint4 exact[4]; // all are on their way before the first is needed
+            if (any_exact) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    from [n] = shared.chosen[16*j + 2*q4 + n%2 + n/2*8];
+                    exact[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], first) : make_uint4(0, 0, 0, 0);
+                }
+            }
             uint32_t word[4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
-                const uint32_t * from = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
-                word[n] = __funnelshift_r(from[0], from[1], code.shift);
+                const uint32_t * words = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
+                word[n] = __funnelshift_r(words[0], words[1], code.shift);
             }
             if (any_spread) {
 #pragma unroll
@@ -150,7 +159,7 @@ struct value_sums {
             if (few_wide) {
                 share_wide(z, rows + (16*j - 2*q4)*stride, stride);
             } else if (width > 4) {
-                uint4 y[4]; // all are on their way before the first is needed
+                uint4 y[4];
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     y[n] = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, code, wide);
@@ -163,9 +172,8 @@ struct value_sums {
             if (any_exact) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    const int from = shared.chosen[16*j + 2*q4 + n%2 + n/2*8];
-                    if (from != -1) {
-                        set_row(z, n, load_exact(a, GGML_KVTC_V, D, head, from, first));
+                    if (from[n] != -1) {
+                        set_row(z, n, from[n] >= 0 ? exact[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], first));
                     }
                 }
             }
