@@ -42,14 +42,13 @@ __device__ __forceinline__ float sum_rows(float (&x)[ROWS]) {
 }
 
 // Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes. A warp takes them for itself.
-template <int DIM>
-__device__ __forceinline__ double2 ordered_sums(const double (*x)[DIM], int d) {
+__device__ __forceinline__ double2 ordered_sums(const double2 * x, int d) {
     const int lane = threadIdx.x % 32;
-    const double * from = x[lane/LANES % 2];
+    const double * from = (const double *) x + lane/LANES % 2;
     double sum = 0.0;
 #pragma unroll 8
     for (int c = lane%LANES; c < d; c += LANES) {
-        sum += from[c];
+        sum += from[2*c];
     }
     double2 total = make_double2(0.0, 0.0);
 #pragma unroll
@@ -120,7 +119,9 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     const fused_side & a    = args.side [blockIdx.z/R];
     const int          side = args.index[blockIdx.z/R];
     const int          rank = blockIdx.z%R;
-    __shared__ double terms[4][DIM]; // squares, whitened and not; products with levels, and levels' squares
+    __shared__ double2 squares [DIM]; // whitened, and not
+    __shared__ double2 products[DIM]; // with levels, and of levels
+    __shared__ uint64_t boxes[2];     // for these, from the other blocks
     __shared__ __align__(16) float near_bounds[NEAR];
     __shared__ __align__(16) half  near_levels[NEAR];
     ggml_cuda_pdl_lc();
@@ -134,7 +135,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     const int l     = u%LANES;
     const int first = rank*N*SPAN + ROWS*warp;
     if constexpr (R > 1) {
-        cluster_arrive();
+        mailbox_open(boxes, d*sizeof(double2));
     }
 
     // the matrix first: it is the most to wait for
@@ -204,7 +205,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     const int64_t row = a.idxs[token];
 
     if constexpr (R > 1) {
-        cluster_wait(); // the others run: their memory may be written
+        mailbox_meet();
     }
     float z[N];
 #pragma unroll
@@ -229,38 +230,34 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
             }
             const int c = row0 + u;
             z[i] = sum_rows<ROWS>(sum) + bias[i];
-            if (part == 0) {
-                *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[i];
-            }
-            const float  white    = z[i]*own[i].inv_scale;
-            const double squares[2] = { (double) white*white, (double) z[i]*z[i] };
+            const float   white = z[i]*own[i].inv_scale;
+            const double2 terms = make_double2((double) white*white, (double) z[i]*z[i]);
             if constexpr (R > 1) {
                 for (int r = part; r < R && row >= 0; r += PARTS) { // a block that has returned has no memory
-                    cluster_store(&terms[0][c], r, squares[0]);
-                    cluster_store(&terms[1][c], r, squares[1]);
+                    mailbox_send(squares[c], terms, r, boxes[0]);
                 }
-            } else if (part == 0) {
-                terms[0][c] = squares[0];
-                terms[1][c] = squares[1];
+            }
+            if (part == 0) {
+                *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[i];
+                if constexpr (R == 1) {
+                    squares[c] = terms;
+                }
             }
         }
     }
-    const auto meet = [] {
-        if constexpr (R > 1) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            __syncthreads();
-        }
-    };
     copy_wait<0>();
     if (row < 0) {
         return;
     }
-    meet();
+    if constexpr (R > 1) {
+        __syncwarp(); // a warp's groups have been fetched by the warp
+        mailbox_wait(boxes[0]);
+    } else {
+        __syncthreads();
+    }
     uint8_t * out = a.rows + row*a.nb_row + payload;
-    const double2 squares = ordered_sums<DIM>(terms, d);
-    const float   inv     = get_inverse_norm(squares.x, d, args.inv_d); // 0: all codes are
+    const double2 power = ordered_sums(squares, d);
+    const float   inv   = get_inverse_norm(power.x, d, args.inv_d); // 0: all codes are
 
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -295,13 +292,11 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
                 hi |= __shfl_xor_sync(0xffffffff, hi, k);
             }
             if (part == 0) {
-                const double products[2] = { (double) z[i]*level, (double) level*level };
-                if constexpr (R > 1) { // the first block sums them
-                    cluster_store(&terms[2][c], 0, products[0]);
-                    cluster_store(&terms[3][c], 0, products[1]);
+                const double2 terms = make_double2((double) z[i]*level, (double) level*level);
+                if constexpr (R > 1) {
+                    mailbox_send(products[c], terms, 0, boxes[1]);
                 } else {
-                    terms[2][c] = products[0];
-                    terms[3][c] = products[1];
+                    products[c] = terms;
                 }
                 if (l < w) {
                     out[own[i].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
@@ -309,16 +304,21 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
             }
         }
     }
-    if (rank == 0) {
-        for (uint32_t i = n_bytes + threadIdx.x; i < next - payload; i += THREADS) {
-            out[i] = 0;
-        }
+    if (rank > 0) {
+        return;
     }
-    meet();
-    if (rank == 0 && warp == 0) {
-        const double2 sums = ordered_sums<DIM>(terms + 2, d);
+    for (uint32_t i = n_bytes + threadIdx.x; i < next - payload; i += THREADS) {
+        out[i] = 0;
+    }
+    if constexpr (R > 1) {
+        mailbox_wait(boxes[1]);
+    } else {
+        __syncthreads();
+    }
+    if (warp == 0) {
+        const double2 sums = ordered_sums(products, d);
         if (lane == 0) {
-            out[0] = inv == 0.0f ? 0 : get_gain_code(squares.y, sums, keep_norm, gain_base);
+            out[0] = inv == 0.0f ? 0 : get_gain_code(power.y, sums, keep_norm, gain_base);
         }
     }
 }
