@@ -102,6 +102,7 @@ GGML_API bool   ggml_kvtc_rope_from_params(const int32_t * op_params, const floa
 //   cache : kvtc type  [row, n_cells]              -> coded rows, or
 //           F16        [head_dim, n_slots, n_head] -> exact rows
 //   z     : F32 [head_dim, n_tokens, n_head], idxs: I64 [n_tokens] row of each token, negative: not stored
+// Further sources of the result are not read: tensors whose memory must not be given away before it.
 GGML_API struct ggml_tensor * ggml_kvtc_set_rows(
         struct ggml_context * ctx,
         struct ggml_tensor  * cache,

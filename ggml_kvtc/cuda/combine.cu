@@ -1,5 +1,5 @@
 // Merges the partial sums of the splits, turns coefficients into channels by the values' matrix, and divides by the sum of
-// weights. Few rows: a block for each, whose threads share its components. Many: a product on tensor cores.
+// weights. Few rows: a block for each, or for some of its channels, whose threads share its components. Many: a product on tensor cores.
 #include "combine.cuh"
 
 namespace kvtc {
@@ -7,7 +7,7 @@ namespace kvtc {
 namespace {
 
 template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 ? 2*D : 256; // a multiple of D
-template <int D> constexpr int N_SLICE   = N_THREADS<D>/(D/8);                 // slices of components
+template <int D> constexpr int N_SHARE   = D == 256 ? 4 : 1;                   // blocks that share a row's channels
 
 // what a row's sums are multiplied by, from the largest logit and the sum of weights; share of the tokens in all weights (sink
 // logits have the rest)
@@ -39,28 +39,32 @@ template <int D>
 __launch_bounds__(N_THREADS<D>)
 __global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const exact_rows exact, const output out) {
     constexpr int THREADS = N_THREADS<D>;
-    constexpr int SLICE   = N_SLICE<D>;
+    constexpr int WIDTH   = D/N_SHARE<D>;            // channels of a block
+    constexpr int SLICE   = THREADS/(WIDTH/8);       // of the components
     constexpr int PARTS   = THREADS/D;               // of the splits, summed apart
     constexpr int ROWS    = (D + SLICE - 1)/SLICE;   // of the matrix, for a thread
     constexpr int HELD    = ROWS <= 8 ? ROWS : 8;    // that are loaded before they are needed
     constexpr int AHEAD   = 8;                       // splits of a thread, likewise
-    static_assert(THREADS % 32 == 0 && THREADS % D == 0, "threads do not divide evenly");
+    constexpr int LAST    = WIDTH < D ? THREADS/WIDTH : 1; // threads of a channel that sum its slices
+    constexpr int PAD     = WIDTH < D ? 8 : 0;       // their reads are of different banks
+    static_assert(THREADS % 32 == 0 && THREADS % D == 0 && SLICE % LAST == 0 && LAST <= 32, "threads do not divide evenly");
     __shared__ float sums[PARTS][D];
-    __shared__ float part[SLICE][D];
+    __shared__ __align__(16) float part[SLICE][WIDTH + PAD];
     ggml_cuda_pdl_lc();
 
     // of the pack, which no kernel writes
     const char * pack    = a.pack;
     const ggml_kvtc_cuda_head & head = get_head(pack, GGML_KVTC_V, blockIdx.y);
     const half * matrix  = at<half>(pack, head.decode); // [component][channel]
-    const int    channel = threadIdx.x%(D/8)*8;
-    const int    slice   = threadIdx.x/(D/8);
+    const int    from    = blockIdx.z*WIDTH;
+    const int    channel = threadIdx.x%(WIDTH/8)*8;
+    const int    slice   = threadIdx.x/(WIDTH/8);
     uint4 held[HELD];
 #pragma unroll
     for (int k = 0; k < HELD; ++k) {
-        held[k] = *(const uint4 *) (matrix + min(slice + k*SLICE, D - 1)*D + channel);
+        held[k] = *(const uint4 *) (matrix + min(slice + k*SLICE, D - 1)*D + from + channel);
     }
-    const float mean = threadIdx.x < D ? at<float>(pack, head.mean)[threadIdx.x] : 0.0f;
+    const float mean = at<float>(pack, head.mean)[from + threadIdx.x/LAST%WIDTH];
     ggml_cuda_pdl_sync();
 
     const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
@@ -81,7 +85,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     exact_component component[2] = {};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-        if (side < exact.n_side && threadIdx.x < D && blockIdx.x%a.group == side%a.group) {
+        if (side < exact.n_side && threadIdx.x < D && blockIdx.x%a.group == side%a.group && blockIdx.z == 0) {
             component[side] = load_component(exact.side[side], blockIdx.x/a.group, blockIdx.y, threadIdx.x);
         }
     }
@@ -137,20 +141,27 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     }
 #pragma unroll 8
     for (int c = slice + HELD*SLICE; c < D; c += SLICE) {
-        add(c, *(const uint4 *) (matrix + c*D + channel));
+        add(c, *(const uint4 *) (matrix + c*D + from + channel));
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        part[slice][channel + j] = acc[j];
+    for (int j = 0; j < 8; j += 4) {
+        *(float4 *) (part[slice] + channel + j) = make_float4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]);
     }
     __syncthreads();
-    if (threadIdx.x < D) {
+    if (threadIdx.x < LAST*WIDTH) {
+        const int c = threadIdx.x/LAST;
         float sum = 0.0f;
 #pragma unroll
-        for (int s = 0; s < SLICE; ++s) {
-            sum += part[s][threadIdx.x];
+        for (int s = 0; s < SLICE; s += LAST) {
+            sum += part[s + threadIdx.x%LAST][c];
         }
-        get_output(a, out, row)[threadIdx.x] = sum + mean*seen;
+#pragma unroll
+        for (int i = LAST/2; i > 0; i /= 2) {
+            sum += __shfl_xor_sync(0xffffffff, sum, i);
+        }
+        if (threadIdx.x%LAST == 0) {
+            get_output(a, out, row)[from + c] = sum + mean*seen;
+        }
     }
 }
 
@@ -312,7 +323,7 @@ template <int D>
 void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream) {
     const int per_kv = a.n_tokens*a.n_stream*a.group;
     if (per_kv <= COMBINE_FEW) {
-        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv), N_THREADS<D>, 0, stream }, a, values, meta, n_split, exact, out);
+        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv, N_SHARE<D>), N_THREADS<D>, 0, stream }, a, values, meta, n_split, exact, out);
         CUDA_CHECK(cudaGetLastError());
         return;
     }

@@ -1,8 +1,10 @@
 // Decode's write: transform, code and store a few vectors in one kernel, in place of a product, a sum and a write.
 //
-// A block for each head and token. A warp takes 16 rows of the matrix at once; their sums over the warp leave each component in two
-// neighbouring threads, which code it too, so that vectors meet in shared memory only for the sums in f64. The time is that of reads and
-// operations that wait for each other, so all reads are on their way before the product.
+// A block for each head and token, or a cluster of them. A warp takes 16 (8) rows of the matrix at once; their sums over the warp leave each
+// component in two (four) neighbouring threads, which code it too, so that vectors meet in shared memory only for the sums in f64. The
+// time is that of reads and operations that wait for each other, so all reads are on their way before the product: matrices too large
+// for that in one block are shared by a cluster.
+#include "cluster.cuh"
 #include "encode.cuh"
 
 namespace kvtc {
@@ -12,42 +14,41 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int WARPS   = THREADS/32;
 constexpr int LANES   = GGML_KVTC_GROUP;
-constexpr int ROWS    = 16;         // of a warp at once; d is a multiple
-constexpr int SPAN    = ROWS*WARPS; // components that the block takes at once
+constexpr int ALL     = 16;         // rows of a warp at once, where a block has all of a vector; d is a multiple
+constexpr int SHARED  = 8;          // where a cluster shares it
+constexpr int COLUMNS = 4*32;       // of a row, that a warp takes at once
 constexpr int NARROW  = 16;         // levels of a component whose bounds a thread has before it needs them
 constexpr int NEAR    = 4096;       // of a head's bounds and levels, those that may lie in shared memory
 
-// N numbers of a thread to half as many: the thread N further on, or before, keeps the others
-template <int N>
-__device__ __forceinline__ void halve(float (&x)[ROWS]) {
-    const bool upper = threadIdx.x & N;
-#pragma unroll
-    for (int i = 0; i < N/2; ++i) {
-        const float lo = x[i];
-        const float hi = x[i + N/2];
-        x[i] = (upper ? hi : lo) + __shfl_xor_sync(0xffffffff, upper ? lo : hi, N);
-    }
-}
-
-// sums over the warp of 16 numbers: that of number lane/2
+// Sums over the warp of a thread's first N numbers: the thread STEP further on, or before, keeps the other half of them. Of ROWS
+// numbers, that of number lane/(32/ROWS) is left.
+template <int N, int STEP = 16, int ROWS>
 __device__ __forceinline__ float sum_rows(float (&x)[ROWS]) {
-    static_assert(ROWS == 16, "a warp has two threads for each number");
-    halve<16>(x);
-    halve< 8>(x);
-    halve< 4>(x);
-    halve< 2>(x);
-    return x[0] + __shfl_xor_sync(0xffffffff, x[0], 1);
+    if constexpr (N == 1) {
+        x[0] += __shfl_xor_sync(0xffffffff, x[0], STEP);
+    } else {
+        const bool upper = threadIdx.x & STEP;
+#pragma unroll
+        for (int i = 0; i < N/2; ++i) {
+            const float lo = x[i];
+            const float hi = x[i + N/2];
+            x[i] = (upper ? hi : lo) + __shfl_xor_sync(0xffffffff, upper ? lo : hi, STEP);
+        }
+    }
+    if constexpr (STEP > 1) {
+        return sum_rows<(N + 1)/2, STEP/2>(x);
+    }
+    return x[0];
 }
 
 // Two sums over a vector in the order that ggml_kvtc/README.md states: groups for each lane, then lanes. A warp takes them for itself.
-template <int DIM>
-__device__ __forceinline__ double2 ordered_sums(const double (*x)[DIM], int d) {
+__device__ __forceinline__ double2 ordered_sums(const double2 * x, int d) {
     const int lane = threadIdx.x % 32;
-    const double * from = x[lane/LANES % 2];
+    const double * from = (const double *) x + lane/LANES % 2;
     double sum = 0.0;
 #pragma unroll 8
     for (int c = lane%LANES; c < d; c += LANES) {
-        sum += from[c];
+        sum += from[2*c];
     }
     double2 total = make_double2(0.0, 0.0);
 #pragma unroll
@@ -104,14 +105,23 @@ __device__ __forceinline__ bool is_near(const component & x, int w) {
     return x.levels + (LANES << w) <= NEAR && x.bounds + (LANES << w) <= NEAR;
 }
 
-// N: spans of a vector
-template <int N>
-__launch_bounds__(THREADS)
-__global__ void transform_and_write(const fused_args args) {
-    constexpr int DIM = N*SPAN;
-    const fused_side & a    = args.side [blockIdx.z];
-    const int          side = args.index[blockIdx.z];
-    __shared__ double terms[4][DIM]; // squares, whitened and not; products with levels, and levels' squares
+// components that N times a block's warps have, in R blocks
+template <int N, int R> constexpr int LARGEST = N*R*WARPS*(R > 1 ? SHARED : ALL);
+
+// R blocks share a vector
+template <int N, int R>
+__device__ __forceinline__ void transform_and_write(const fused_args & args) {
+    constexpr int ROWS  = R > 1 ? SHARED : ALL; // of a warp at once
+    constexpr int PARTS = 32/ROWS;              // threads of a component
+    constexpr int SPAN  = ROWS*WARPS;           // components that a block takes at once
+    constexpr int DIM   = LARGEST<N, R>;
+    constexpr int HELD  = ALL/ROWS;             // pieces of a row that are on their way before the product
+    const fused_side & a    = args.side [blockIdx.z/R];
+    const int          side = args.index[blockIdx.z/R];
+    const int          rank = blockIdx.z%R;
+    __shared__ double2 squares [DIM]; // whitened, and not
+    __shared__ double2 products[DIM]; // with levels, and of levels
+    __shared__ uint64_t boxes[2];     // for these, from the other blocks
     __shared__ __align__(16) float near_bounds[NEAR];
     __shared__ __align__(16) half  near_levels[NEAR];
     ggml_cuda_pdl_lc();
@@ -120,21 +130,28 @@ __global__ void transform_and_write(const fused_args args) {
     const int d     = args.d;
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
-    const int u     = lane/2;       // of the warp's components
-    const int part  = lane%2;       // of the component's two threads
+    const int u     = lane/PARTS;   // of the warp's components
+    const int part  = lane%PARTS;   // of the component's threads
     const int l     = u%LANES;
+    const int first = rank*N*SPAN + ROWS*warp;
+    if constexpr (R > 1) {
+        mailbox_open(boxes, d*sizeof(double2));
+    }
 
     // the matrix first: it is the most to wait for
     const float * encode = a.encode + (int64_t) h*d*d;
-    float4 e[ROWS];
-    const auto load = [&](int row0, int i) {
+    float4 e[HELD][ROWS];
+    const auto load = [&](float4 (&piece)[ROWS], int row0, int k) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            e[r] = *(const float4 *) (encode + (row0 + r)*d + i);
+            piece[r] = *(const float4 *) (encode + (row0 + r)*d + k);
         }
     };
-    if (ROWS*warp < d && 4*lane < d) {
-        load(ROWS*warp, 4*lane);
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) {
+        if (first < d && 4*lane + k*COLUMNS < d) {
+            load(e[k], first, 4*lane + k*COLUMNS);
+        }
     }
     // all that coding needs of the pack is on its way while the product is taken
     const char * pack = a.pack;
@@ -150,7 +167,7 @@ __global__ void transform_and_write(const fused_args args) {
     float     bias[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int c = min(ROWS*warp + i*SPAN + u, d - 1);
+        const int c = min(first + i*SPAN + u, d - 1);
         const ggml_kvtc_cuda_code code = head.group_code[c/LANES];
         own[i].width     = code.width;
         own[i].byte      = code.byte;
@@ -161,22 +178,23 @@ __global__ void transform_and_write(const fused_args args) {
     }
     const float * bounds = at<float>(pack, bounds_at);
     const half  * levels = at<half> (pack, levels_at);
-    float midpoints[N][NARROW/2]; // every second one: the other thread has the others
+    float midpoints[N][NARROW/PARTS]; // the component's other threads have the others
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int c = ROWS*warp + i*SPAN + u;
+        const int c = first + i*SPAN + u;
         const int w = c < d ? own[i].width : 0;
         const int n = w >= 1 && w <= 4 ? 1 << w : 0;
 #pragma unroll
-        for (int k = 0; k < NARROW/2; ++k) {
-            midpoints[i][k] = 2*k + part < n - 1 ? bounds[own[i].bounds + (2*k + part)*LANES + l] : INFINITY;
+        for (int k = 0; k < NARROW/PARTS; ++k) {
+            midpoints[i][k] = PARTS*k + part < n - 1 ? bounds[own[i].bounds + (PARTS*k + part)*LANES + l] : INFINITY;
         }
-        // A group's 16 threads fetch its levels and, where a search reads one after the other, its bounds.
+        // A group's threads fetch its levels and, where a search reads one after the other, its bounds.
         if (is_near(own[i], w)) {
-            for (int k = lane%16; k < (w > 0 ? 1 << w : 0); k += 16) {
+            constexpr int T = LANES*PARTS;
+            for (int k = lane%T; k < (w > 0 ? 1 << w : 0); k += T) {
                 copy_async<16>(near_levels + own[i].levels + 8*k, levels + own[i].levels + 8*k);
             }
-            for (int k = lane%16; k < (w > 4 ? 2*((1 << w) - 1) : 0); k += 16) {
+            for (int k = lane%T; k < (w > 4 ? 2*((1 << w) - 1) : 0); k += T) {
                 copy_async<16>(near_bounds + own[i].bounds + 4*k, bounds + own[i].bounds + 4*k);
             }
         }
@@ -186,29 +204,44 @@ __global__ void transform_and_write(const fused_args args) {
     const float * x = (const float *) (a.x + token*a.nb_x1 + h*a.nb_x2);
     const int64_t row = a.idxs[token];
 
+    if constexpr (R > 1) {
+        mailbox_meet();
+    }
     float z[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int row0 = ROWS*warp + i*SPAN;
+        const int row0 = first + i*SPAN;
         if (row0 < d) {
             float sum[ROWS] = {};
-            for (int k = 4*lane; k < d; k += 4*32) {
-                const float4 y = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
-                if (i > 0 || k != 4*lane) {
-                    load(row0, k);
-                }
+#pragma unroll (R > 1 ? DIM/COLUMNS : 1)
+            for (int k = 0; k < DIM/COLUMNS; ++k) {
+                const int at = 4*lane + k*COLUMNS;
+                if (at < d) {
+                    const float4 y = make_float4(x[at], x[at + 1], x[at + 2], x[at + 3]);
+                    float4 (&piece)[ROWS] = e[k%HELD];
+                    if (i > 0 || k >= HELD) {
+                        load(piece, row0, at);
+                    }
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    sum[r] += e[r].x*y.x + e[r].y*y.y + e[r].z*y.z + e[r].w*y.w;
+                    for (int r = 0; r < ROWS; ++r) {
+                        sum[r] += piece[r].x*y.x + piece[r].y*y.y + piece[r].z*y.z + piece[r].w*y.w;
+                    }
                 }
             }
             const int c = row0 + u;
-            z[i] = sum_rows(sum) + bias[i];
+            z[i] = sum_rows<ROWS>(sum) + bias[i];
+            const float   white = z[i]*own[i].inv_scale;
+            const double2 terms = make_double2((double) white*white, (double) z[i]*z[i]);
+            if constexpr (R > 1) {
+                for (int r = part; r < R && row >= 0; r += PARTS) { // a block that has returned has no memory
+                    mailbox_send(squares[c], terms, r, boxes[0]);
+                }
+            }
             if (part == 0) {
-                const float white = z[i]*own[i].inv_scale;
                 *(float *) (a.z + token*a.nb_z1 + h*a.nb_z2 + c*sizeof(float)) = z[i];
-                terms[0][c] = (double) white*white;
-                terms[1][c] = (double) z[i]*z[i];
+                if constexpr (R == 1) {
+                    squares[c] = terms;
+                }
             }
         }
     }
@@ -216,23 +249,31 @@ __global__ void transform_and_write(const fused_args args) {
     if (row < 0) {
         return;
     }
-    __syncthreads();
+    if constexpr (R > 1) {
+        __syncwarp(); // a warp's groups have been fetched by the warp
+        mailbox_wait(boxes[0]);
+    } else {
+        __syncthreads();
+    }
     uint8_t * out = a.rows + row*a.nb_row + payload;
-    const double2 squares = ordered_sums<DIM>(terms, d);
-    const float   inv     = get_inverse_norm(squares.x, d, args.inv_d); // 0: all codes are
+    const double2 power = ordered_sums(squares, d);
+    const float   inv   = get_inverse_norm(power.x, d, args.inv_d); // 0: all codes are
 
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const int c = ROWS*warp + i*SPAN + u;
+        const int c = first + i*SPAN + u;
         if (c - u < d) {
             const int   w = own[i].width;
             const float y = z[i]*inv;
             int code = 0;
 #pragma unroll
-            for (int k = 0; k < NARROW/2; ++k) {
+            for (int k = 0; k < NARROW/PARTS; ++k) {
                 code += y > midpoints[i][k]; // bounds never fall: as many are below y as the search steps over
             }
-            code += __shfl_xor_sync(0xffffffff, code, 1);
+#pragma unroll
+            for (int k = PARTS/2; k > 0; k /= 2) {
+                code += __shfl_xor_sync(0xffffffff, code, k);
+            }
             const bool    near = is_near(own[i], w);
             const float * from = (near ? near_bounds : bounds) + own[i].bounds + l;
             for (int step = w > 4 ? 1 << w >> 1 : 0; step > 0; step /= 2) {
@@ -246,37 +287,71 @@ __global__ void transform_and_write(const fused_args args) {
             uint32_t lo = (uint32_t) word;
             uint32_t hi = (uint32_t) (word >> 32);
 #pragma unroll
-            for (int k = LANES; k > 1; k /= 2) {
+            for (int k = LANES*PARTS/2; k >= PARTS; k /= 2) {
                 lo |= __shfl_xor_sync(0xffffffff, lo, k);
                 hi |= __shfl_xor_sync(0xffffffff, hi, k);
             }
             if (part == 0) {
-                terms[2][c] = (double) z[i]*level;
-                terms[3][c] = (double) level*level;
+                const double2 terms = make_double2((double) z[i]*level, (double) level*level);
+                if constexpr (R > 1) {
+                    mailbox_send(products[c], terms, 0, boxes[1]);
+                } else {
+                    products[c] = terms;
+                }
                 if (l < w) {
                     out[own[i].byte + l] = (uint8_t) ((l < 4 ? lo : hi) >> 8*(l % 4));
                 }
             }
         }
     }
+    if (rank > 0) {
+        return;
+    }
     for (uint32_t i = n_bytes + threadIdx.x; i < next - payload; i += THREADS) {
         out[i] = 0;
     }
-    __syncthreads();
+    if constexpr (R > 1) {
+        mailbox_wait(boxes[1]);
+    } else {
+        __syncthreads();
+    }
     if (warp == 0) {
-        const double2 sums = ordered_sums<DIM>(terms + 2, d);
+        const double2 sums = ordered_sums(products, d);
         if (lane == 0) {
-            out[0] = inv == 0.0f ? 0 : get_gain_code(squares.y, sums, keep_norm, gain_base);
+            out[0] = inv == 0.0f ? 0 : get_gain_code(power.y, sums, keep_norm, gain_base);
         }
     }
 }
 
+template <int N>
+__launch_bounds__(THREADS)
+__global__ void transform_and_write_all(const fused_args args) {
+    transform_and_write<N, 1>(args);
+}
+
+template <int R>
+KVTC_CLUSTER(R) __launch_bounds__(THREADS)
+__global__ void transform_and_write_shared(const fused_args args) {
+    transform_and_write<1, R>(args);
+}
+
+template <typename F>
+void launch(F kernel, int n_block, const fused_args & a, cudaStream_t stream) {
+    ggml_cuda_kernel_launch(kernel, { dim3(a.n_head, a.n_tokens, a.n_side*n_block), THREADS, 0, stream }, a);
+}
+
 } // namespace
 
-void encode_few(const fused_args & a, cudaStream_t stream) {
-    const auto kernel = a.d <= SPAN ? transform_and_write<1> : a.d <= 2*SPAN ? transform_and_write<2> : transform_and_write<4>;
-    static_assert(GGML_KVTC_MAX_DIM <= 4*SPAN, "no kernel for the largest vectors");
-    ggml_cuda_kernel_launch(kernel, { dim3(a.n_head, a.n_tokens, a.n_side), THREADS, 0, stream }, a);
+void encode_few(const fused_args & a, int cc, cudaStream_t stream) {
+    static_assert(GGML_KVTC_MAX_DIM <= LARGEST<4, 1> && GGML_KVTC_MAX_DIM <= LARGEST<1, 8>, "no kernel for the largest vectors");
+    if (a.d <= LARGEST<1, 1>) {
+        launch(transform_and_write_all<1>, 1, a, stream);
+    } else if (has_clusters(cc)) {
+        const bool small = a.d <= LARGEST<1, 4>;
+        launch(small ? transform_and_write_shared<4> : transform_and_write_shared<8>, small ? 4 : 8, a, stream);
+    } else {
+        launch(a.d <= LARGEST<2, 1> ? transform_and_write_all<2> : transform_and_write_all<4>, 1, a, stream);
+    }
 }
 
 } // namespace kvtc

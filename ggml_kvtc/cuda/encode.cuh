@@ -146,8 +146,8 @@ struct fused_args {
     double     inv_d;    // 1/d
 };
 
-// a block for each head and token
-void encode_few(const fused_args & a, cudaStream_t stream);
+// a block, or a few, for each head and token
+void encode_few(const fused_args & a, int cc, cudaStream_t stream);
 // for more tokens than a block for each serves well
 bool encode_many_supports(int cc, int d);
 void encode_many(const fused_args & a, cudaStream_t stream);

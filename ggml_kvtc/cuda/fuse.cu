@@ -88,6 +88,11 @@ bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
         bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
 }
 
+// whether f's sum covers what g reads. Both come from a graph's allocator, which knows only that g's nodes follow f's.
+bool touches(const fused_nodes & f, const fused_nodes & g) {
+    return overlap(f.sum, g.product->src[1]) || overlap(f.sum, g.write->src[2]);
+}
+
 fused_side get_side(const fused_nodes & f) {
     const ggml_tensor * x = f.product->src[1];
     fused_side a;
@@ -136,7 +141,7 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
     fused_nodes g;
     const bool both = find_write(graph, next_node(graph, f.last), cc, g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
-        g.product->ne[1] == f.product->ne[1] && !overlap(f.sum, g.product->src[1]) && !overlap(g.sum, f.product->src[1]) && !overlap(f.sum, g.sum);
+        g.product->ne[1] == f.product->ne[1] && !touches(f, g) && !touches(g, f) && !overlap(f.sum, g.sum);
     if (both) {
         a.side [1] = get_side(g);
         a.index[1] = ggml_get_op_params_i32(g.write, 0);
@@ -146,7 +151,7 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     if (a.n_tokens > MAX_FEW_TOKENS) {
         encode_many(a, ctx.stream());
     } else {
-        encode_few(a, ctx.stream());
+        encode_few(a, cc, ctx.stream());
     }
     return (both ? g.last : f.last) - i;
 }

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
@@ -251,7 +252,7 @@ void llama_kvtc::set_rope(layer & l, const int32_t * op_params, const ggml_tenso
     l.rope = now;
 }
 
-ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) const {
+ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) {
     const layer & l = get_layer(il);
     ggml_tensor * cache = l.cache[side];
     if (x->type != GGML_TYPE_F32) {
@@ -262,7 +263,13 @@ ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_te
     z = ggml_add(ctx, z, l.bias[side]);
 
     cache = ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1]*cache->ne[2]); // idxs count over all streams
-    return ggml_kvtc_set_rows(ctx, cache, z, idxs, l.pack, side);
+    ggml_tensor * write = ggml_kvtc_set_rows(ctx, cache, z, idxs, l.pack, side);
+    if (side == GGML_KVTC_K) {
+        keys_x = x;
+    } else {
+        write->src[4] = std::exchange(keys_x, nullptr);
+    }
+    return write;
 }
 
 ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,

@@ -118,7 +118,7 @@ public:
     int32_t n_window() const { return params.n_window; }
 
     // nodes that transform x [head_dim, n_head, n_tokens] and write it to the rows idxs of the cache
-    ggml_tensor * store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il) const;
+    ggml_tensor * store(ggml_context * ctx, ggml_kvtc_side side, ggml_tensor * x, ggml_tensor * idxs, int il);
 
     // K before RoPE, or k_cur itself when the cache keeps keys as they are
     ggml_tensor * keys(const llm_graph_context & g, ggml_tensor * k_cur, int il);
@@ -193,6 +193,9 @@ private:
     uint64_t calibration_hash = 0; // taken once: it reads every byte of the calibration, and a server saves states all the time
 
     std::vector<layer> layers;
+    // The keys that the graph in the making wrote last. The values' write names them as a source that it does not read, so that their
+    // memory is not given to the values' components: else no kernel could write both sides at once.
+    ggml_tensor * keys_x = nullptr;
     std::vector<buffer> buffers; // of every device; apart from the cache's own buffers, which are zeroed on clear
 
     uint32_t n_slots = 0; // per stream
