@@ -5,6 +5,7 @@
 //                      weights of 1               weights of 2
 //
 // Tiles lie in shared memory as they do in the scratch: 8 rows x 16 bytes of an operand are 128 bytes in a row, without swizzle.
+// Where a block sees all columns, one more product turns its sums into channels; the warps that have nothing to copy fetch its matrix.
 #include "attend-sm90.cuh"
 #include "hopper-tiles.cuh"
 
@@ -15,18 +16,25 @@ namespace {
 constexpr int GROUPS  = TILE_ROWS/64;
 constexpr int THREADS = 32*GROUP_WARPS*(GROUPS + 1); // registers are dealt out to four warps at once, so the copies have as many
 
+constexpr int HELPERS = 32*(GROUP_WARPS - 1); // threads beside the one warp that copies tiles
+
 struct tile_barriers {
     uint64_t full [2][TILE_STAGES]; // keys, values
     uint64_t empty[2][TILE_STAGES];
+    uint64_t matrix;
 };
 
 // a product whose sums are at most 128 columns; `next` halves from eight columns' first operand to that of the next components
-template <int N, bool start, typename A, int R>
+template <int N, bool start, bool transposed = false, typename A, int R>
 __device__ __forceinline__ void multiply(float (&d)[N/128 > 0 ? N/128 : 1][R], const A & a, const half * b, int next) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #pragma unroll
     for (int i = 0; i < (N/128 > 0 ? N/128 : 1); ++i) {
-        wgmma<start>(d[i], a, get_operand(b + i*128*8, next*sizeof(half), 128));
+        if constexpr (transposed) {
+            wgmma<start, true>(d[i], a, get_operand(b + i*128*8, next*sizeof(half), 128));
+        } else {
+            wgmma<start>(d[i], a, get_operand(b + i*128*8, next*sizeof(half), 128));
+        }
     }
 #endif
 }
@@ -45,10 +53,14 @@ struct tile_block {
     }
 };
 
+template <int D> constexpr bool TILE_ENDS = D <= TILE_MOST_WHOLE; // the values' matrix fits beside the tiles
+
 template <int D>
 struct tile_memory {
     half          queries[GROUPS][D/8][64][8];
     half          tiles[2][TILE_STAGES][TILE_KEYS<D>*D]; // keys, values
+    half          matrix[TILE_ENDS<D> ? D*D : 8];        // [components/8][channels/8][8][8]: the last eight are channels
+    float         mean[D];
     tile_barriers barriers;
 };
 
@@ -65,6 +77,42 @@ __device__ __forceinline__ void bring_tiles(const attn_args & a, const tile_args
             barrier_wait  (m.barriers.empty[s][stage], n/TILE_STAGES%2 ^ 1);
             barrier_expect(m.barriers.full [s][stage], TILE*sizeof(half));
             copy_bulk(m.tiles[s][stage], from[s] + at, TILE*sizeof(half), m.barriers.full[s][stage]);
+        }
+    }
+}
+
+// what the block's end needs, and its share of the exact rows
+template <int D>
+__device__ __forceinline__ void help(const attn_args & a, const tile_args & p, const tile_block & b, int thread, tile_memory<D> & m) {
+    if constexpr (TILE_ENDS<D>) {
+        if (p.whole) {
+            const ggml_kvtc_cuda_head & head = get_head(a.pack, GGML_KVTC_V, b.head);
+            const half  * matrix = at<half> (a.pack, head.decode); // [component][channel]
+            const float * mean   = at<float>(a.pack, head.mean);
+#pragma unroll 1
+            for (int i = thread; i < D*D/8; i += HELPERS) { // 16 bytes
+                const int component = i/(D/8);
+                copy_async<16>(m.matrix + ((component/8*(D/8) + i%(D/8))*8 + component%8)*8, matrix + 8*i);
+            }
+            for (int i = thread; i < D/4; i += HELPERS) {
+                copy_async<16>(m.mean + 4*i, mean + 4*i);
+            }
+            copy_commit();
+            copy_wait<0>();
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (thread % 32 == 0) {
+                barrier_arrive(m.barriers.matrix);
+            }
+        }
+    }
+    const int n_tokens = a.n_tokens*a.n_stream;
+#pragma unroll 1
+    for (int side = 0; side < p.exact.n_side; ++side) {
+#pragma unroll 1
+        for (int i = blockIdx.x*HELPERS + thread; i < n_tokens*a.n_head_kv*(D/8); i += gridDim.x*HELPERS) {
+            const int vector = i/(D/8);
+            write_components(p.exact.side[side], vector%n_tokens, vector/n_tokens, i%(D/8)*8);
         }
     }
 }
@@ -235,6 +283,52 @@ __device__ __forceinline__ void attend_rows(const attn_args & a, const tile_args
     for (int e = 0; e < 2; ++e) {
         sum[e] += __shfl_xor_sync(0xffffffff, sum[e], 1);
         sum[e] += __shfl_xor_sync(0xffffffff, sum[e], 2);
+    }
+    if constexpr (TILE_ENDS<D>) {
+        if (p.whole) {
+            float inv [2];
+            float seen[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                inv[e] = get_norm(a, head[e], top[e], sum[e], seen[e]).y;
+            }
+            uint32_t x[D/16][4];
+#pragma unroll
+            for (int k = 0; k < D/16; ++k) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    x[k][j] = pack_half2(o[0][8*k + 2*j]*inv[j%2], o[0][8*k + 2*j + 1]*inv[j%2]);
+                }
+            }
+            barrier_wait(m.barriers.matrix, 0);
+            float y[1][D/2];
+            wgmma_fence(y[0]);
+            wgmma_fence();
+            multiply<D, true, true>(y, x[0], m.matrix, D*8);
+#pragma unroll
+            for (int k = 1; k < D/16; ++k) {
+                multiply<D, false, true>(y, x[k], m.matrix + k*2*D*8, D*8);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_fence(y[0]);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                if (r0 + 8*e < n_row) {
+                    float * to = get_output(a, p.out, (int64_t) token[e]*a.n_head + head[e]);
+#pragma unroll
+                    for (int j = 0; j < D/8; ++j) {
+                        const int    c = 8*j + 2*q4;
+                        const float2 z = *(const float2 *) (m.mean + c);
+                        *(float2 *) (to + c) = make_float2(y[0][4*j + 2*e] + z.x*seen[e], y[0][4*j + 2*e + 1] + z.y*seen[e]);
+                    }
+                }
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
         if (r0 + 8*e < n_row) {
             const int64_t at = ((int64_t) token[e]*a.n_head + head[e])*p.n_split + b.split;
             if (q4 == 0) {
@@ -258,6 +352,7 @@ __global__ void attend(const attn_args a, const tile_args p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t smem[];
     tile_memory<D> & m = *(tile_memory<D> *) smem;
+    ggml_cuda_pdl_lc();
     tile_block b;
     int i = blockIdx.x;
     b.split     = i % p.n_split;     i /= p.n_split;
@@ -276,8 +371,10 @@ __global__ void attend(const attn_args a, const tile_args p) {
                 barrier_init(m.barriers.empty[s][stage], GROUPS*GROUP_WARPS);
             }
         }
+        barrier_init(m.barriers.matrix, HELPERS/32);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    ggml_cuda_pdl_sync();
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
     for (int j = threadIdx.x; j < TILE_ROWS*(D/8); j += THREADS) {
         const int row = b.row_block*TILE_ROWS + j/(64*(D/8))*64 + j%64;
@@ -295,12 +392,15 @@ __global__ void attend(const attn_args a, const tile_args p) {
 
     const int tile = b.next(b.split*p.tiles_per_split - 1);
     if (threadIdx.x/(32*GROUP_WARPS) == GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x % (32*GROUP_WARPS) == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        const int thread = threadIdx.x % (32*GROUP_WARPS) - 32;
+        if (thread >= 0) {
+            help<D>(a, p, b, thread, m);
+        } else if (thread == -32) {
             bring_tiles<D>(a, p, b, tile, m);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         attend_rows<D, softcap>(a, p, b, tile, m);
     }
 #else
@@ -313,8 +413,8 @@ template <int D>
 void launch(const attn_args & a, const tile_args & p, cudaStream_t stream) {
     const auto kernel = a.softcap != 0.0f ? attend<D, true> : attend<D, false>;
     allow_shared_memory((const void *) kernel, sizeof(tile_memory<D>));
-    kernel<<<p.n_split*p.n_row_block*a.n_head_kv*a.n_stream, THREADS, sizeof(tile_memory<D>), stream>>>(a, p);
-    CUDA_CHECK(cudaGetLastError());
+    const dim3 grid(p.n_split*p.n_row_block*a.n_head_kv*a.n_stream);
+    ggml_cuda_kernel_launch(kernel, { grid, THREADS, sizeof(tile_memory<D>), stream }, a, p);
 }
 
 } // namespace

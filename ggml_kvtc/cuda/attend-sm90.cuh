@@ -1,8 +1,7 @@
 // Attention of many query rows on Hopper: flash attention over expanded columns that lie in the order of wgmma's operands.
 #pragma once
 
-#include "device.cuh"
-#include "plan.h"
+#include "combine.cuh"
 
 namespace kvtc {
 
@@ -19,6 +18,9 @@ struct tile_args {
     int             n_split, tiles_per_split;
     float         * values;    // [row][split][d] sums of weighted coefficients
     float2        * meta;      // [row][split] (largest logit * log2(e), sum of weights)
+    bool            whole;     // these are all columns: the result goes to out instead
+    output          out;
+    exact_rows      exact;     // rows of the batch's tokens that are written too: no block reads what they replace
 };
 
 // rows of a kv head follow each other: token after token, heads of the group

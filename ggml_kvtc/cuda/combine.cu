@@ -9,30 +9,9 @@ namespace {
 template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 ? 2*D : 256; // a multiple of D
 template <int D> constexpr int N_SHARE   = D == 256 ? 4 : 1;                   // blocks that share a row's channels
 
-// what a row's sums are multiplied by, from the largest logit and the sum of weights; share of the tokens in all weights (sink
-// logits have the rest)
-__device__ __forceinline__ float2 get_norm(const attn_args & a, int64_t row, float top, float total, float & share) {
-    float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
-    float sink  = 0.0f;
-    if (a.sinks) {
-        const float logit = a.sinks[row%a.n_head]*LOG2E;
-        scale = logit > top ? exp2f(top - logit) : 1.0f;
-        sink  = logit > top ? 1.0f : exp2f(logit - top);
-    }
-    const float all = scale*total + sink;
-    const float inv = all > 0.0f ? scale/all : 0.0f;
-    share = total*inv;
-    return make_float2(top, top == -INFINITY ? 0.0f : inv);
-}
-
 // the rows of one kv head, token after token
 __device__ __forceinline__ int64_t get_row(const attn_args & a, int head_kv, int i) {
     return (int64_t) (i/a.group)*a.n_head + head_kv*a.group + i%a.group;
-}
-
-__device__ __forceinline__ float * get_output(const attn_args & a, const output & out, int64_t row) {
-    const int64_t token = row/a.n_head;
-    return (float *) (out.dst + row%a.n_head*out.nb1 + token%a.n_tokens*out.nb2 + token/a.n_tokens*out.nb3);
 }
 
 template <int D>
@@ -189,6 +168,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
     __shared__ float2 norm[ROWS];              // largest logit, what a row is multiplied by
     __shared__ int64_t place[ROWS];
 
+    ggml_cuda_pdl_lc();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int n_row = a.n_tokens*a.n_stream*a.group;
@@ -209,6 +189,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
         copy_commit();
     };
     load_matrix(0);
+    ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     if (threadIdx.x < ROWS) {
         const int     i   = blockIdx.x*ROWS + threadIdx.x;
         const int64_t row = get_row(a, blockIdx.y, min(i, n_row - 1));
@@ -315,8 +296,8 @@ void launch_many(const attn_args & a, const partial_sums & sums, const output & 
     constexpr size_t shared = (MANY_ROWS<D>*((D + 31)/32*32 + 8) + MANY_K<D>*(D + 8))*sizeof(half);
     const int per_kv = a.n_tokens*a.n_stream*a.group;
     allow_shared_memory((const void *) combine_many<D>, shared);
-    combine_many<D><<<dim3((per_kv + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head_kv), 32*MANY_WARPS, shared, stream>>>(a, sums, out);
-    CUDA_CHECK(cudaGetLastError());
+    const dim3 grid((per_kv + MANY_ROWS<D> - 1)/MANY_ROWS<D>, a.n_head_kv);
+    ggml_cuda_kernel_launch(combine_many<D>, { grid, 32*MANY_WARPS, shared, stream }, a, sums, out);
 }
 
 template <int D>

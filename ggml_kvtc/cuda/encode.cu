@@ -1,4 +1,4 @@
-// The write operation: a warp codes one head vector, or threads round components to the exact rows' f16.
+// The write operation: a warp codes one head vector, or a thread rounds eight components to the exact rows' f16.
 #include "kvtc-cuda.h"
 #include "encode.cuh"
 #include "exact.cuh"
@@ -42,12 +42,13 @@ __global__ void write_codes(const write_args a, int side) {
     code_vector(pack, side, h, a.n_head, a.d, plain, plain + a.d, plain + 2*a.d, a.dst + row*a.nb_1 + get_head(pack, side, h).payload);
 }
 
-__global__ void write_exact(const exact_rows rows, int n_head, int d) {
+// A thread has eight components; blocks of a head and a side share its tokens.
+__global__ void write_exact(const exact_rows rows, int n_tokens, int per_token) {
     ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
-    const int i = blockIdx.y*THREADS + threadIdx.x;
-    if (i < n_head*d) {
-        store_component(load_component(rows.side[blockIdx.z], blockIdx.x, i/d, i%d));
+    const int i = blockIdx.x*THREADS + threadIdx.x;
+    if (i < n_tokens*per_token) {
+        write_components(rows.side[blockIdx.z], i/per_token, blockIdx.y, i%per_token*8);
     }
 }
 
@@ -73,11 +74,12 @@ static kvtc::write_args get_args(const ggml_tensor * dst) {
 
 static void write_exact_rows(const kvtc::exact_rows & rows, const ggml_tensor * z, cudaStream_t stream) {
     using namespace kvtc;
-    const int d        = (int) z->ne[0];
-    const int n_tokens = (int) z->ne[1];
-    const int n_head   = (int) z->ne[2];
+    const int per_token = (int) z->ne[0]/8; // supports_op: d is a multiple
+    const int n_tokens  = (int) z->ne[1];
+    const int n_head    = (int) z->ne[2];
     if (n_tokens > 0) {
-        ggml_cuda_kernel_launch(write_exact, { dim3(n_tokens, (n_head*d + THREADS - 1)/THREADS, rows.n_side), THREADS, 0, stream }, rows, n_head, d);
+        const dim3 grid((n_tokens*per_token + THREADS - 1)/THREADS, n_head, rows.n_side);
+        ggml_cuda_kernel_launch(write_exact, { grid, THREADS, 0, stream }, rows, n_tokens, per_token);
     }
 }
 

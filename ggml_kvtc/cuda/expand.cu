@@ -225,40 +225,70 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
     }
 }
 
-__global__ void count_either(const attn_args a, int n_block, int * counts, int2 * ranges) {
-    const int stream = blockIdx.y;
-    int min_pos;
-    int max_pos;
-    get_query_range(a, stream, min_pos, max_pos, threadIdx.x, blockDim.x);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        ranges[stream] = make_int2(min_pos, max_pos);
-    }
-    const int  cell = blockIdx.x*COUNT_CELLS + threadIdx.x;
+constexpr int COUNT_ALONE = 16; // blocks of COUNT_CELLS up to which each of them counts the cells before its own, in one launch for two
+
+__device__ __forceinline__ bool is_either(const attn_args & a, int stream, int cell, const int2 & range) {
     const int2 info = cell < a.n_kv ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
-    const int  n    = __syncthreads_count(info.x >= 0 && get_use(a, info.x, info.y, min_pos, max_pos) == USE_EITHER);
+    return info.x >= 0 && get_use(a, info.x, info.y, range.x, range.y) == USE_EITHER;
+}
+
+// the block's count; it is true for this thread's cell
+__device__ __forceinline__ void put_count(bool found, int n_block, int * counts, const int2 & range, int2 * ranges) {
+    const int n = __syncthreads_count(found);
     if (threadIdx.x == 0) {
-        counts[stream*n_block + blockIdx.x] = n;
+        counts[blockIdx.y*n_block + blockIdx.x] = n;
+        if (blockIdx.x == 0) {
+            ranges[blockIdx.y] = range;
+        }
     }
 }
 
-__global__ void write_either(const attn_args a, int n_block, int n_max, const int * counts, const int2 * ranges, int * list, int * list_end) {
+__global__ void count_either(const attn_args a, int n_block, int * counts, int2 * ranges) {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+    int2 range;
+    get_query_range(a, blockIdx.y, range.x, range.y, threadIdx.x, blockDim.x);
+    put_count(is_either(a, blockIdx.y, blockIdx.x*COUNT_CELLS + threadIdx.x, range), n_block, counts, range, ranges);
+}
+
+// alone: nothing has been counted
+template <bool alone>
+__global__ void write_either(const attn_args a, int n_block, int n_max, int * counts, int2 * ranges, int * list, int * list_end) {
     __shared__ int warps[COUNT_CELLS/32];
     __shared__ int before;
-    const int  stream = blockIdx.y;
-    const int2 range  = ranges[stream];
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+    const int stream = blockIdx.y;
+    const int cell   = blockIdx.x*COUNT_CELLS + threadIdx.x;
+    int2 range;
+    int  n = 0;
     if (threadIdx.x == 0) {
         before = 0;
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < (int) blockIdx.x; i += blockDim.x) {
-        atomicAdd(&before, counts[stream*n_block + i]);
+    if (alone) {
+        get_query_range(a, stream, range.x, range.y, threadIdx.x, blockDim.x);
+#pragma unroll 8
+        for (int i = 0; i < (int) blockIdx.x; ++i) {
+            n += is_either(a, stream, i*COUNT_CELLS + threadIdx.x, range);
+        }
+    } else {
+        range = ranges[stream];
+        __syncthreads();
+        for (int i = threadIdx.x; i < (int) blockIdx.x; i += blockDim.x) {
+            n += counts[stream*n_block + i];
+        }
     }
-    const int  cell  = blockIdx.x*COUNT_CELLS + threadIdx.x;
-    const int2 info  = cell < a.n_kv ? a.info[(int64_t) stream*a.n_kv + cell] : make_int2(-1, -1);
-    const bool found = info.x >= 0 && get_use(a, info.x, info.y, range.x, range.y) == USE_EITHER;
+    n = warp_reduce_sum(n);
+    if (threadIdx.x % 32 == 0 && n > 0) {
+        atomicAdd(&before, n);
+    }
+    const bool     found  = is_either(a, stream, cell, range);
     const uint32_t ballot = __ballot_sync(0xffffffff, found);
     if (threadIdx.x % 32 == 0) {
         warps[threadIdx.x/32] = __popc(ballot);
+    }
+    if (alone) {
+        put_count(found, n_block, counts, range, ranges);
     }
     __syncthreads();
     int at = before + __popc(ballot & ((1u << threadIdx.x%32) - 1));
@@ -362,10 +392,12 @@ void expand_tiles(const attn_args & a, const attn_shape & s, const gpu_shape & g
 void list_either(const attn_args & a, int n_max, int * counts, int2 * ranges, int * list, int * list_end, cudaStream_t stream) {
     const int n_block = ceil_div(a.n_kv, COUNT_CELLS);
     const dim3 grid(n_block, a.n_stream);
-    count_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, counts, ranges);
-    CUDA_CHECK(cudaGetLastError());
-    write_either<<<grid, COUNT_CELLS, 0, stream>>>(a, n_block, n_max, counts, ranges, list, list_end);
-    CUDA_CHECK(cudaGetLastError());
+    if (n_block <= COUNT_ALONE) {
+        ggml_cuda_kernel_launch(write_either<true>, { grid, COUNT_CELLS, 0, stream }, a, n_block, n_max, counts, ranges, list, list_end);
+    } else {
+        ggml_cuda_kernel_launch(count_either,        { grid, COUNT_CELLS, 0, stream }, a, n_block, counts, ranges);
+        ggml_cuda_kernel_launch(write_either<false>, { grid, COUNT_CELLS, 0, stream }, a, n_block, n_max, counts, ranges, list, list_end);
+    }
 }
 
 void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool aligned, half * out, cudaStream_t stream) {

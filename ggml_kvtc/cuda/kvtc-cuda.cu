@@ -46,6 +46,10 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
 bool is_hopper(int device) {
     return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
 }
+
+bool find_tiles_plan(int device, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, tiles_plan & p) {
+    return s.n_tokens > MAX_DECODE_TOKENS && is_hopper(device) && make_tiles_plan(s, gpu, count_exact(a, s), p);
+}
 #endif
 
 gpu_shape get_gpu(int device) {
@@ -147,7 +151,7 @@ bool supports_attn(int device, const ggml_tensor * op) {
 
 } // namespace kvtc
 
-// exact: written by the last kernel, if there are only a few query rows
+// exact: written by the last kernel that attends, if writes_exact
 static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvtc::exact_rows & exact) {
     using namespace kvtc;
     const ggml_kvtc_attn_params params = get_params(dst);
@@ -159,8 +163,8 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
     const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
 #ifdef KVTC_SM90
     tiles_plan tiles;
-    if (shape.n_tokens > MAX_DECODE_TOKENS && is_hopper(ctx.device) && make_tiles_plan(shape, gpu, count_exact(args, shape), tiles)) {
-        prefill_sm90(ctx, args, shape, gpu, tiles, out);
+    if (find_tiles_plan(ctx.device, args, shape, gpu, tiles)) {
+        prefill_sm90(ctx, args, shape, gpu, tiles, exact, out);
         return;
     }
 #endif
@@ -195,11 +199,23 @@ void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     attend(ctx, dst, {});
 }
 
+static bool writes_exact(int device, const ggml_tensor * dst, const kvtc::attn_shape & s) {
+    using namespace kvtc;
+#ifdef KVTC_SM90
+    tiles_plan tiles;
+    if (find_tiles_plan(device, get_args(dst, get_params(dst)), s, get_gpu(device), tiles)) {
+        return true;
+    }
+#endif
+    GGML_UNUSED_VARS(device, dst);
+    return s.n_tokens <= MAX_DECODE_TOKENS && s.d <= MAX_DECODE_DIM && combine_writes_exact(s);
+}
+
 bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * keys, const ggml_tensor * values) {
     using namespace kvtc;
     const attn_shape s = get_shape(dst, get_params(dst));
     const ggml_tensor * z = keys->src[1];
-    if (s.n_tokens > MAX_DECODE_TOKENS || s.d > MAX_DECODE_DIM || !combine_writes_exact(s) || z->ne[0] != s.d || z->ne[1] != s.n_tokens*s.n_stream || z->ne[2] != s.n_head_kv) {
+    if (z->ne[0] != s.d || z->ne[1] != s.n_tokens*s.n_stream || z->ne[2] != s.n_head_kv || !writes_exact(ctx.device, dst, s)) {
         return false;
     }
     attend(ctx, dst, { { get_exact_side(keys), get_exact_side(values) }, 2 });

@@ -358,6 +358,8 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
 constexpr int TILE_ROWS   = 128; // query rows of a block
 constexpr int TILE_STAGES = 2;
 
+constexpr int TILE_MOST_WHOLE = 128; // head_dim up to which attention ends with the values' matrix where one block sees all columns
+
 template <int D> constexpr int TILE_KEYS = D <= 128 ? 128 : 64;
 
 inline int tile_keys(int d) {
@@ -368,6 +370,7 @@ struct tiles_plan {
     int n_column, n_list, chunk, n_chunk, n_merge; // as in prefill_plan
     int n_row_block;
     int n_split, tiles_per_split; // of a chunk
+    bool whole;                   // there are no sums to merge
 };
 
 // False where this kernel does not serve the shape.
@@ -397,6 +400,7 @@ inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_e
     }
     p.tiles_per_split = ceil_div(n_tile, n_split);
     p.n_split         = ceil_div(n_tile, p.tiles_per_split);
+    p.whole           = p.n_chunk == 1 && p.n_split == 1 && s.d <= TILE_MOST_WHOLE;
     const size_t sums = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*p.n_split*(s.d + 2)*4;
     p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
     return true;

@@ -20,6 +20,8 @@ __global__ void classify_tiles(const attn_args a, const columns c, int n_row_blo
     constexpr int LANES  = KEYS/8;
     constexpr int STEP   = THREADS/LANES;                // from token to token of a thread
     constexpr int TOKENS = (TILE_ROWS + STEP - 1)/STEP;  // of a thread, at most
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
     const int  tile   = blockIdx.x;
     const int  stream = blockIdx.z;
     const int  n_tile = gridDim.x;
@@ -90,7 +92,7 @@ __global__ void classify_tiles(const attn_args a, const columns c, int n_row_blo
 
 } // namespace
 
-void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const tiles_plan & p, const output & dst) {
+void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const tiles_plan & p, const exact_rows & exact, const output & dst) {
     cudaStream_t stream = ctx.stream();
     const int     n_block = ceil_div(s.n_kv, COUNT_CELLS);
     const int     keys    = tile_keys(s.d);
@@ -107,7 +109,7 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
     ggml_cuda_pool_alloc<int>     counts (ctx.pool(), s.n_stream*n_block);
     ggml_cuda_pool_alloc<int>     list   (ctx.pool(), s.n_stream*(p.n_list + 1));
     ggml_cuda_pool_alloc<int2>    ranges (ctx.pool(), s.n_stream);
-    ggml_cuda_pool_alloc<float2>  out    (ctx.pool(), n_sums*std::min(p.n_chunk, p.n_merge));
+    ggml_cuda_pool_alloc<float2>  out    (ctx.pool(), p.whole ? 1 : n_sums*std::min(p.n_chunk, p.n_merge));
     ggml_cuda_pool_alloc<float>   values (ctx.pool(), folds ? n_row*s.d : 1);
     ggml_cuda_pool_alloc<float2>  meta   (ctx.pool(), folds ? n_row : 1);
     int * list_end = list.get() + (int64_t) s.n_stream*p.n_list;
@@ -137,16 +139,19 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
         } else {
             expand_tiles(a, s, gpu, c, k.get(), v.get(), stream);
         }
-        const dim3 grid(c.n_all/keys, ceil_div(p.n_row_block, 4), s.n_stream);
+        // four blocks of rows each, or fewer where processors would have nothing to do
+        const int  per = std::max(1, std::min(4, c.n_all/keys*p.n_row_block*s.n_stream/(2*gpu.n_sm)));
+        const dim3 grid(c.n_all/keys, ceil_div(p.n_row_block, per), s.n_stream);
         const auto classify = s.d <= 128 ? classify_tiles<TILE_KEYS<128>> : classify_tiles<TILE_KEYS<256>>;
-        classify<<<grid, THREADS, 0, stream>>>(a, c, p.n_row_block, aligned, classes.get(), mask.get());
-        CUDA_CHECK(cudaGetLastError());
+        ggml_cuda_kernel_launch(classify, { grid, THREADS, 0, stream }, a, c, p.n_row_block, aligned, classes.get(), mask.get());
         float2 * to = out.get() + sums.n_chunk*n_sums;
         attend_tiles(a, s.d, { k.get(), v.get(), mask.get(), classes.get(), c.n_all/keys, p.n_row_block, p.n_split, p.tiles_per_split,
-            (float *) (to + n_meta), to }, stream);
+            (float *) (to + n_meta), to, p.whole, dst, c.at + c.n_all == p.n_column ? exact : exact_rows() }, stream);
         ++sums.n_chunk;
     }
-    combine(a, s.d, sums, dst, stream);
+    if (!p.whole) {
+        combine(a, s.d, sums, dst, stream);
+    }
 }
 
 } // namespace kvtc

@@ -10,8 +10,9 @@ bool prefill_supports(const attn_args & a, const attn_shape & s);
 
 void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const output & dst);
 
-// the same on sm_90a
-void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const tiles_plan & p, const output & dst);
+// the same on sm_90a; exact: rows of the batch's tokens that are written too, behind all that read what they replace
+void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const tiles_plan & p, const exact_rows & exact,
+    const output & dst);
 
 // most exact rows that one stream has
 inline int count_exact(const attn_args & a, const attn_shape & s) {

@@ -26,6 +26,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     constexpr int GROUPS  = REBUILD_GROUPS<D>;
     constexpr int THREADS = 32*WARPS*GROUPS;
     extern __shared__ __align__(1024) uint8_t smem[];
+    ggml_cuda_pdl_lc();
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0);
@@ -72,6 +73,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
             freq[i] = i < n_rot/2 ? pack_freq[i] : 0;
         }
     }
+    ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int2 range = c.ranges[stream];
     half * const out = (side == GGML_KVTC_K ? keys : values) + ((int64_t) stream*a.n_head_kv + head)*c.n_all*D;
 
@@ -239,8 +241,8 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
 template <int D>
 void launch(const attn_args & a, const columns & c, const rebuild_plan & p, half * keys, half * values, cudaStream_t stream) {
     allow_shared_memory((const void *) rebuild<D>, p.shared);
-    rebuild<D><<<dim3(p.n_key_block + p.n_value_block, a.n_head_kv, a.n_stream), 32*WARPS*REBUILD_GROUPS<D>, p.shared, stream>>>(a, c, p, keys, values);
-    CUDA_CHECK(cudaGetLastError());
+    const dim3 grid(p.n_key_block + p.n_value_block, a.n_head_kv, a.n_stream);
+    ggml_cuda_kernel_launch(rebuild<D>, { grid, 32*WARPS*REBUILD_GROUPS<D>, p.shared, stream }, a, c, p, keys, values);
 }
 
 } // namespace
