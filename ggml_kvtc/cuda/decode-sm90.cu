@@ -40,18 +40,19 @@ template <int D, int GROUPS, bool ONE>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    constexpr int KS      = D/16;
-    constexpr int SLAB    = 16*WARPS;
-    constexpr int LD      = D + 8;
-    constexpr int N_WARP  = WARPS*GROUPS;
-    constexpr int SHARE   = D/64; // warps that share keys for the values' product
+    constexpr int KS     = D/16;
+    constexpr int SLAB   = 16*WARPS;
+    constexpr int LD     = D + 8;
+    constexpr int N_WARP = WARPS*GROUPS;
+    constexpr int SHARE  = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
     uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
-    const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, blockIdx.y);
-    const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, blockIdx.y);
+    const int head = blockIdx.y;
+    const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
+    const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
-        bring_operand<D>(a, blockIdx.y, smem, smem + p.at_fine, p.n_fine, ready);
+        bring_operand<D>(a, head, smem, smem + p.at_fine, p.n_fine, ready);
         bring_tables(a, smem + p.at_table[0], kh, smem + p.at_table[1], &vh, ready);
     }
 
@@ -65,10 +66,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int q4    = lane % 4;
     const int r8    = lane / 4;
 
-    const int head   = blockIdx.y;
     const int stream = blockIdx.z;
     const int n_row  = a.n_tokens*a.group; // up to 8
-
     const char * base = a.pack;
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;
     const int rope_type = (int) pack.rope_type;
@@ -91,11 +90,10 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     float2 * tops    = (float2 *) (smem + p.at_tops);    // [warp][q4] largest logits
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     const auto meet_set = [&](bool x) {
-        if constexpr (SHARE == 1) {
-            return __any_sync(0xffffffff, x);
-        } else {
+        if constexpr (SHARE > 1) {
             return meet<SHARE>(1 + GROUPS + set, x);
         }
+        return __any_sync(0xffffffff, x);
     };
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
@@ -120,7 +118,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     }
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
-
     float o[4][4];
     float top[2] = { -INFINITY, -INFINITY };
     float sum[2] = { 0.0f, 0.0f };
@@ -149,7 +146,6 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     __syncthreads();
     barrier_wait(ready, 0);
-
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
