@@ -98,9 +98,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
-    //
     // the thread's queries: columns 2*q4, 2*q4 + 1
-    //
     const int * query_pos = a.query_pos + stream*a.n_tokens;
     int min_pos = query_pos[0];
     int max_pos = min_pos;
