@@ -89,7 +89,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     uint2  * weights = (uint2  *) (smem + p.at_weights); // [warp][lane] of its keys, as the other warp's operand
     float2 * tops    = (float2 *) (smem + p.at_tops);    // [warp][q4] largest logits
     uint4  * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
-    const auto meet_set = [&](bool x) {
+    const auto meet_set = [&](bool x) -> bool {
         if constexpr (SHARE > 1) {
             return meet<SHARE>(1 + GROUPS + set, x);
         }
