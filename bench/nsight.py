@@ -17,7 +17,7 @@ METRICS = (
     ("registers", "launch__registers_per_thread", 1.0),
     ("shared_kib", "launch__shared_mem_per_block", 1 / 1024),
 )
-KERNELS = "decode_cells|combine|attend_chunk|rebuild_rows|copy_mask|merge_chunks|transform_and_write|write_codes"
+KERNELS = "decode_cells|combine|attend|rebuild|classify_tiles|copy_mask|either|merge_chunks|transform_and_write|write_"
 COLUMNS = ("kernel", "grid", "block", *(name for name, _, _ in METRICS))
 
 
