@@ -1,14 +1,28 @@
-// What a block of decode-sm90.cu does before its loop and after it: the pack's part of its head to shared memory, its queries,
-// and the warps' sums to one.
+// What a block of decode-sm90.cu does before its loop and after it: the pack's part of its head to shared memory, its queries, as
+// decode-sm90-d256.cu has them too, and the warps' sums to one.
 #pragma once
 
+#include "pack-sm90.cuh"
 #include "pairs.cuh"
 #include "plan.h"
 #include "turn-sm90.cuh"
 
 namespace kvtc {
 
-// what is small of the pack's part of a head; pack-sm90.cuh brings the rest
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// what is large of the pack's part of a head, by one thread
+template <int D>
+__device__ __forceinline__ void bring_block(const attn_args & a, const sm90_plan & p, uint8_t * smem, int head, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
+                                            uint64_t & ready) {
+    init_bring(ready, 4);
+    bring_operand<D>(a, head, smem, ready);
+    bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+    bring_tables(a, kh, smem + p.at_table[0], ready);
+    bring_tables(a, vh, smem + p.at_table[1], ready);
+}
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
+// what is small of it, by all
 template <int D>
 __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, const char * base, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh, int n_rot) {
     const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) base;

@@ -8,10 +8,13 @@
 // Of the 32 components 32*s .. 32*s + 31 of a key, lane 4*r + q of a warp has the eight of group 4*s + q, of keys r and r + 8. They
 // are columns 2*q, 2*q + 1 of four steps of eight, so the matrix is kept in that order.
 #include "decode.cuh"
+#include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "pack-sm90.cuh"
 #include "pairs.cuh"
 #include "slabs.cuh"
+#include "stage.cuh"
+#include "turn-sm90.cuh"
 #include "values-sm90.cuh"
 
 #include <type_traits>
@@ -37,8 +40,10 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     extern __shared__ __align__(1024) uint8_t smem[];
     uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
     if (threadIdx.x == 0) {
-        bring_operand<D>(a, blockIdx.y, smem, smem + p.at_fine, p.n_fine, ready);
-        bring_tables(a, smem + p.at_pairs, get_head(a.pack, GGML_KVTC_K, blockIdx.y), nullptr, nullptr, ready);
+        init_bring(ready, 3);
+        bring_operand<D>(a, blockIdx.y, smem, ready);
+        bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+        bring_tables(a, get_head(a.pack, GGML_KVTC_K, blockIdx.y), smem + p.at_pairs, ready);
     }
 
     const int lane  = threadIdx.x % 32;
@@ -93,14 +98,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     store_levels(levels, my_levels, threadIdx.x/8, threadIdx.x%8);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
-    const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
-    for (int i = threadIdx.x; i < n_row*D; i += THREADS) {
-        const int r       = i/D;
-        const int token   = r/a.group;
-        const int channel = pair_channel(i%D, rope_type, n_rot);
-        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-        queries[r*LD + i%D] = x*(i%D < n_rot ? scale*pack.rope_mscale : scale);
-    }
+    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, THREADS);
     const int n_wide = (int) kh.n_wide;
     const int skew[2] = { (int) (kh.payload % p.rows.unit), (int) (vh.payload % p.rows.unit) };
 
@@ -128,20 +126,6 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     float top[2] = { -INFINITY, -INFINITY }; // of this warp's cells
     float sum[2] = { 0.0f, 0.0f };
     int anchor = INT_MIN;
-    const auto set_anchor = [&](int pos) { // the group's threads together
-        anchor = pos;
-        constexpr int UNITS = D/4; // of two pairs
-        constexpr int STEP  = 32*WARPS/UNITS;
-        const int    i  = threadIdx.x%UNITS;
-        const float2 c0 = get_rotation(pos, freq[2*i]);
-        const float2 c1 = get_rotation(pos, freq[2*i + 1]);
-        for (int r = threadIdx.x%(32*WARPS)/UNITS; r < n_row; r += STEP) {
-            const float4 x = *(const float4 *) (queries + r*LD + 4*i);
-            half * to = turned + r*LD + i/4*16 + i%4*2;
-            *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
-            *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
-        }
-    };
     const half * turned_row = (lane%8 < n_row ? turned + lane%8*LD : zeros) + lane/8*8;
 
     // neighbouring slabs to one group: they share an anchor
@@ -278,7 +262,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             wgmma_commit();
             again = pass == 0 && any_either;
             if (wanted != anchor) {
-                set_anchor(wanted);
+                anchor = wanted;
+                turn_queries<D, 32*WARPS>(queries, turned, freq, anchor, n_row);
                 meet(group, false);
             }
             if (!again) {

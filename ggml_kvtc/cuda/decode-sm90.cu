@@ -19,7 +19,6 @@
 #include "ahead-sm90.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
-#include "pack-sm90.cuh"
 #include "stage.cuh"
 #include "turn-sm90.cuh"
 
@@ -52,8 +51,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
-        bring_operand<D>(a, head, smem, smem + p.at_fine, p.n_fine, ready);
-        bring_tables(a, smem + p.at_table[0], kh, smem + p.at_table[1], &vh, ready);
+        bring_block<D>(a, p, smem, head, kh, vh, ready);
     }
 
     const int lane  = threadIdx.x % 32;

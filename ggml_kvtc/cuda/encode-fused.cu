@@ -6,7 +6,6 @@
 // for that in one block are shared by a cluster.
 #include "cluster.cuh"
 #include "encode.cuh"
-#include "gain.cuh"
 
 namespace kvtc {
 
@@ -131,7 +130,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     const uint32_t n_bytes   = head.n_bytes;
     const bool     keep_norm = head.keep_norm != 0;
     const float    gain_base = head.gain_base;
-    const uint32_t next      = h + 1 < args.n_head ? get_head(pack, side, h + 1).payload : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes;
+    const uint32_t next      = get_end(pack, side, h, args.n_head);
     component own [N];
     float     bias[N];
 #pragma unroll

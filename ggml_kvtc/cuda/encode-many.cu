@@ -4,7 +4,6 @@
 // A warp codes four vectors at once, thread l of eight component l of every group: the sums in f64, whose order is fixed, run in the
 // thread's registers, and all of a warp search the same group, whose width is one number.
 #include "encode.cuh"
-#include "gain.cuh"
 
 namespace kvtc {
 
@@ -257,7 +256,7 @@ __global__ void transform_and_write_many(const fused_args args) {
     head.levels    = at<half> (pack, info.levels);
     head.payload   = info.payload;
     head.n_bytes   = info.n_bytes;
-    head.end       = (h + 1 < args.n_head ? get_head(pack, side, h + 1).payload : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes) - head.payload;
+    head.end       = get_end(pack, side, h, args.n_head) - head.payload;
     head.keep_norm = info.keep_norm != 0;
     head.gain_base = info.gain_base;
     {

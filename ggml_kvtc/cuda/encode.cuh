@@ -2,7 +2,7 @@
 // run in f64 in the order that ggml_kvtc/README.md states, so that the bytes are those of the CPU.
 #pragma once
 
-#include "device.cuh"
+#include "gain.cuh"
 
 namespace kvtc {
 
@@ -23,6 +23,11 @@ __device__ __forceinline__ uint32_t lane_or(uint32_t x) {
         x |= __shfl_xor_sync(0xffffffff, x, l, ENCODE_LANES);
     }
     return x;
+}
+
+// where in a row the bytes of head h end
+__device__ __forceinline__ uint32_t get_end(const char * pack, int side, int h, int n_head) {
+    return h + 1 < n_head ? get_head(pack, side, h + 1).payload : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes;
 }
 
 // One vector of head h to its codes at out. plain: its components, in shared memory, as are white and level, d floats of scratch.
@@ -104,20 +109,11 @@ __device__ __forceinline__ void code_vector(const char * pack, int side, int h, 
     const double sums = sum_groups(part == 0 ? plain : level, level);
     const double self = __shfl_sync(0xffffffff, sums, LANES);
     if (lane == 0) {
-        double gain = 0.0;
-        if (!zero) {
-            if (head.keep_norm) {
-                gain = self > 0.0 ? sqrt(power/self) : 0.0;
-            } else {
-                gain = sums > 0.0 ? power/sums : 0.0;
-            }
-        }
-        out[0] = gain > 0.0 ? (uint8_t) fmin(255.0, fmax(1.0, rint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base)))) : 0;
+        out[0] = zero ? 0 : get_gain_code(power, make_double2(sums, self), head.keep_norm != 0, head.gain_base);
     }
     // the gap to the next head, or the rest of the row: equal content gives equal rows
-    const ggml_kvtc_cuda_side & s = ((const ggml_kvtc_cuda_pack *) pack)->side[side];
-    const int end = (int) ((h + 1 < n_head ? get_head(pack, side, h + 1).payload : s.row_bytes) - head.payload);
-    for (int i = (int) head.n_bytes + lane; i < end; i += 32) {
+    const uint32_t end = get_end(pack, side, h, n_head) - head.payload;
+    for (uint32_t i = head.n_bytes + lane; i < end; i += 32) {
         out[i] = 0;
     }
 }

@@ -17,26 +17,33 @@ __device__ __forceinline__ void bring_bytes(uint8_t * to, const char * from, uin
     }
 }
 
-// The head's operand to `to`, and `n_turn` positions of the table of rotations. Where they lie follows from the shape: nothing is waited for.
-// By one thread, which then counts once more at the barrier: bring_tables()
-template <int D>
-__device__ __forceinline__ void bring_operand(const attn_args & a, int head, uint8_t * to, uint8_t * turns, int n_turn, uint64_t & barrier) {
-    barrier_init(barrier, 2);
+// before n calls of what follows, by the thread that makes them
+__device__ __forceinline__ void init_bring(uint64_t & barrier, int n) {
+    barrier_init(barrier, n);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    constexpr uint32_t OPERAND = GGML_KVTC_CUDA_OPERAND_BYTES(D);
-    const uint32_t n = n_turn*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
-    barrier_expect(barrier, OPERAND + n);
-    bring_bytes(to,    a.pack + GGML_KVTC_CUDA_OPERAND_AT(a.n_head_kv, D, head), OPERAND, barrier);
-    bring_bytes(turns, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D), n, barrier);
 }
 
-// Tables of pairs, of one or both sides. By the same thread
-__device__ __forceinline__ void bring_tables(const attn_args & a, uint8_t * to, const ggml_kvtc_cuda_head & head, uint8_t * to_other, const ggml_kvtc_cuda_head * other, uint64_t & barrier) {
-    const uint32_t at[2] = { head.pairs,   other ? other->pairs   : 0 };
-    const uint32_t n [2] = { head.n_pairs, other ? other->n_pairs : 0 };
-    barrier_expect(barrier, n[0] + n[1]);
-    bring_bytes(to,       a.pack + at[0], n[0], barrier);
-    bring_bytes(to_other, a.pack + at[1], n[1], barrier);
+// A head's operand. Where this and the rotations lie follows from the shape: nothing is waited for
+template <int D>
+__device__ __forceinline__ void bring_operand(const attn_args & a, int head, uint8_t * to, uint64_t & barrier) {
+    constexpr uint32_t n = GGML_KVTC_CUDA_OPERAND_BYTES(D);
+    barrier_expect(barrier, n);
+    bring_bytes(to, a.pack + GGML_KVTC_CUDA_OPERAND_AT(a.n_head_kv, D, head), n, barrier);
+}
+
+// the rotations of n_turn positions
+template <int D>
+__device__ __forceinline__ void bring_turns(const attn_args & a, uint8_t * to, int n_turn, uint64_t & barrier) {
+    const uint32_t n = n_turn*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
+    barrier_expect(barrier, n);
+    bring_bytes(to, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D), n, barrier);
+}
+
+// a head's tables of pairs
+__device__ __forceinline__ void bring_tables(const attn_args & a, const ggml_kvtc_cuda_head & head, uint8_t * to, uint64_t & barrier) {
+    const uint32_t n = head.n_pairs;
+    barrier_expect(barrier, n);
+    bring_bytes(to, a.pack + head.pairs, n, barrier);
 }
 
 #endif // __CUDA_ARCH_FEAT_SM90_ALL

@@ -54,13 +54,11 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     uint8_t  * stage  = smem + p.at_stage + warp*STAGES*16*p.stride;
 
     if (threadIdx.x == 0) {
+        init_bring(ready, side == GGML_KVTC_K ? 2 : 1);
         if (side == GGML_KVTC_K) {
-            bring_operand<D>(a, head, smem, nullptr, 0, ready);
-        } else {
-            barrier_init(ready, 1);
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            bring_operand<D>(a, head, smem, ready);
         }
-        bring_tables(a, table, h, nullptr, nullptr, ready);
+        bring_tables(a, h, table, ready);
     }
     if (threadIdx.x < D/8) {
         pair_code code = at<pair_code>(base, h.pair_codes)[threadIdx.x];

@@ -1,18 +1,12 @@
-// What Hopper's decode kernels read of the pack before their first slab of 64 cells, and of the cache a slab ahead.
+// Positions and masks of 16 cells as a warp of decode-sm90-d256.cu reads them, a slab of 64 cells ahead of their use.
 #pragma once
 
 #include "device.cuh"
 #include "hopper.cuh"
-#include "stage.cuh"
-#include "turn-sm90.cuh"
 
 namespace kvtc {
 
 constexpr int SLAB90 = 16*GROUP_WARPS; // 16 cells for each warp of a group
-
-//
-// of positions and masks: 16 cells, by a warp
-//
 
 // ONE: one token
 template <bool ONE>
