@@ -93,8 +93,8 @@ def attention(
 
 
 def span_mask(query_positions: np.ndarray, cell_positions: np.ndarray, span: int) -> np.ndarray:
-    """Mask f64 [T, cells] of what positions alone hide: a query i32 [T] sees a cell i32 [cells] that is not empty (-1), not
-    after it, and less than `span` positions before it."""
+    """Mask f64 [T, cells] of what positions alone hide: a query i32 [T] sees a cell i32 [cells] that is not empty (-1),
+    not after it, and less than `span` positions before it."""
     distance = query_positions[:, None].astype(np.int64) - cell_positions
     sees = (cell_positions >= 0) & (distance >= 0) & (distance < span)
     return np.where(sees, 0.0, -np.inf)

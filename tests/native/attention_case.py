@@ -42,7 +42,8 @@ class Case:
     sinks: int = 4
     window: int = 32
     exact: str = "store"  # what is exact: none, store (every token), some (of them), batch (only this batch's own)
-    mask: str = "causal"  # causal, holes (a third hidden as well), dead (and odd queries see nothing), none; span: no mask, positions
+    # causal, holes (a third hidden as well), dead (and odd queries see nothing), none; span: no mask, but positions
+    mask: str = "causal"
     span: int = 2**31 - 1  # of mask "span": how far back a query sees
     softcap: float = 0.0
     sink_logits: bool = False
