@@ -202,8 +202,8 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
 }
 
 //
-// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 132 KiB, so there are fewer groups, no tables for values
-// (nibbles.cuh), and the table of rotations is read in both directions from an anchor
+// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 132 KiB, so there are fewer groups, no tables of pairs for
+// values and for wide keys (nibbles.cuh), and the table of rotations is read in both directions from an anchor
 //
 
 constexpr int SM90_D256_GROUPS = 2;
@@ -212,14 +212,16 @@ struct sm90_d256_plan {
     int n_slab;
     int slabs_per_split;
     int n_split;
+    int pairs;             // there is room for the keys' tables of pairs
+    int split;             // both groups of a block have the same slab, one for each block
     staging rows;
     int n_fine;            // positions in the table of rotations: slabs less than that far from an anchor share it
-    int at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
+    int at_own, at_parts, at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
-constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
-constexpr int SM90_WIDE     = 4096; // bytes for the levels of values' groups of more than 4 bits
+constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 2*16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
+constexpr int SM90_WIDE     = 4096; // bytes for the levels of a side's groups of more than 4 bits; what has no room is read from the pack
 
 inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm90_d256_plan & p) {
     const int n_row = s.n_tokens*s.group;
@@ -231,32 +233,41 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
     constexpr int GROUPS = SM90_D256_GROUPS;
     const int blocks  = s.n_head_kv*s.n_stream;
     p.n_slab          = ceil_div(s.n_kv, SLAB);
-    const int most    = ceil_div(p.n_slab, GROUPS);
-    p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
-    p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-    for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
-        if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
-            continue; // a block that short would not use them
+    const int most = std::max(1, gpu.n_sm/blocks); // splits that have a processor each
+    for (const int option : { 0, 1, 2, 3 }) { // what is best comes first
+        p.pairs = option < 2;
+        p.split = option%2 == 0;
+        if (p.split && (s.n_tokens > 1 || p.n_slab > most)) {
+            continue;
         }
-        int used = 0;
-        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-        p.n_fine = n_fine;
-        take((s.d/8 + 1)*s.d*16);
-        p.at_pairs    = take(s.pairs[0], 1024); // its tables are aligned to their size
-        p.at_queries  = take(n_row*(s.d + 8)*4);
-        p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
-        p.at_freq     = take(s.d/2*8);
-        p.at_fine     = take(n_fine*(s.d/2 + 16)*4);
-        p.at_codes    = take(s.d/8*16);
-        p.at_levels   = take(s.d/8*256); // as nibbles.cuh has them
-        p.at_wide     = take(SM90_WIDE);
-        p.at_exchange = take(GROUPS*SM90_EXCHANGE);
-        p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
-        p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
-        p.at_barrier  = take(8);
-        p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
-        if ((size_t) p.shared <= gpu.shared) {
-            return true;
+        p.slabs_per_split = ceil_div(p.n_slab, std::min(ceil_div(p.n_slab, p.split ? 1 : GROUPS), most));
+        p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+        for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
+            if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
+                continue; // a block that short would not use them
+            }
+            int used = 0;
+            const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+            p.n_fine = n_fine;
+            take((s.d/8 + 1)*s.d*16);
+            p.at_pairs    = take(p.pairs ? s.pairs[0] : s.d/8*256 + SM90_WIDE, 1024); // tables are aligned to their size; or levels
+            p.at_queries  = take(n_row*(s.d + 8)*4);
+            p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
+            p.at_freq     = take(s.d/2*8);
+            p.at_fine     = take(n_fine*(s.d/2 + 16)*4);
+            p.at_codes    = take(s.d/8*16);
+            p.at_levels   = take(s.d/8*256, 256); // as nibbles.cuh has them
+            p.at_wide     = take(SM90_WIDE);
+            p.at_exchange = take(GROUPS*SM90_EXCHANGE);
+            p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
+            p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
+            p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
+            p.at_parts    = take(p.split ? 4*32*GROUPS*16 : 0);
+            p.at_barrier  = take(8);
+            p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
+            if ((size_t) p.shared <= gpu.shared) {
+                return true;
+            }
         }
     }
     return false;

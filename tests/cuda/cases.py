@@ -97,6 +97,11 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
 
     for k, v in ((1, 1), (2, 3), (3, 4), (2, 6), (4, 4), (6, 2), (6, 6)):
         yield f"few {d}, widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
+    if d == 256:  # where tables of pairs have no room
+        for k, v in ((3, 4), (4, 4), (4, 2), (5, 3)):
+            yield f"few {d}, one token k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1)
+        long = replace(plain, k=3, tokens=1, n_kv=3000, exact="store", window=90)
+        yield f"few {d}, one token k3v4, long", long
     for group, tokens in ((1, 1), (2, 4), (4, 1), (4, 2), (8, 1), (1, 7)):
         yield f"few {d}, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
     for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):

@@ -100,7 +100,7 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
 @given(shape=shapes(st.integers(1, 8), st.just(256)))
 def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[18]")
+    out = ffi.new("long[20]")
     if library.plan_sm90_d256(shape, *GPUS["hopper"], out):
         assert shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0  # tables are aligned to their own size
@@ -109,11 +109,12 @@ def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
 
 @pytest.mark.parametrize("heads, group", [(4, 2), (1, 4), (16, 2)])
 @pytest.mark.parametrize("n_kv", [256, 1536, 131072])
-def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv, bits):
     ffi, library = plans
-    pairs = 5 * 4096  # of 2-bit keys of bench/random_model.py's shape
-    shape = [256, n_kv, 1, group, heads, 1, heads * 64, heads * 128, 65, 129, 0, 0, pairs, 0]
-    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[18]"))
+    pairs = {2: 4 * 4096, 3: 11 * 4096, 4: 26 * 4096}[bits]  # of keys of bench/random_model.py's shape
+    shape = [256, n_kv, 1, group, heads, 1, heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, pairs, 0]
+    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[20]"))
 
 
 @settings(deadline=None, max_examples=300)
