@@ -9,6 +9,13 @@ namespace kvtc {
 template <int D>
 constexpr int TURN_WORDS = GGML_KVTC_CUDA_TURN_WORDS(D);
 
+// two pairs of a query, 2*i, + 1, rotated back, to a row in the order of columns that wgmma leaves
+__device__ __forceinline__ void put_turned(half * row, int i, const float4 & x, const float2 & c0, const float2 & c1) {
+    half * to = row + i/4*16 + i%4*2;
+    *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
+    *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
+}
+
 // The queries, f16, rotated back by a position; the rows of `turned` lie D + 8 apart. n threads that follow each other do it together
 template <int D, int n>
 __device__ __forceinline__ void turn_queries(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
@@ -17,25 +24,20 @@ __device__ __forceinline__ void turn_queries(const float * queries, half * turne
     const float2 c0 = get_rotation(pos, freq[2*i]);
     const float2 c1 = get_rotation(pos, freq[2*i + 1]);
     for (int r = threadIdx.x%n/UNITS; r < n_row; r += n/UNITS) { // the others stay zeros
-        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
-        half * to = turned + r*(D + 8) + i/4*16 + i%4*2;
-        *(uint32_t *)  to      = pack_half2(x.x*c0.x + x.y*c0.y, x.z*c1.x + x.w*c1.y);
-        *(uint32_t *) (to + 8) = pack_half2(x.y*c0.x - x.x*c0.y, x.w*c1.x - x.z*c1.y);
+        put_turned(turned + r*(D + 8), i, *(const float4 *) (queries + r*(D + 8) + 4*i), c0, c1);
     }
 }
 
 // Step u of 16 rebuilt keys of a warp, rotated, as mma's operands of rows: its first eight pairs, then the others. x: keys r8 and r8 + 8
 // as wgmma leaves them; turn: where the thread's part of their rotations lies, sign: what changes their sines. Keys that are not near
-// the anchor (0 then) have their angles computed
-template <bool near>
+// the anchor (0 then) have their angles computed. SAME: keys r8 + 8 have the rotations of r8
+template <bool near, bool SAME = false>
 __device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t * x, int u, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2],
                                             const int (&row_pos)[2], const uint64_t * freq) {
     uint4 cs[2];
     if constexpr (near) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            cs[i] = *(const uint4 *) (turn[i] + 16*u);
-        }
+        cs[0] = *(const uint4 *) (turn[0] + 16*u);
+        cs[1] = SAME ? cs[0] : *(const uint4 *) (turn[1] + 16*u);
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -65,7 +67,7 @@ __device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t 
 }
 
 // w += rebuilt keys, rotated, times the queries; row: the thread's of these for ldmatrix
-template <int D, bool near>
+template <int D, bool near, bool SAME = false>
 __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2],
                                                 const int (&row_pos)[2], const uint64_t * freq) {
     float w2[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // of every other product, so that each waits for the one before the last
@@ -73,7 +75,7 @@ __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, row + 32*u);
-        rotate_keys<near>(k, x + 8*u, u, turn, sign, row_pos, freq);
+        rotate_keys<near, SAME>(k, x + 8*u, u, turn, sign, row_pos, freq);
         mma(w,  k[0], q[0], q[1]);
         mma(w2, k[1], q[2], q[3]);
     }

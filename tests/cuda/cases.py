@@ -106,6 +106,8 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
         yield f"few {d}, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
     for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):
         yield f"few {d}, cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
+    # long enough for stretches of 128 cells, with groups of more than 4 bits
+    yield f"few {d}, cells 20000 of 8 heads", replace(plain, tokens=1, n_kv=20_000, heads=8, empty=0, v=6)
     variants = {
         "no rope": {"rope": None},
         "normal": {"rope": Rope(d, neox=False)},

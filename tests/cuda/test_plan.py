@@ -89,11 +89,23 @@ def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
 @given(shape=shapes(st.integers(1, 8)))
 def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[20]")
+    out = ffi.new("long[23]")
     if library.plan_sm90(shape, *GPUS["hopper"], out):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
         check_splits(shape, list(out), GPUS["hopper"][1])
+
+
+@pytest.mark.parametrize("heads, group, kernel", [(8, 4, 2), (8, 1, 2), (4, 7, 1)])
+@pytest.mark.parametrize("n_kv", [256, 16384, 131072])
+@pytest.mark.parametrize("k, pairs", [(2, 2 * 4096), (3, 5 * 4096 + 512)])
+def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, group, kernel, n_kv, k, pairs):
+    """Tables as bench/random_model.py makes them."""
+    ffi, library = plans
+    rest = [heads * 16 * k, heads * 64, 17 * k + 1, 67, 0, 0, pairs, 16 * 4096 + 512]
+    for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
+        shape = [128, n_kv, tokens, group, heads, 1, *rest]
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
 
 
 @settings(deadline=None, max_examples=300)
