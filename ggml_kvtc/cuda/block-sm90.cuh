@@ -51,9 +51,11 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
     }
 }
 
-// Sums of sets of warps, with their largest logits and sums of weights (SHARE of each), to one of each for the block, and out
+// Sums of sets of warps, with their largest logits and sums of weights (SHARE of each), to one of each for the block, and out, as the
+// row's sum number `split` of n_split
 template <int D, int N_SET, int ROWS, int SHARE>
-__device__ __forceinline__ void put_sums(const attn_args & a, const float * all_o, const float * all_top, const float * all_sum, int head, int stream, float * values, float2 * meta) {
+__device__ __forceinline__ void put_sums(const attn_args & a, const float * all_o, const float * all_top, const float * all_sum, int head, int stream, int split, int n_split,
+                                         float * values, float2 * meta) {
     constexpr int LD = D + 8;
     for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += blockDim.x) {
         const int r = i/D;
@@ -74,9 +76,9 @@ __device__ __forceinline__ void put_sums(const attn_args & a, const float * all_
             }
         }
         const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-        values[(row*gridDim.x + blockIdx.x)*D + c] = value;
+        values[(row*n_split + split)*D + c] = value;
         if (c == 0) {
-            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
+            meta[row*n_split + split] = make_float2(most, total);
         }
     }
 }
@@ -117,7 +119,7 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, c
         }
     }
     __syncthreads();
-    put_sums<D, N_SET, 8, SHARE>(a, all_o, all_top, all_sum, head, stream, values, meta);
+    put_sums<D, N_SET, 8, SHARE>(a, all_o, all_top, all_sum, head, stream, blockIdx.x, gridDim.x, values, meta);
 }
 
 } // namespace kvtc

@@ -14,10 +14,8 @@
 #include "block-sm90.cuh"
 #include "few-sm90.cuh"
 #include "hopper-tiles.cuh"
-#include "hopper.cuh"
 #include "nibbles.cuh"
 #include "row-maps-sm90.cuh"
-#include "turn-sm90.cuh"
 
 #include <type_traits>
 
@@ -30,7 +28,8 @@ constexpr int SLAB   = 16*WARPS;
 constexpr int GROUPS = SM90_GROUPS;
 constexpr int ROWS   = FEW_ROWS;
 
-template <int D>
+// UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head
+template <int D, bool UNEVEN>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -40,7 +39,14 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
     uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
-    const int head = blockIdx.y;
+    block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
+    if constexpr (UNEVEN) {
+        share = find_share(a, p.n_block, p.n_sum);
+        if (share.head >= a.n_head_kv) {
+            return;
+        }
+    }
+    const int head = share.head;
     const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
@@ -68,7 +74,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     few_cells * cells  = (few_cells *) (smem + p.at_cells) + group*2;       // of this stretch and the next
     uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
-
     few_gains & gains = *(few_gains *) (smem + p.at_gains);
     load_block<D>(p, smem, a.pack, kh, vh, n_rot);
     make_gains(gains, kh, vh, 32*N_WARP);
@@ -121,11 +126,10 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     };
 
     // neighbouring slabs to one group
-    const int split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
-    const int per_group = (p.slabs_per_split + GROUPS - 1)/GROUPS;
-    int       slab      = blockIdx.x*p.slabs_per_split + group*per_group;
-    const int slab_end  = min(split_end, slab + per_group);
-    const int stretch   = p.n_fine/SLAB;
+    const int2 slabs = get_slabs<UNEVEN>(p, share, group);
+    const int  slab_end = slabs.y;
+    int        slab     = slabs.x;
+    const int stretch = p.n_fine/SLAB;
     if (slab < slab_end) {
         fetch(0, slab);
         look(slab);
@@ -464,27 +468,31 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     __syncthreads();
-    merge_few<D, N_WARP>(a, smem + p.at_merge, o, top, sum, head, stream, values, meta);
+    merge_few<D, N_WARP>(a, smem + p.at_merge, o, top, sum, share, stream, p.n_sum, values, meta);
+    if (UNEVEN && share.split == 0) {
+        clear_sums<D>(a, share, stream, p.n_sum, values, meta);
+    }
 #else
     GGML_UNUSED_VARS(a, p, maps, values, meta);
     NO_DEVICE_CODE;
 #endif
 }
 
-template <int D>
+template <int D, bool UNEVEN>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = decode_cells_sm90_few<D>;
+    const auto kernel = decode_cells_sm90_few<D, UNEVEN>;
     const row_maps maps = make_row_maps(a, p.stride);
+    const dim3 grid = UNEVEN ? dim3(p.n_block, 1, a.n_stream) : dim3(p.n_split, a.n_head_kv, a.n_stream);
     allow_shared_memory((const void *) kernel, p.shared);
-    ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, maps, values, meta);
+    ggml_cuda_kernel_launch(kernel, { grid, 32*WARPS*GROUPS, p.shared, stream }, a, p, maps, values, meta);
 }
 
 } // namespace
 
 void decode_sm90_few(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: return launch< 64>(a, p, values, meta, stream);
-        case 128: return launch<128>(a, p, values, meta, stream);
+        case  64: return p.n_block > 0 ? launch< 64, true>(a, p, values, meta, stream) : launch< 64, false>(a, p, values, meta, stream);
+        case 128: return p.n_block > 0 ? launch<128, true>(a, p, values, meta, stream) : launch<128, false>(a, p, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

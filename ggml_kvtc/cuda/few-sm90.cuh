@@ -41,10 +41,72 @@ __device__ __forceinline__ void make_gains(few_gains & gains, const ggml_kvtc_cu
     }
 }
 
+// a block's part of a head's cells
+struct block_share {
+    int head, split, n_split;
+};
+
+// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have a path of their own
+__device__ __forceinline__ float get_cost(const char * pack, int head) {
+    return 100.0f + 9.0f*get_head(pack, GGML_KVTC_K, head).n_wide + 7.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
+}
+
+// Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
+// behind the last: the block has no part
+__device__ __forceinline__ block_share find_share(const attn_args & a, int n_block, int n_most) {
+    const int   lane  = threadIdx.x % 32;
+    const float cost  = lane < a.n_head_kv ? get_cost(a.pack, lane) : 0.0f;
+    const float exact = n_block*cost/warp_reduce_sum(cost);
+    int n = (int) exact;
+    const float rest = exact - n;
+    int before = 0; // heads that one of the blocks which are left goes to sooner
+    for (int i = 0; i < a.n_head_kv; ++i) {
+        const float x = __shfl_sync(0xffffffff, rest, i);
+        before += x > rest || (x == rest && i < lane);
+    }
+    n += before < n_block - warp_reduce_sum(n) && lane < a.n_head_kv;
+    n  = min(n, n_most);
+    int end = n;
+    for (int i = 1; i < 32; i *= 2) {
+        const int x = __shfl_up_sync(0xffffffff, end, i);
+        end += lane >= i ? x : 0;
+    }
+    const int head = __popc(__ballot_sync(0xffffffff, lane < a.n_head_kv && end <= (int) blockIdx.x));
+    return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
+}
+
+// the slabs of a group of the block's warps: from x on, before y
+template <bool UNEVEN>
+__device__ __forceinline__ int2 get_slabs(const sm90_plan & p, const block_share & share, int group) {
+    if constexpr (UNEVEN) {
+        const int part   = share.split*SM90_GROUPS + group;
+        const int n_part = share.n_split*SM90_GROUPS;
+        return make_int2(p.n_slab*part/n_part, p.n_slab*(part + 1)/n_part);
+    } else {
+        const int end       = min(p.n_slab, (share.split + 1)*p.slabs_per_split);
+        const int per_group = (p.slabs_per_split + SM90_GROUPS - 1)/SM90_GROUPS;
+        const int first     = share.split*p.slabs_per_split + group*per_group;
+        return make_int2(first, min(end, first + per_group));
+    }
+}
+
+// sums of a head that no block has, so that all have n_sum
+template <int D>
+__device__ __forceinline__ void clear_sums(const attn_args & a, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
+    const int n = n_sum - share.n_split;
+    for (int i = threadIdx.x; i < a.group*n*D; i += blockDim.x) {
+        const int64_t at = ((int64_t) stream*a.n_head + share.head*a.group + i/(n*D))*n_sum + share.n_split + i/D%n;
+        values[at*D + i%D] = 0.0f;
+        if (i%D == 0) {
+            meta[at] = make_float2(-INFINITY, 0.0f);
+        }
+    }
+}
+
 // Warps' sums, largest logits and sums of weights to one of each for the block, and out. o: [64 components][tile][row r8, + 8][query]
 template <int D, int N_WARP>
 __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
-                                          int head, int stream, float * values, float2 * meta) {
+                                          const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
     constexpr int LD = D + 8;
     const int warp = threadIdx.x / 32;
     const int r8   = threadIdx.x % 32 / 4;
@@ -74,7 +136,7 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, con
         }
     }
     __syncthreads();
-    put_sums<D, N_WARP, FEW_ROWS, 1>(a, all_o, all_top, all_sum, head, stream, values, meta);
+    put_sums<D, N_WARP, FEW_ROWS, 1>(a, all_o, all_top, all_sum, share.head, stream, share.split, n_sum, values, meta);
 }
 
 // The queries, f16, turned back by a position, and FEW_ROWS rows on by eight more; the threads of a group do it together

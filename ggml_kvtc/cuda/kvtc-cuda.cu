@@ -182,7 +182,7 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
 #ifdef KVTC_SM90
     sm90_plan plan90;
     if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
-        decode_by(plan90.n_split, [&](float * values, float2 * meta) {
+        decode_by(plan90.n_sum, [&](float * values, float2 * meta) {
             (plan90.few ? decode_sm90_few : decode_sm90)(args, shape.d, plan90, values, meta, ctx.stream());
         });
         return;

@@ -141,12 +141,15 @@ constexpr int SM90_GROUPS    = 3;
 constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELLS = 128*10; // and of (position, slot) and mask of a stretch's cells
+constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
 struct sm90_plan {
     int n_slab;
     int slabs_per_split;
     int n_split;
     bool few;              // decode-sm90-few.cu
+    int n_block;           // few, so many slabs that heads get blocks by what they cost: of a stream; else 0, and each head has n_split
+    int n_sum;             // sums of a row, for combine
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
@@ -183,6 +186,11 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             continue; // the copy engine brings rows in boxes of up to 256 bytes, multiples of 16
         }
         p.few = few;
+        // where it pays that no processor is left without a block, and that each block finds its part
+        const int  n_block = gpu.n_sm/s.n_stream;
+        const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
+        p.n_block = uneven ? n_block : 0;
+        p.n_sum   = uneven ? n_block/s.n_head_kv + 3 : p.n_split;
         for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
             int used = 0;
             const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };

@@ -35,6 +35,8 @@ def cases() -> Iterator[tuple[str, object]]:
         yield f"cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
         if n_kv >= 40:
             yield f"cells {n_kv}, prefill", replace(plain, tokens=40, n_kv=n_kv, empty=0, window=20)
+    # heads whose widths differ get unequal numbers of blocks, on devices of 132 processors
+    yield "unequal parts", replace(plain, tokens=1, n_kv=24_500, heads=32, empty=0, k=3, v=6)
     ropes = {
         "none": None,
         "normal": Rope(64, neox=False),

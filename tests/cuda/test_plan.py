@@ -35,6 +35,7 @@ def plans(tmp_path_factory):
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
+        void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
         int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
@@ -106,6 +107,23 @@ def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, grou
     for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
         shape = [128, n_kv, tokens, group, heads, 1, *rest]
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
+
+
+@pytest.mark.parametrize(
+    "heads, n_kv, uneven", [(8, 131072, True), (8, 65536, False), (4, 131072, False), (32, 24500, True)]
+)
+def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, n_kv, uneven):
+    ffi, library = plans
+    out = ffi.new("int[4]")
+    library.plan_sm90_parts(
+        [128, n_kv, 1, 4, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536], 132, 227 << 10, out
+    )
+    n_block, n_sum, n_split, per_split = out
+    assert (n_block > 0) == uneven
+    if uneven:
+        assert heads <= n_block <= 132 < heads * n_sum and per_split >= 96
+    else:
+        assert n_sum == n_split
 
 
 @settings(deadline=None, max_examples=300)
