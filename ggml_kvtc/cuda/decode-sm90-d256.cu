@@ -39,7 +39,6 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     constexpr int KS      = D/16;
     constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
-    constexpr int N_WARP  = WARPS*GROUPS;
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
     uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);

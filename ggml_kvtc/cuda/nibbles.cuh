@@ -63,7 +63,7 @@ __device__ __forceinline__ uint32_t look_up_level(uint32_t bytes, uint32_t table
 // eight components; code: nibbles; group: in its set, times 0x10101010
 template <int N>
 __device__ __forceinline__ void decode_nibbles(uint32_t code, uint32_t table, uint32_t group, uint32_t (&x)[8]) {
-    constexpr uint32_t LOW = 0x0e0e0e0e, HIGH = 0x10101010*N;
+    constexpr uint32_t LOW = 0x0e0e0e0e, HIGH = 0x10101010u*N;
     constexpr int      UP  = N == 8 ? 4 : 3; // to where a code's highest bit is N times 16
     static_assert(N == 4 || N == 8, "another address");
     const uint32_t even = (code << 1 & LOW) | (code << UP & HIGH) | group;

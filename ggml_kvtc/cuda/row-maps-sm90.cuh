@@ -29,7 +29,7 @@ inline CUtensorMap make_map(const attn_args & a, int side, int stride) {
     const cuuint32_t box[3]     = { (cuuint32_t) stride, 16, 1 };
     const cuuint32_t steps[3]   = { 1, 1, 1 };
     CUtensorMap map;
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, (void *) a.rows[side], sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<uint8_t *>(a.rows[side]), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     GGML_ASSERT(result == CUDA_SUCCESS && "a cache's rows do not suit the copy engine");
     return map;
