@@ -21,9 +21,10 @@
 #define GGML_KVTC_PADDED(n) (((n) + GGML_KVTC_PAD - 1) / GGML_KVTC_PAD * GGML_KVTC_PAD)
 
 struct ggml_kvtc_pack_head {
-    uint32_t payload;    // byte offset of the head's gain code in a row
+    uint32_t payload;    // byte offset of the head's gain code in a row, or of its f16 gain
     uint32_t rank;       // components with at least one bit: the first ones
     uint32_t keep_norm;  // gain rule: 0 unbiased, 1 norm keeping
+    uint32_t f16_gain;   // turbo types: the row holds the gain itself
     float    gain_base;
     uint32_t widths;     // u8  [d/8]
     uint32_t bytes;      // u32 [d/8] byte offset of each group in a row
