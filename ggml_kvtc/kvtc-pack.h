@@ -61,6 +61,11 @@ static inline const void * ggml_kvtc_pack_at(const void * pack, uint32_t offset)
     return (const char *) pack + offset;
 }
 
+// The f16 gain of a turbo row; what a damaged state may hold, infinity or NaN, is taken for 0: cells that nobody sees must not hurt.
+static inline ggml_fp16_t ggml_kvtc_gain_bits(uint32_t bits) {
+    return (ggml_fp16_t) ((bits & 0x7c00) == 0x7c00 ? 0 : bits & 0xffff);
+}
+
 // A pack for the CPU; behind one for a CUDA device, whose header begins alike, where a tensor holds both: tests have one graph on
 // two backends. Devices find theirs without a look, as every read that others wait for costs them time.
 static inline const void * ggml_kvtc_pack_find(const void * pack) {

@@ -120,7 +120,7 @@ float get_gain(const void * pack, const ggml_kvtc_pack_head & head, const uint8_
     if (head.f16_gain) {
         ggml_fp16_t half;
         memcpy(&half, row + head.payload, sizeof(half));
-        return GGML_CPU_FP16_TO_FP32(half);
+        return ggml_fp16_to_fp32(ggml_kvtc_gain_bits(half)); // not by the table that graphs have filled: this runs outside them, too
     }
     return ((const float *) ggml_kvtc_pack_at(pack, head.gains))[row[head.payload]];
 }

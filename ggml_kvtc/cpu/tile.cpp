@@ -30,13 +30,13 @@ void load_group(const group_source & src, const float * table, vi offset, vf gai
     }
 }
 
-// the f16 numbers in the low halves
+// the gains of turbo rows in the low halves
 vf from_f16(vi bits) {
     int32_t half[W];
     float   value[W];
     memcpy(half, &bits, sizeof(half));
     for (int l = 0; l < W; ++l) {
-        value[l] = GGML_CPU_FP16_TO_FP32((ggml_fp16_t) half[l]);
+        value[l] = GGML_CPU_FP16_TO_FP32(ggml_kvtc_gain_bits((uint32_t) half[l]));
     }
     return load(value);
 }

@@ -159,7 +159,8 @@ def encode_head(plan: HeadPlan, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode_gain(plan: HeadPlan, rows: np.ndarray) -> np.ndarray:
     """Gains f32 [n] of one head in rows u8 [n, row_bytes]."""
     if plan.turbo:
-        return rows[:, plan.offset : plan.offset + NORM_BYTES].copy().view("<f2")[:, 0].astype(np.float32)
+        gain = rows[:, plan.offset : plan.offset + NORM_BYTES].copy().view("<f2")[:, 0].astype(np.float32)
+        return np.where(np.isfinite(gain), gain, np.float32(0))
     code = rows[:, plan.offset]
     return np.where(code > 0, plan.gain_base * 2.0 ** (code.astype(np.float64) / GAIN_STEPS), 0).astype(np.float32)
 

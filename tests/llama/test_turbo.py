@@ -36,12 +36,13 @@ def make(request):
 def test_restored_and_copied_sequences_go_on_as_before(make, cache, unified, exact):
     options = {"unified": unified, "sink": exact[0], "window": exact[1]}
     saved, restored = make(cache, **options), make(cache, filled=False, **options)
-    assert restored.restore(saved.save(0), 1)
+    state = saved.save(0)
+    assert restored.restore(state, 0) and restored.save(0) == state
+    assert restored.restore(state, 1)
     saved.cp(0, 1)
     expected = saved.decode(MORE, 150)
     assert kld(expected, restored.decode(MORE, 150, seq=1)) <= LIMIT
     assert kld(expected, saved.decode(MORE, 150, seq=1)) <= LIMIT
-    assert restored.save(1) == saved.save(1)
 
 
 def test_state_holds_whole_rows(make):

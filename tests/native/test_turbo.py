@@ -1,5 +1,5 @@
-"""The turbo types in C against their numpy twin. Failures caught: another rotation, codebook or row than the README's, a
-norm read from the wrong place, attention that rotates keys or takes one type's rows for another's.
+"""The turbo types in C against their numpy twin. Failures caught: another rotation, codebook or row than the README's,
+a norm read from the wrong place, attention that rotates keys or takes one type's rows for another's.
 """
 
 from __future__ import annotations
@@ -115,6 +115,14 @@ def test_set_rows_writes_the_rows_it_is_told_and_no_other(n_head, d, bits, n_thr
     expected = before.copy()
     expected[index[index >= 0]] = encode_rows(turbo.side(n_head, d, bits), 0, z[index >= 0], bits)
     np.testing.assert_array_equal(rows, expected)
+
+
+def test_any_row_decodes_to_finite_values():
+    """Rows of random bytes, as a damaged state may have them where no query looks."""
+    rows = np.random.default_rng(5).integers(0, 256, (500, turbo_row_bytes(3, 64, 3)), np.uint8)
+    z = ffi.decode_rows(native(3, 64, 3).pack(0, 3, 3), ffi.K, rows, 3, 64)
+    assert np.isfinite(z).all()
+    np.testing.assert_array_equal(z, decode_rows(turbo.side(3, 64, 3), 0, rows))
 
 
 def test_sides_of_a_file_stay_as_they_are_beside_a_turbo_side():
