@@ -152,12 +152,13 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 
 #pragma unroll 1
     for (; slab < slab_end; ++slab) {
-        const cells_ahead<ONE> now = next;
+        cells_ahead<ONE> now = next;
         const int  first = slab*SLAB90 + 16*part;
         const bool more  = slab + 1 < slab_end;
         if (more) {
             next.load(a, info, mask, token, first + SLAB90);
         }
+        now.hide(a, min_pos, query_pos, token);
         // empty cells are masked: any angle will do for them
         const int lowest_here  = warp_min(now.cell.x < 0 ? INT_MAX : now.cell.x);
         const int highest_here = warp_max(now.cell.x);

@@ -104,6 +104,7 @@ attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params
     a.n_sink    = params.n_sink;
     a.n_window  = params.n_window;
     a.n_slots   = params.n_slots;
+    a.n_span    = params.n_span;
     a.scale     = params.scale;
     a.softcap   = params.logit_softcap;
     a.max_bias  = params.max_bias;

@@ -19,15 +19,24 @@ struct cells_ahead {
         const int mine = first + lane%16;
         cell = info[min(mine, a.n_kv - 1)];
         if constexpr (ONE) {
-            mask[0][0] = mine >= a.n_kv ? __ushort_as_half(0xfc00) : of_mask ? of_mask[mine] : __ushort_as_half(0);
+            mask[0][0] = read_mask(a, of_mask, 0, mine);
         } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int at = first + lane/4 + 8*i;
+            for (int i = 0; i < 4; ++i) {
+                mask[i/2][i%2] = read_mask(a, of_mask, token[i%2], first + lane/4 + i/2*8);
+            }
+        }
+    }
+
+    // What positions hide; all threads ask. Not in `load`, which would wait for what it reads. query: ONE's position
+    __device__ __forceinline__ void hide(const attn_args & a, int query, const int * query_pos, const int (&token)[2]) {
+        if constexpr (ONE) {
+            mask[0][0] = hide_by_position(a, mask[0][0], query, cell.x);
+        } else if (a.n_span > 0) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    mask[i][e] = at >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : of_mask ? of_mask[token[e]*a.ne_m1 + at] : __ushort_as_half(0);
-                }
+            for (int i = 0; i < 4; ++i) {
+                const int pos = __shfl_sync(0xffffffff, cell.x, threadIdx.x%32/4 + i/2*8);
+                mask[i/2][i%2] = hide_by_position(a, mask[i/2][i%2], query_pos[max(0, token[i%2])], pos);
             }
         }
     }

@@ -62,6 +62,16 @@ def cases() -> Iterator[tuple[str, object]]:
         for tokens in (1, 4, 40):
             empty = 0 if mask == "none" else 70
             yield f"mask {mask} tokens {tokens}", replace(plain, mask=mask, tokens=tokens, empty=empty)
+    for span in (1, 50, 2**31 - 1):
+        for tokens in (1, 4, 16, 17, 40, 150):
+            for order in ("contiguous", "shuffled"):
+                case = replace(plain, mask="span", span=span, tokens=tokens, order=order, n_kv=1500, empty=70)
+                yield f"span {span} {order} tokens {tokens}", case
+    for streams in (2, 3):
+        for tokens in (1, 20, 90):
+            case = replace(plain, mask="span", span=300, streams=streams, tokens=tokens, n_kv=700, order="shuffled")
+            yield f"span streams {streams} tokens {tokens}", case
+    yield "span, two sequences", replace(plain, mask="span", tokens=1, order="interleaved", n_kv=700)
     for streams in (2, 3):
         for tokens in (1, 6, 20):
             yield f"streams {streams} tokens {tokens}", replace(plain, streams=streams, tokens=tokens, order="shuffled")
@@ -109,6 +119,8 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
         "holes": {"mask": "holes"},
         "dead": {"mask": "dead"},
         "no mask": {"mask": "none", "empty": 0},
+        "span": {"mask": "span"},
+        "span 100, shuffled": {"mask": "span", "span": 100, "order": "shuffled"},
         "streams": {"streams": 3, "order": "shuffled"},
         "softcap": {"softcap": 3.0},
         "sink logits": {"sink_logits": True},
