@@ -89,13 +89,12 @@ void copy_f16(std::vector<float> & dst, const ggml_fp16_t * src, size_t n, const
     }
 }
 
-void check_widths(const ggml_kvtc_side_calibration & side, const std::vector<int> & bits, const std::string & where) {
-    const int B = (int) bits.size();
+void check_widths(const ggml_kvtc_side_calibration & side, const std::string & where) {
     const int G = side.d/8;
-    for (int budget = 0; budget < B; ++budget) {
+    for (int budget = 0; budget < (int) side.bits.size(); ++budget) {
         size_t used = 0;
         for (int h = 0; h < side.H; ++h) {
-            const int8_t * w = side.group_widths(h, budget, B);
+            const int8_t * w = side.group_widths(h, budget);
             for (int g = 0; g < G; ++g) {
                 if (std::find(std::begin(KVTC_WIDTHS), std::end(KVTC_WIDTHS), (int) w[g]) == std::end(KVTC_WIDTHS)) {
                     fail(where + ".widths: " + std::to_string(w[g]) + " bits is no width");
@@ -104,16 +103,16 @@ void check_widths(const ggml_kvtc_side_calibration & side, const std::vector<int
                     fail(where + ".widths rise along the groups of head " + std::to_string(h));
                 }
             }
-            used = (used + 3)/4*4 + ggml_kvtc_head_bytes(side, h, budget, B);
+            used = (used + 3)/4*4 + side.head_bytes(h, budget);
         }
-        const size_t row = (size_t) side.H*side.d*bits[budget]/8;
+        const size_t row = (size_t) side.H*side.d*side.bits[budget]/8;
         if (used > row) {
             fail(where + ".widths need " + std::to_string(used) + " bytes of a row of " + std::to_string(row));
         }
     }
 }
 
-void read_codebooks(ggml_kvtc_side_calibration & side, int B, const std::string & where) {
+void read_codebooks(ggml_kvtc_side_calibration & side, const std::string & where) {
     const int G = side.d/8;
     size_t next = 0;
     side.book.assign((size_t) side.H*G*9, -1);
@@ -121,8 +120,8 @@ void read_codebooks(ggml_kvtc_side_calibration & side, int B, const std::string 
         for (int g = 0; g < G; ++g) {
             for (int w : KVTC_WIDTHS) {
                 bool used = false;
-                for (int budget = 0; budget < B; ++budget) {
-                    used = used || side.group_widths(h, budget, B)[g] == w;
+                for (int budget = 0; budget < (int) side.bits.size(); ++budget) {
+                    used = used || side.group_widths(h, budget)[g] == w;
                 }
                 if (w == 0 || !used) {
                     continue;
@@ -150,6 +149,7 @@ ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int
     ggml_kvtc_side_calibration side;
     side.H = (int) raw.H;
     side.d = (int) raw.d;
+    side.bits = bits;
     const size_t n  = (size_t) side.H*side.d;
     const size_t nw = n/8*bits.size();
     copy_f32(side.mean,   raw.mean,     n,                      where + ".mean");
@@ -171,8 +171,8 @@ ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int
             fail(where + ".gain of head " + std::to_string(h) + " is out of range");
         }
     }
-    check_widths(side, bits, where);
-    read_codebooks(side, (int) bits.size(), where);
+    check_widths(side, where);
+    read_codebooks(side, where);
 
     side.encode.resize(side.decode.size());
     for (int h = 0; h < side.H; ++h) {
@@ -408,22 +408,22 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
 
 } // namespace
 
-int ggml_kvtc_calibration::budget_index(int b) const {
+static int find_index(const std::vector<int> & bits, int b) {
     const auto it = std::find(bits.begin(), bits.end(), b);
     return it == bits.end() ? -1 : (int) (it - bits.begin());
+}
+
+int ggml_kvtc_side_calibration::budget_index(int b) const {
+    return find_index(bits, b);
+}
+
+int ggml_kvtc_calibration::budget_index(int b) const {
+    return find_index(bits, b);
 }
 
 const ggml_kvtc_side_calibration * ggml_kvtc_calibration::find(int il, ggml_kvtc_side side) const {
     const auto it = layers[side].find(il);
     return it == layers[side].end() ? nullptr : &it->second;
-}
-
-uint32_t ggml_kvtc_head_bytes(const ggml_kvtc_side_calibration & side, int h, int budget, int n_budgets) {
-    uint32_t n = 1;
-    for (int g = 0; g < side.d/8; ++g) {
-        n += side.group_widths(h, budget, n_budgets)[g];
-    }
-    return n;
 }
 
 ggml_kvtc_calibration * ggml_kvtc_calibration_open(const char * fname, char * err, size_t err_size) {

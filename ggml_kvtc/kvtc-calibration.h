@@ -10,10 +10,19 @@
 
 constexpr int KVTC_WIDTHS[GGML_KVTC_N_WIDTHS] = { 0, 1, 2, 3, 4, 5, 6, 8 };
 
+// where a head lies in a row, in bytes
+struct ggml_kvtc_place {
+    uint32_t gain;
+    uint32_t codes;
+};
+
 // one layer's K or V; H heads of dimension d, G = d/8 groups, B budgets
 struct ggml_kvtc_side_calibration {
-    int H = 0;
-    int d = 0;
+    int  H     = 0;
+    int  d     = 0;
+    bool turbo = false; // rows of a turbo type: the codes of all heads, then their gains in f16
+
+    std::vector<int> bits;          // [B] the budgets, rising
 
     std::vector<float>   mean;      // [H][d]
     std::vector<float>   scale;     // [H][d]
@@ -24,8 +33,12 @@ struct ggml_kvtc_side_calibration {
     std::vector<float>   levels;    // all codebooks, in file order
     std::vector<int64_t> book;      // [H][G][9] start of the group's codebook of w bits in levels, -1 if absent
 
-    const int8_t * group_widths(int h, int budget, int n_budgets) const { return &widths[((size_t) h*n_budgets + budget)*(d/8)]; }
-    int64_t        book_start  (int h, int g, int w)              const { return book[((size_t) h*(d/8) + g)*9 + w]; }
+    const int8_t * group_widths(int h, int budget)   const { return &widths[((size_t) h*bits.size() + budget)*(d/8)]; }
+    int64_t        book_start  (int h, int g, int w) const { return book[((size_t) h*(d/8) + g)*9 + w]; }
+
+    int      budget_index(int b)             const; // -1 if it has no such budget
+    uint32_t head_bytes  (int h, int budget) const; // of head h in a row, its gain code included
+    std::vector<ggml_kvtc_place> places(int budget) const; // of its heads in a row
 };
 
 struct ggml_kvtc_calibration {
@@ -39,6 +52,3 @@ struct ggml_kvtc_calibration {
     int budget_index(int b) const; // -1 if the file cannot serve it
     const ggml_kvtc_side_calibration * find(int il, ggml_kvtc_side side) const;
 };
-
-// bytes of head h in a row of the given budget, its gain code included
-uint32_t ggml_kvtc_head_bytes(const ggml_kvtc_side_calibration & side, int h, int budget, int n_budgets);

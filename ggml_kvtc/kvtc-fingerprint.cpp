@@ -197,6 +197,9 @@ uint64_t ggml_kvtc_calibration_hash(const ggml_kvtc_calibration * cal) {
         add(cal->layer_bits[s]);
         for (const auto & [il, side] : cal->layers[s]) { // encode is derived, and by a computation that may round otherwise elsewhere
             add(std::vector<int32_t> { il, side.H, side.d });
+            if (side.turbo) {
+                add(side.bits);
+            }
             add(side.mean);
             add(side.scale);
             add(side.gain);

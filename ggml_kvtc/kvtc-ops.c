@@ -7,20 +7,36 @@
 #include <string.h>
 
 bool ggml_kvtc_is_type(enum ggml_type type) {
-    return type >= GGML_TYPE_KVTC1 && type <= GGML_TYPE_KVTC6;
+    return type >= GGML_TYPE_KVTC1 && type <= GGML_TYPE_TURBO4;
+}
+
+bool ggml_kvtc_is_turbo(enum ggml_type type) {
+    return type >= GGML_TYPE_TURBO2 && type <= GGML_TYPE_TURBO4;
 }
 
 int ggml_kvtc_type_bits(enum ggml_type type) {
+    if (ggml_kvtc_is_turbo(type)) {
+        return (int) type - (int) GGML_TYPE_TURBO2 + 2;
+    }
     return ggml_kvtc_is_type(type) ? (int) type - (int) GGML_TYPE_KVTC1 + 1 : 0;
 }
 
 enum ggml_type ggml_kvtc_type_from_name(const char * name) {
-    for (int type = GGML_TYPE_KVTC1; type <= GGML_TYPE_KVTC6; ++type) {
+    for (int type = GGML_TYPE_KVTC1; type <= GGML_TYPE_TURBO4; ++type) {
         if (strcmp(name, ggml_type_name((enum ggml_type) type)) == 0) {
             return (enum ggml_type) type;
         }
     }
     return GGML_TYPE_COUNT;
+}
+
+int64_t ggml_kvtc_row_values(enum ggml_type type, int64_t n_head, int64_t head_dim) {
+    if (!ggml_kvtc_is_turbo(type)) {
+        return n_head*head_dim;
+    }
+    const int64_t bytes = n_head*(int64_t) sizeof(ggml_fp16_t);
+    const int64_t size  = (int64_t) ggml_type_size(type);
+    return n_head*head_dim + (bytes + size - 1)/size*ggml_blck_size(type);
 }
 
 struct ggml_tensor * ggml_kvtc_set_rows(
@@ -33,7 +49,7 @@ struct ggml_tensor * ggml_kvtc_set_rows(
     GGML_ASSERT(z->type == GGML_TYPE_F32 && idxs->type == GGML_TYPE_I64 && pack->type == GGML_TYPE_I8);
     GGML_ASSERT(idxs->ne[0] == z->ne[1] && z->ne[3] == 1);
     if (ggml_kvtc_is_type(cache->type)) {
-        GGML_ASSERT(cache->ne[0] == z->ne[0]*z->ne[2]);
+        GGML_ASSERT(cache->ne[0] == ggml_kvtc_row_values(cache->type, z->ne[2], z->ne[0]));
     } else {
         GGML_ASSERT(cache->type == GGML_TYPE_F16);
         GGML_ASSERT(cache->ne[0] == z->ne[0] && cache->ne[2] == z->ne[2]);

@@ -51,12 +51,12 @@ uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
     return used;
 }
 
-void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
+void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
               uint32_t payload) {
     const uint32_t place = (uint32_t) GGML_KVTC_CUDA_HEAD_AT(which, h);
     const int d = side.d;
     const int G = d/8;
-    const int8_t * w = side.group_widths(h, budget, B);
+    const int8_t * w = side.group_widths(h, budget);
 
     size_t n_levels = 0;
     size_t n_bounds = 0;
@@ -77,7 +77,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     uint8_t * widths; ggml_fp16_t * levels; float * bounds; float * mean; ggml_fp16_t * decode; uint8_t * tables;
     ggml_kvtc_cuda_pair_code * pair_codes; uint8_t * pairs;
     tmp.payload   = payload;
-    tmp.n_bytes   = ggml_kvtc_head_bytes(side, h, budget, B);
+    tmp.n_bytes   = side.head_bytes(h, budget);
     tmp.gain_base = side.gain[2*h];
     tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
     tmp.widths    = out.put(G, &widths);
@@ -156,13 +156,12 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
         return;
     }
     const ggml_kvtc_side_calibration & side = *cal.find(il, which);
-    const int B      = (int) cal.bits.size();
-    const int budget = cal.budget_index(bits);
+    const int budget = side.budget_index(bits);
+    const std::vector<ggml_kvtc_place> places = side.places(budget);
 
-    uint32_t payload = 0;
+    GGML_ASSERT(!side.turbo && "no kernels for it");
     for (int h = 0; h < side.H; ++h) {
-        put_head(out, side, which, h, budget, B, payload);
-        payload = (payload + ggml_kvtc_head_bytes(side, h, budget, B) + 3)/4*4;
+        put_head(out, side, which, h, budget, places[h].gain);
     }
     if (pack) {
         pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8) };

@@ -36,17 +36,18 @@ void put_codebook(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
     }
 }
 
-void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget, int B,
-              uint32_t payload, ggml_kvtc_pack_head * head) {
+void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
+              ggml_kvtc_place place, ggml_kvtc_pack_head * head) {
     const int d  = side.d;
     const int dp = GGML_KVTC_PADDED(d);
     const int G  = d/8;
-    const int8_t * w = side.group_widths(h, budget, B);
+    const int8_t * w = side.group_widths(h, budget);
 
     uint8_t * widths; uint32_t * bytes; uint32_t * table; uint32_t * bounds;
     float * inv_scale; float * gains; float * mean; float * decode;
     ggml_kvtc_pack_head tmp;
-    tmp.payload   = payload;
+    tmp.payload   = place.gain;
+    tmp.f16_gain  = side.turbo;
     tmp.rank      = 0;
     tmp.gain_base = side.gain[2*h];
     tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
@@ -59,7 +60,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     tmp.mean      = out.put(dp, &mean);
     tmp.decode    = out.put((size_t) d*dp, &decode);
 
-    uint32_t at = payload + 1;
+    uint32_t at = place.codes;
     for (int g = 0; g < G; ++g) {
         uint32_t table_at = 0;
         uint32_t bounds_at = 0;
@@ -103,18 +104,18 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
         return;
     }
     const ggml_kvtc_side_calibration & side = *cal.find(il, which);
-    const int B      = (int) cal.bits.size();
-    const int budget = cal.budget_index(bits);
+    const int budget = side.budget_index(bits);
+    const std::vector<ggml_kvtc_place> places = side.places(budget);
 
     ggml_kvtc_pack_head * heads;
     const uint32_t heads_at = out.put(side.H, &heads);
-    uint32_t payload = 0;
     for (int h = 0; h < side.H; ++h) {
-        put_head(out, side, which, h, budget, B, payload, heads ? &heads[h] : nullptr);
-        payload = (payload + ggml_kvtc_head_bytes(side, h, budget, B) + 3)/4*4;
+        put_head(out, side, which, h, budget, places[h], heads ? &heads[h] : nullptr);
     }
     if (header) {
-        header->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8), heads_at };
+        const ggml_type type = (ggml_type) ((side.turbo ? GGML_TYPE_TURBO2 - 2 : GGML_TYPE_KVTC1 - 1) + bits);
+        const size_t    row  = ggml_row_size(type, ggml_kvtc_row_values(type, side.H, side.d));
+        header->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) row, heads_at };
     }
 }
 
@@ -151,6 +152,29 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
 }
 
 } // namespace
+
+uint32_t ggml_kvtc_side_calibration::head_bytes(int h, int budget) const {
+    uint32_t n = turbo ? sizeof(ggml_fp16_t) : 1;
+    for (int g = 0; g < d/8; ++g) {
+        n += group_widths(h, budget)[g];
+    }
+    return n;
+}
+
+std::vector<ggml_kvtc_place> ggml_kvtc_side_calibration::places(int budget) const {
+    std::vector<ggml_kvtc_place> result;
+    uint32_t at = 0;
+    for (int h = 0; h < H; ++h) {
+        if (turbo) { // every head has as many codes
+            const uint32_t codes = (uint32_t) (d*bits[budget]/8);
+            result.push_back({ H*codes + h*(uint32_t) sizeof(ggml_fp16_t), h*codes });
+        } else {
+            result.push_back({ at, at + 1 });
+            at = (at + head_bytes(h, budget) + 3)/4*4;
+        }
+    }
+    return result;
+}
 
 size_t ggml_kvtc_pack_size(const ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v) {
     return put_pack(*cal, il, bits_k, bits_v, nullptr);

@@ -21,9 +21,10 @@
 #define GGML_KVTC_PADDED(n) (((n) + GGML_KVTC_PAD - 1) / GGML_KVTC_PAD * GGML_KVTC_PAD)
 
 struct ggml_kvtc_pack_head {
-    uint32_t payload;    // byte offset of the head's gain code in a row
+    uint32_t payload;    // byte offset of the head's gain code in a row, or of its f16 gain
     uint32_t rank;       // components with at least one bit: the first ones
     uint32_t keep_norm;  // gain rule: 0 unbiased, 1 norm keeping
+    uint32_t f16_gain;   // turbo types: the row holds the gain itself
     float    gain_base;
     uint32_t widths;     // u8  [d/8]
     uint32_t bytes;      // u32 [d/8] byte offset of each group in a row
@@ -58,6 +59,11 @@ struct ggml_kvtc_pack_header {
 
 static inline const void * ggml_kvtc_pack_at(const void * pack, uint32_t offset) {
     return (const char *) pack + offset;
+}
+
+// The f16 gain of a turbo row; what a damaged state may hold, infinity or NaN, is taken for 0: cells that nobody sees must not hurt.
+static inline ggml_fp16_t ggml_kvtc_gain_bits(uint32_t bits) {
+    return (ggml_fp16_t) ((bits & 0x7c00) == 0x7c00 ? 0 : bits & 0xffff);
 }
 
 // A pack for the CPU; behind one for a CUDA device, whose header begins alike, where a tensor holds both: tests have one graph on

@@ -35,12 +35,16 @@ struct ggml_kvtc_rope {
 // types
 //
 
-// true for GGML_TYPE_KVTC1 ... GGML_TYPE_KVTC6
+// true for GGML_TYPE_KVTC1 ... GGML_TYPE_KVTC6 and for GGML_TYPE_TURBO2 ... GGML_TYPE_TURBO4
 GGML_API bool ggml_kvtc_is_type  (enum ggml_type type);
-// bits per value of a kvtc type, 0 for any other type
+// true for the latter: data-free, keys as they are after RoPE, an f16 norm beside the codes of each vector
+GGML_API bool ggml_kvtc_is_turbo (enum ggml_type type);
+// bits of a code of these types (of kvtc types, bits per value with everything), 0 for any other type
 GGML_API int  ggml_kvtc_type_bits(enum ggml_type type);
-// "kvtc2" -> GGML_TYPE_KVTC2; GGML_TYPE_COUNT for any other name
+// "kvtc2" -> GGML_TYPE_KVTC2; GGML_TYPE_COUNT for any name but those of these types
 GGML_API enum ggml_type ggml_kvtc_type_from_name(const char * name);
+// Values (ne[0]) that a cache tensor of the type has a row of, for n_head vectors of head_dim: turbo types also have room for norms.
+GGML_API int64_t ggml_kvtc_row_values(enum ggml_type type, int64_t n_head, int64_t head_dim);
 
 //
 // calibration files
@@ -66,6 +70,11 @@ GGML_API int          ggml_kvtc_calibration_layer_bits (const struct ggml_kvtc_c
 // shape of one side of a layer; false if the file has no such layer
 GGML_API bool         ggml_kvtc_calibration_shape      (const struct ggml_kvtc_calibration * cal, int il, enum ggml_kvtc_side side,
                                                         int * n_head, int * head_dim);
+
+// The data-free types need no file: a calibration without layers, or a copy of one from a file, to which their layers are added.
+GGML_API struct ggml_kvtc_calibration * ggml_kvtc_calibration_copy     (const struct ggml_kvtc_calibration * cal); // NULL: an empty one
+GGML_API void                           ggml_kvtc_calibration_set_turbo(struct ggml_kvtc_calibration * cal, int il, enum ggml_kvtc_side side,
+                                                                        enum ggml_type type, int n_head, int head_dim);
 
 // Fingerprint of a model file: 16 hex digits and a terminating zero in out. False and one line in err if it cannot be read.
 GGML_API bool ggml_kvtc_fingerprint(const char * fname, char out[17], char * err, size_t err_size);

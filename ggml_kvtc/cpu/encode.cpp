@@ -103,6 +103,11 @@ void encode_head(const void * pack, const ggml_kvtc_pack_head & head, int d, con
             gain = dot.total() > 0.0 ? power.total()/dot.total() : 0.0;
         }
     }
+    if (head.f16_gain) {
+        const ggml_fp16_t half = GGML_CPU_FP32_TO_FP16((float) std::min(gain, 65504.0));
+        memcpy(row + head.payload, &half, sizeof(half));
+        return;
+    }
     uint8_t code = 0;
     if (gain > 0.0) {
         const double steps = nearbyint(GGML_KVTC_GAIN_STEPS*log2(gain/(double) head.gain_base));
@@ -111,11 +116,20 @@ void encode_head(const void * pack, const ggml_kvtc_pack_head & head, int d, con
     row[head.payload] = code;
 }
 
+float get_gain(const void * pack, const ggml_kvtc_pack_head & head, const uint8_t * row) {
+    if (head.f16_gain) {
+        ggml_fp16_t half;
+        memcpy(&half, row + head.payload, sizeof(half));
+        return ggml_fp16_to_fp32(ggml_kvtc_gain_bits(half)); // not by the table that graphs have filled: this runs outside them, too
+    }
+    return ((const float *) ggml_kvtc_pack_at(pack, head.gains))[row[head.payload]];
+}
+
 void decode_head(const void * pack, const ggml_kvtc_pack_head & head, int d, const uint8_t * row, float * z) {
     const auto * widths = (const uint8_t *)  ggml_kvtc_pack_at(pack, head.widths);
     const auto * bytes  = (const uint32_t *) ggml_kvtc_pack_at(pack, head.bytes);
     const auto * table  = (const uint32_t *) ggml_kvtc_pack_at(pack, head.table);
-    const float  gain   = ((const float *) ggml_kvtc_pack_at(pack, head.gains))[row[head.payload]];
+    const float  gain   = get_gain(pack, head, row);
 
     memset(z, 0, (size_t) d*sizeof(float));
     for (int g = 0; g < d/LANES && widths[g] > 0; ++g) {

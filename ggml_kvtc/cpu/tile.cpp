@@ -6,6 +6,7 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace kvtc {
 
@@ -27,6 +28,17 @@ void load_group(const group_source & src, const float * table, vi offset, vf gai
         const vi   code  = shift_right(first ? low : high, first ? i*w : i*w - 8*(w - 4));
         store(z + i*TILE, mul(gain, lookup<w>(table + i*T, code)));
     }
+}
+
+// the gains of turbo rows in the low halves
+vf from_f16(vi bits) {
+    int32_t half[W];
+    float   value[W];
+    memcpy(half, &bits, sizeof(half));
+    for (int l = 0; l < W; ++l) {
+        value[l] = GGML_CPU_FP16_TO_FP32(ggml_kvtc_gain_bits((uint32_t) half[l]));
+    }
+    return load(value);
 }
 
 // rows of less than four bytes cannot be read in words of 32 bits
@@ -72,8 +84,8 @@ void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_
         const vi offset = iload(offsets);
 
         const uint32_t at = std::min(head.payload, last);
-        vi codes = shift_right(gather_bytes(first_row + at, offset), 8*(int) (head.payload - at));
-        const vf gain = lookup<8>(gains, codes);
+        const vi codes = shift_right(gather_bytes(first_row + at, offset), 8*(int) (head.payload - at));
+        const vf gain  = head.f16_gain ? from_f16(codes) : lookup<8>(gains, codes);
 
         for (int g = 0; g < G && widths[g] > 0; ++g) {
             const int      w   = widths[g];

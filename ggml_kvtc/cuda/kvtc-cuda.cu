@@ -125,6 +125,9 @@ bool supports_attn(int device, const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * k = op->src[1];
     const ggml_tensor * v = op->src[2];
+    if (ggml_kvtc_is_turbo(k->type) || ggml_kvtc_is_turbo(v->type)) { // norms in f16: the CPU's alone
+        return false;
+    }
     if (!ggml_kvtc_is_type(k->type) || !ggml_kvtc_is_type(v->type) || k->ne[0] != v->ne[0] || !has_kernels((int) k->ne[0])) {
         return false;
     }
@@ -234,7 +237,7 @@ bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {
         case GGML_OP_TRANSPOSE:
             return true;
         case GGML_OP_KVTC_SET_ROWS:
-            return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && op->src[1]->nb[0] == sizeof(float) && op->src[1]->ne[0] % 8 == 0;
+            return !ggml_kvtc_is_turbo(op->type) && ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && op->src[1]->nb[0] == sizeof(float) && op->src[1]->ne[0] % 8 == 0;
         case GGML_OP_KVTC_ATTN:
             return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && kvtc::supports_attn(device, op);
         default:

@@ -34,7 +34,8 @@ void parse_both(const std::string & name, ggml_type & type_k, ggml_type & type_v
     }
     type_k = type_v = ggml_kvtc_type_from_name(name.c_str());
     if (type_k == GGML_TYPE_COUNT) {
-        throw std::invalid_argument("--cache-type takes kvtc-k<a>v<b> or kvtc<a> with a, b from 1 to " + std::to_string(GGML_KVTC_MAX_BITS) + ", not '" + name + "'");
+        throw std::invalid_argument("--cache-type takes kvtc-k<a>v<b> or kvtc<a> with a, b from 1 to " + std::to_string(GGML_KVTC_MAX_BITS) +
+                                    ", or turbo2, turbo3, turbo4, not '" + name + "'");
     }
 }
 
@@ -53,7 +54,8 @@ std::vector<common_arg> common_kvtc_args() {
     return {
         common_arg(
             {"-ct", "--cache-type"}, "TYPE",
-            "KV cache data types of K and V in one: kvtc-k<a>v<b> is --cache-type-k kvtc<a> --cache-type-v kvtc<b>",
+            "KV cache data types of K and V in one: kvtc-k<a>v<b> is --cache-type-k kvtc<a> --cache-type-v kvtc<b>;\n"
+            "kvtc<a>, turbo2, turbo3, turbo4: the same for both",
             [](common_params & params, const std::string & value) {
                 parse_both(value, params.cache_type_k, params.cache_type_v);
             }
@@ -68,14 +70,14 @@ std::vector<common_arg> common_kvtc_args() {
         ).set_env("LLAMA_ARG_KVTC_FILE"),
         common_arg(
             {"--kvtc-sink"}, "N",
-            "first positions of a sequence that kvtc keeps exact (default: 4)",
+            "first positions of a sequence that kvtc keeps exact (default: 4; turbo types alone: 0)",
             [](common_params &, const std::string & value) {
                 set_count(&llama_kvtc_params::n_sink, value, "--kvtc-sink");
             }
         ).set_env("LLAMA_ARG_KVTC_SINK"),
         common_arg(
             {"--kvtc-window"}, "N",
-            "newest positions of a sequence that kvtc keeps exact (default: 128)",
+            "newest positions of a sequence that kvtc keeps exact (default: 128; turbo types alone: 0)",
             [](common_params &, const std::string & value) {
                 set_count(&llama_kvtc_params::n_window, value, "--kvtc-window");
             }
@@ -115,8 +117,8 @@ bool common_kvtc_bench_arg(const std::string & arg, const char * value, std::vec
 
 const char * common_kvtc_bench_help() {
     return
-        "  -ct, --cache-type <kvtc-k<a>v<b>>                 (sets -ctk kvtc<a> -ctv kvtc<b>)\n"
+        "  -ct, --cache-type <kvtc-k<a>v<b>|turbo<a>>        (sets -ctk kvtc<a> -ctv kvtc<b>, or both to one type)\n"
         "  --kvtc-file <filename>                            (default: the model's own metadata, then MODEL.kvtc.gguf)\n"
-        "  --kvtc-sink <n>                                   (default: 4)\n"
-        "  --kvtc-window <n>                                 (default: 128)\n";
+        "  --kvtc-sink <n>                                   (default: 4; turbo types alone: 0)\n"
+        "  --kvtc-window <n>                                 (default: 128; turbo types alone: 0)\n";
 }

@@ -211,7 +211,7 @@ ggml_tensor * llm_kvtc_keys(const llm_graph_context & g, llama_kvtc * kvtc, ggml
 
 ggml_tensor * llama_kvtc::keys(const llm_graph_context & g, ggml_tensor * k_cur, int il) {
     layer & l = get_layer(il);
-    if (!l.encode[GGML_KVTC_K]) {
+    if (!l.encode[GGML_KVTC_K] || turbo[GGML_KVTC_K]) { // turbo types code keys as they are after RoPE; their pack rotates nothing
         return k_cur;
     }
     if (is_single_rope(k_cur) || is_multi_rope(k_cur)) {
@@ -277,7 +277,7 @@ ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_te
 ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
         ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
     if (kq_b) {
-        throw std::runtime_error("kvtc: cache types kvtc* cannot serve models with an attention bias");
+        throw std::runtime_error("kvtc: cache types kvtc* and turbo* cannot serve models with an attention bias");
     }
     const layer & l = get_layer(il);
 

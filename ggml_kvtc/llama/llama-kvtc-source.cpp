@@ -28,7 +28,7 @@ std::mutex mutex;
 std::unordered_map<const llama_model *, bound_model> models;
 
 std::string files;
-llama_kvtc_params defaults = { nullptr, 4, 128 };
+llama_kvtc_params defaults = { nullptr, LLAMA_KVTC_BY_TYPE, LLAMA_KVTC_BY_TYPE };
 
 std::shared_ptr<ggml_kvtc_calibration> open_calibration(const std::string & fname) {
     char err[512];
@@ -159,7 +159,7 @@ std::shared_ptr<ggml_kvtc_calibration> llama_kvtc_find_calibration(const llama_m
 
 ggml_type llama_kvtc_layer_type(const llama_model & model, ggml_type type, int il, ggml_kvtc_side side) {
     const int asked = 2*il + side;
-    if (!ggml_kvtc_is_type(type)) {
+    if (!ggml_kvtc_is_type(type) || ggml_kvtc_is_turbo(type)) {
         return type;
     }
     std::lock_guard<std::mutex> lock(mutex);
@@ -178,16 +178,24 @@ ggml_type llama_kvtc_layer_type(const llama_model & model, ggml_type type, int i
     return bits > 0 ? (ggml_type) (GGML_TYPE_KVTC1 + bits - 1) : type;
 }
 
+uint32_t llama_kvtc_row_values(ggml_type type, uint32_t n_head, uint32_t n_embd) {
+    return n_embd + (uint32_t) ggml_kvtc_row_values(type, n_head, 0);
+}
+
+uint32_t llama_kvtc_row_values(const ggml_tensor * cache, uint32_t n_embd) {
+    return ggml_kvtc_is_turbo(cache->type) ? (uint32_t) cache->ne[0] : n_embd;
+}
+
 bool llama_kvtc_check_flash_attn(llama_context_params & params) {
     if (!ggml_kvtc_is_type(params.type_k) && !ggml_kvtc_is_type(params.type_v)) {
         return true;
     }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
-        LLAMA_LOG_ERROR("%s: kvtc cache types need flash attention: drop '-fa off' or use '-fa on'\n", __func__);
+        LLAMA_LOG_ERROR("%s: kvtc and turbo cache types need flash attention: drop '-fa off' or use '-fa on'\n", __func__);
         return false;
     }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO) {
-        LLAMA_LOG_INFO("%s: enabling flash_attn since kvtc cache types need it\n", __func__);
+        LLAMA_LOG_INFO("%s: enabling flash_attn since kvtc and turbo cache types need it\n", __func__);
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     }
     return true;

@@ -18,28 +18,6 @@ constexpr double MIB = 1024.0*1024.0;
     throw std::runtime_error("kvtc: " + what);
 }
 
-// the attention of these reads the cache by itself, past llm_graph_context::build_attn
-bool reads_cache_itself(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_DEEPSEEK4:
-        case LLM_ARCH_DFLASH:
-        case LLM_ARCH_DOTS3NOTE:
-        case LLM_ARCH_GLM_DSA:
-        case LLM_ARCH_GLM5_NEXT:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_MINIMAX_M3:
-        case LLM_ARCH_QWEN4EXP:
-            return true;
-        default:
-            return false;
-    }
-}
-
-float bits_per_value(const ggml_tensor * t) {
-    return 8.0f*ggml_type_size(t->type)/ggml_blck_size(t->type);
-}
-
 } // namespace
 
 std::shared_ptr<llama_kvtc> llama_kvtc::create(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells) {
@@ -50,20 +28,28 @@ std::shared_ptr<llama_kvtc> llama_kvtc::create(const config & cfg, const std::ve
     if (!any) {
         return nullptr;
     }
-    std::shared_ptr<llama_kvtc> result(new llama_kvtc(cfg, cells));
+    std::shared_ptr<llama_kvtc> result(new llama_kvtc(cfg, layers, cells));
     result->check_model(cfg, layers);
-    result->calibration = llama_kvtc_find_calibration(cfg.model, result->source);
+    result->find_calibration(cfg, layers);
     result->calibration_hash = ggml_kvtc_calibration_hash(result->calibration.get());
-    for (const auto & l : layers) {
-        result->check_layer(cfg, l);
-    }
     result->create_layers(cfg, layers);
     result->print_info();
     return result;
 }
 
-llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & cells) :
+llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells) :
     model(cfg.model), hparams(cfg.hparams), cells(cells), n_seq_max(cfg.n_seq_max), params(llama_kvtc_default_params()) {
+    bool calibrated = false;
+    for (const auto & l : layers) {
+        const ggml_tensor * cache[2] = { l.k, l.v };
+        for (int s = 0; s < 2; ++s) {
+            coded[s]   = coded[s] || (cache[s] && ggml_kvtc_is_type (cache[s]->type));
+            turbo[s]   = turbo[s] || (cache[s] && ggml_kvtc_is_turbo(cache[s]->type)); // of one type in all layers
+            calibrated = calibrated || (coded[s] && !turbo[s]);
+        }
+    }
+    params.n_sink   = params.n_sink   == LLAMA_KVTC_BY_TYPE ? (calibrated ?   4 : 0) : params.n_sink;
+    params.n_window = params.n_window == LLAMA_KVTC_BY_TYPE ? (calibrated ? 128 : 0) : params.n_window;
     slot_of.resize(cells.size());
     for (size_t s = 0; s < cells.size(); ++s) {
         slot_of[s].assign(cells[s].size(), -1);
@@ -79,87 +65,32 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & c
     }
 }
 
-void llama_kvtc::check_model(const config & cfg, const std::vector<llama_kvtc_layer> & layers) const {
-    const std::string arch = llm_arch_name(cfg.model.arch);
-    if (cfg.hparams.is_mla() || reads_cache_itself(cfg.model.arch) || cfg.name_tag[0] != '\0') {
-        fail("cache types kvtc* cannot serve " + arch + " models (MLA or an attention of their own): use f16 or q8_0");
+// That of the model where a side has a kvtc type; the sides of turbo types are added to it, or to an empty one.
+void llama_kvtc::find_calibration(const config & cfg, const std::vector<llama_kvtc_layer> & src) {
+    if ((coded[0] && !turbo[0]) || (coded[1] && !turbo[1])) {
+        calibration = llama_kvtc_find_calibration(cfg.model, source);
     }
-    if (cfg.shared || cfg.hparams.n_layer_kv_from_start >= 0) {
-        fail("cache types kvtc* cannot serve models or contexts whose layers share a KV cache yet (" + arch + "): use f16 or q8_0");
+    for (const auto & l : src) {
+        check_layer(cfg, l);
     }
-    if (cfg.model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        fail("cache types kvtc* do not support --split-mode tensor yet: use --split-mode layer");
+    if (!turbo[0] && !turbo[1]) {
+        return;
     }
-    if (params.n_sink < 0 || params.n_window < 0) {
-        fail("--kvtc-sink and --kvtc-window must not be negative");
-    }
-    for (const auto & l : layers) {
-        if (!l.v) {
-            fail("cache types kvtc* cannot serve " + arch + " models (no V cache): use f16 or q8_0");
-        }
-    }
-}
-
-void llama_kvtc::check_layer(const config & cfg, const llama_kvtc_layer & l) const {
-    const ggml_tensor * cache[2] = { l.k, l.v };
-    const uint32_t want_d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
-    for (int s = 0; s < 2; ++s) {
-        const int bits = ggml_kvtc_type_bits(cache[s]->type);
-        if (bits == 0) {
-            continue;
-        }
-        const std::string where = std::string(s == GGML_KVTC_K ? "K" : "V") + " of layer " + std::to_string(l.il);
-        if (!ggml_kvtc_calibration_has_bits(calibration.get(), bits)) {
-            fail("calibration " + source + " serves kvtc{" + ggml_kvtc_calibration_bits(calibration.get()) + "}, not " +
-                 ggml_type_name(cache[s]->type) + ": choose one of these or calibrate again");
-        }
-        int H = 0;
-        int d = 0;
-        if (!ggml_kvtc_calibration_shape(calibration.get(), l.il, (ggml_kvtc_side) s, &H, &d)) {
-            fail("calibration " + source + " lacks " + where + ": calibrate again");
-        }
-        if (H != (int) cfg.hparams.n_head_kv(l.il) || d != (int) want_d[s]) {
-            fail("calibration " + source + " has " + std::to_string(H) + " heads of dimension " + std::to_string(d) + " for " + where +
-                 ", the model " + std::to_string(cfg.hparams.n_head_kv(l.il)) + " of " + std::to_string(want_d[s]));
-        }
-    }
-}
-
-// Does the layer's device have kernels for its types and shapes? Asked with nodes such as its graphs will hold.
-void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const {
-    const int64_t n_head    = cfg.hparams.n_head(l.il);
-    const int64_t n_head_kv = cfg.hparams.n_head_kv(l.il);
-    const int64_t n_kv      = cells[0].size();
-    const int64_t d[2]      = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
-    ggml_kvtc_attn_params p = {};
-    std::copy(l.limits, l.limits + 6, p.limits);
-
-    // The pack is laid out for CUDA. Devices of other kinds may not know that: those behind RPC say yes to everything.
-    bool supported = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "CUDA") == 0;
-    for (int64_t n_tokens : { 1, 16, 512 }) { // a sequence, a few, a prompt
-        ggml_context_ptr ctx { ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }) };
-        ggml_tensor * pack = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, 64);
-        ggml_tensor * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, n_tokens);
-        ggml_tensor * info = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2*n_kv + n_tokens);
-        ggml_tensor * view[2];
-        ggml_tensor * z[2] = {};
+    // contexts share what was read from a file: these sides are this one's alone
+    calibration.reset(ggml_kvtc_calibration_copy(calibration.get()), ggml_kvtc_calibration_free);
+    for (const auto & l : src) {
         for (int s = 0; s < 2; ++s) {
-            ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, d[s]*n_head_kv, n_kv);
-            view[s] = ggml_view_4d(ctx.get(), cache, d[s], n_kv, n_head_kv, 1, cache->nb[1], ggml_row_size(cache->type, d[s]), cache->nb[1]*n_kv, 0);
-            if (ggml_kvtc_is_type(cache->type)) {
-                z[s] = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[s], n_tokens, n_head_kv);
-                supported = supported && ggml_backend_dev_supports_op(dev, ggml_kvtc_set_rows(ctx.get(), cache, z[s], idxs, pack, (ggml_kvtc_side) s));
+            if (turbo[s]) {
+                const uint32_t d = s == GGML_KVTC_K ? cfg.hparams.n_embd_head_k(l.il) : cfg.hparams.n_embd_head_v(l.il);
+                ggml_kvtc_calibration_set_turbo(calibration.get(), l.il, (ggml_kvtc_side) s, (s == GGML_KVTC_K ? l.k : l.v)->type,
+                        cfg.hparams.n_head_kv(l.il), d);
             }
         }
-        ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[0], n_tokens, n_head);
-        supported = supported && ggml_backend_dev_supports_op(dev,
-            ggml_kvtc_attn(ctx.get(), q, view[0], view[1], nullptr, nullptr, pack, info, nullptr, z[0], z[1], p));
     }
-    if (!supported) {
-        fail("no kernels for K " + std::string(ggml_type_name(l.cache[0]->type)) + ", V " + ggml_type_name(l.cache[1]->type) + " of head_dim " +
-             std::to_string(d[0]) + (d[0] == d[1] ? "" : "/" + std::to_string(d[1])) + " on device " + ggml_backend_dev_name(dev) +
-             ": use --no-kv-offload (or -ngl 0), or another cache type");
-    }
+}
+
+bool llama_kvtc::can_shift() const {
+    return !turbo[GGML_KVTC_K] || hparams.rope_type == LLAMA_ROPE_TYPE_NONE;
 }
 
 void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & src) {
@@ -186,7 +117,6 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
         const int64_t d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
         for (int s = 0; s < 2; ++s) {
             bits[s]  = ggml_kvtc_type_bits(out.cache[s]->type);
-            coded[s] = coded[s] || bits[s] > 0;
             n_exact += bits[s] > 0 ? d[s]*H*n_rows : 0;
         }
 
@@ -196,6 +126,9 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
         out.on_device = cfg.offload && !ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(dev));
         std::vector<uint8_t> pack;
         if (out.on_device) {
+            if (turbo[0] || turbo[1]) {
+                fail_device(cfg, dev, out);
+            }
             buft = ggml_backend_dev_buffer_type(dev);
             pack.resize(ggml_kvtc_cuda_pack_size(calibration.get(), l.il, bits[0], bits[1]));
             ggml_kvtc_cuda_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());
@@ -268,26 +201,28 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
 }
 
 void llama_kvtc::print_info() const {
-    LLAMA_LOG_INFO("%s: calibration from %s\n", __func__, source.c_str());
+    if (!source.empty()) {
+        LLAMA_LOG_INFO("%s: calibration from %s\n", __func__, source.c_str());
+    }
 
     double codes  = 0.0;
-    double bits   = 0.0;
     double values = 0.0;
+    const auto n_values = [&](const layer & l, int s) { return (double) (s == GGML_KVTC_K ? hparams.n_embd_k_gqa(l.il) : hparams.n_embd_v_gqa(l.il)); };
+    const auto row_size = [](const layer & l, int s) { return (double) ggml_row_size(l.cache[s]->type, l.cache[s]->ne[0]); }; // with all it holds
+    const auto bpv      = [&](const layer & l, int s) { return 8.0*row_size(l, s)/n_values(l, s); };
+    double bits = 0.0;
     // neighbours of the same types share a line
     for (size_t i = 0, j = 0; i < layers.size(); i = j) {
-        const auto same = [&](const layer & a, const layer & b) {
-            return a.cache[0]->type == b.cache[0]->type && a.cache[1]->type == b.cache[1]->type;
-        };
-        for (j = i; j < layers.size() && same(layers[i], layers[j]); ++j) {
-            for (const ggml_tensor * t : layers[j].cache) {
-                codes  += ggml_nbytes(t);
-                bits   += (double) bits_per_value(t)*t->ne[0];
-                values += t->ne[0];
+        const auto same = [&](const layer & a, const layer & b, int s) { return a.cache[s]->type == b.cache[s]->type && bpv(a, s) == bpv(b, s); };
+        for (j = i; j < layers.size() && same(layers[i], layers[j], 0) && same(layers[i], layers[j], 1); ++j) {
+            for (int s = 0; s < 2; ++s) {
+                codes  += ggml_nbytes(layers[j].cache[s]);
+                bits   += 8.0*row_size(layers[j], s);
+                values += n_values(layers[j], s);
             }
         }
         LLAMA_LOG_INFO("%s: layers %u to %u: K %s (%.2f bpv), V %s (%.2f bpv)\n", __func__, layers[i].il, layers[j - 1].il,
-                ggml_type_name(layers[i].cache[0]->type), bits_per_value(layers[i].cache[0]),
-                ggml_type_name(layers[i].cache[1]->type), bits_per_value(layers[i].cache[1]));
+                ggml_type_name(layers[i].cache[0]->type), bpv(layers[i], 0), ggml_type_name(layers[i].cache[1]->type), bpv(layers[i], 1));
     }
     double sizes[2] = {};
     for (const buffer & b : buffers) {

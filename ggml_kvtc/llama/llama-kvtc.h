@@ -8,10 +8,12 @@
 extern "C" {
 #endif
 
+#define LLAMA_KVTC_BY_TYPE -1 // 4 sinks and a window of 128 where a side has a kvtc type; none of either where only turbo types are
+
 struct llama_kvtc_params {
     const char * files;    // calibration files, separated by commas; NULL or "": the model's metadata, then the sidecar
-    int32_t      n_sink;   // first positions of a sequence that stay exact
-    int32_t      n_window; // newest positions of a sequence that stay exact
+    int32_t      n_sink;   // first positions of a sequence that stay exact, or LLAMA_KVTC_BY_TYPE
+    int32_t      n_window; // newest positions of a sequence that stay exact, or LLAMA_KVTC_BY_TYPE
 };
 
 LLAMA_API struct llama_kvtc_params llama_kvtc_default_params(void);
@@ -61,6 +63,11 @@ std::shared_ptr<ggml_kvtc_calibration> llama_kvtc_find_calibration(const llama_m
 // can serve comes back as it is; llama_kvtc::create says why.
 ggml_type llama_kvtc_layer_type(const llama_model & model, ggml_type type, int il, ggml_kvtc_side side);
 
+// Values in a row of a cache tensor: of the turbo types more than n_embd, what n_head vectors have without their norms.
+uint32_t llama_kvtc_row_values(ggml_type type, uint32_t n_head, uint32_t n_embd);
+// The same where the tensor is there: n_embd, or what it was made with.
+uint32_t llama_kvtc_row_values(const ggml_tensor * cache, uint32_t n_embd);
+
 // Flash attention is how kvtc attends: on with a log line when left to llama.cpp, an error when switched off.
 bool llama_kvtc_check_flash_attn(llama_context_params & params);
 
@@ -95,6 +102,9 @@ public:
     static std::shared_ptr<llama_kvtc> create(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells);
 
     bool is_kvtc(ggml_kvtc_side side) const { return coded[side]; }
+
+    // false where keys are coded as they are after RoPE: rotating them again would be coding them again
+    bool can_shift() const;
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
@@ -163,11 +173,13 @@ private:
         int32_t cell   = -1;
     };
 
-    llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & cells);
+    llama_kvtc(const config & cfg, const std::vector<llama_kvtc_layer> & layers, const std::vector<llama_kv_cells> & cells);
 
     void check_model  (const config & cfg, const std::vector<llama_kvtc_layer> & layers) const;
     void check_layer  (const config & cfg, const llama_kvtc_layer & l) const;
+    void find_calibration(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void check_device (const config & cfg, ggml_backend_dev_t dev, const layer & l) const;
+    [[noreturn]] void fail_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const;
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
     size_t get_buffer_size(const buffer & b) const;
@@ -194,6 +206,7 @@ private:
     int32_t n_span = 0; // how far back a query sees, itself included; 0: only a mask can tell
     int32_t n_keep = 0; // newest positions of a sequence whose exact rows are kept: the window and what a rollback may bring back
     bool coded[2] = {};
+    bool turbo[2] = {}; // coded, and without calibration
 
     llama_kvtc_params params;
     std::string source;

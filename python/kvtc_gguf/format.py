@@ -52,6 +52,7 @@ class SideCalibration:
     widths: np.ndarray  # i8 [H, B, G], never rising along G
     codebooks: dict[tuple[int, int, int], np.ndarray]  # (head, group, width) -> f16 [8, 2**width], rising levels
     transforms: list[str]  # name per head, informative
+    turbo: bool = False  # rows of a turbo type (`reference_turbo`); no file holds such a side
 
     @property
     def n_head(self) -> int:

@@ -12,6 +12,8 @@ GAIN_STEPS = 32  # gain = base * 2**(code / GAIN_STEPS); code 0 is the zero vect
 GAIN_BYTES = 1
 HEAD_ALIGN = 4  # a head's payload starts at a multiple of this
 MAX_HEAD_DIM = 512
+TURBO_BLOCKS = {2: (8, 2), 3: (8, 3), 4: (4, 2)}  # turbo<bits> -> (values, bytes) of ggml's block
+NORM_BYTES = 2  # f16, behind the codes of a row of a turbo type, one for each head
 
 
 class FormatError(ValueError):
@@ -21,6 +23,12 @@ class FormatError(ValueError):
 def row_bytes(n_head: int, head_dim: int, bits: int) -> int:
     """Bytes of one cache row: all `n_head` kv heads of one token at `bits` bits per value."""
     return n_head * head_dim * bits // 8
+
+
+def turbo_row_bytes(n_head: int, head_dim: int, bits: int) -> int:
+    """Bytes of one row of the cache type turbo<bits>: codes, a norm for each head, zeros to fill a block."""
+    block = TURBO_BLOCKS[bits][1]
+    return -(-n_head * (head_dim * bits // 8 + NORM_BYTES) // block) * block
 
 
 def head_bytes(widths: np.ndarray) -> np.ndarray:

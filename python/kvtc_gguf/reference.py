@@ -12,11 +12,21 @@ from functools import cached_property
 import numpy as np
 
 from kvtc_gguf.format import SideCalibration
-from kvtc_gguf.layout import GAIN_BYTES, GAIN_STEPS, GROUP, head_bytes, head_offsets, row_bytes
+from kvtc_gguf.layout import (
+    GAIN_BYTES,
+    GAIN_STEPS,
+    GROUP,
+    NORM_BYTES,
+    head_bytes,
+    head_offsets,
+    row_bytes,
+    turbo_row_bytes,
+)
 from kvtc_gguf.validate import inverse
 
 SCALE_FLOOR = np.float32(1e-3)  # of the largest scale of the head
 NORM_FLOOR = 1e-9  # vectors of a smaller whitened norm are stored as zero
+MAX_F16 = 65504.0
 
 
 @dataclass
@@ -30,14 +40,22 @@ class HeadPlan:
     keep_norm: bool  # gain rule: False unbiased, True norm keeping
     widths: np.ndarray  # i8 [G]
     codebooks: list[np.ndarray | None]  # per group f32 [8, 2**width], None where the width is 0
-    offset: int  # of the head's payload in the row, bytes
+    offset: int  # of the head's payload in the row, bytes; it starts with the gain code
     size: int  # of the payload without padding, bytes
+    codes_at: int  # of the codes in the row, bytes
+    turbo: bool = False  # an f16 gain at `offset`, apart from the codes
 
     @classmethod
     def of(cls, side: SideCalibration, head: int, budget_index: int) -> HeadPlan:
         """The plan of one head of a calibration."""
         widths = side.widths[head, budget_index]
         books = [side.codebooks[head, g, int(w)].astype(np.float32) if w else None for g, w in enumerate(widths)]
+        size, offset = int(head_bytes(widths)), int(head_offsets(side.widths[:, budget_index])[head])
+        codes_at = offset + GAIN_BYTES
+        if side.turbo:
+            size += NORM_BYTES - GAIN_BYTES
+            codes_at = head * (size - NORM_BYTES)
+            offset = side.n_head * (size - NORM_BYTES) + head * NORM_BYTES
         return cls(
             side.mean[head],
             side.scale[head],
@@ -46,8 +64,10 @@ class HeadPlan:
             bool(side.gain_rule[head]),
             widths,
             books,
-            int(head_offsets(side.widths[:, budget_index])[head]),
-            int(head_bytes(widths)),
+            offset,
+            size,
+            codes_at,
+            side.turbo,
         )
 
     @cached_property
@@ -68,12 +88,13 @@ def reconstruct(side: SideCalibration, z: np.ndarray) -> np.ndarray:
 
 def encode_rows(side: SideCalibration, budget_index: int, z: np.ndarray, bits: int) -> np.ndarray:
     """Cache rows u8 [n, row_bytes] of transformed vectors z f32 [n, H, d], at the budget of `bits` bits per value."""
-    rows = np.zeros((len(z), row_bytes(side.n_head, side.head_dim, bits)), np.uint8)
+    size = (turbo_row_bytes if side.turbo else row_bytes)(side.n_head, side.head_dim, bits)
+    rows = np.zeros((len(z), size), np.uint8)
     for head in range(side.n_head):
         plan = side.head_plan(head, budget_index)
         gain, codes = encode_head(plan, np.ascontiguousarray(z[:, head], np.float32))
-        rows[:, plan.offset] = gain
-        at = plan.offset + GAIN_BYTES
+        rows[:, plan.offset : plan.offset + gain.shape[1]] = gain
+        at = plan.codes_at
         for group, width in enumerate(plan.widths.tolist()):
             rows[:, at : at + width] = pack(codes[:, group], width)
             at += width
@@ -85,9 +106,8 @@ def decode_rows(side: SideCalibration, budget_index: int, rows: np.ndarray) -> n
     z = np.zeros((len(rows), side.n_head, side.head_dim), np.float32)
     for head in range(side.n_head):
         plan = side.head_plan(head, budget_index)
-        code = rows[:, plan.offset]
-        gain = np.where(code > 0, plan.gain_base * 2.0 ** (code.astype(np.float64) / GAIN_STEPS), 0).astype(np.float32)
-        at = plan.offset + GAIN_BYTES
+        gain = decode_gain(plan, rows)
+        at = plan.codes_at
         for group, width in enumerate(plan.widths.tolist()):
             book = plan.codebooks[group]
             if book is not None:
@@ -98,7 +118,7 @@ def decode_rows(side: SideCalibration, budget_index: int, rows: np.ndarray) -> n
 
 
 def encode_head(plan: HeadPlan, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gain codes u8 [n] and codes u8 [n, G, 8] of one head's z f32 [n, d]."""
+    """Bytes of the gains u8 [n, 1] (turbo: [n, 2]) and codes u8 [n, G, 8] of one head's z f32 [n, d]."""
     # 1. whitened, all in f32
     scale = np.maximum(plan.scale, SCALE_FLOOR * plan.scale.max())
     with np.errstate(all="ignore"):
@@ -128,9 +148,21 @@ def encode_head(plan: HeadPlan, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if plan.keep_norm:
         gain = np.sqrt(gain)
     live &= gain > 0
-    # 5. gain code
+    # 5. gain code; turbo: the gain in f16, by way of f32
+    if plan.turbo:
+        halves = np.minimum(np.where(live, gain, 0), MAX_F16).astype(np.float32).astype("<f2")
+        return halves.view(np.uint8).reshape(-1, NORM_BYTES), codes
     steps = np.rint(GAIN_STEPS * np.log2(np.where(live, gain, 1) / np.float64(plan.gain_base)))
-    return np.where(live, np.clip(steps, 1, 255), 0).astype(np.uint8), codes
+    return np.where(live, np.clip(steps, 1, 255), 0).astype(np.uint8)[:, None], codes
+
+
+def decode_gain(plan: HeadPlan, rows: np.ndarray) -> np.ndarray:
+    """Gains f32 [n] of one head in rows u8 [n, row_bytes]."""
+    if plan.turbo:
+        gain = rows[:, plan.offset : plan.offset + NORM_BYTES].copy().view("<f2")[:, 0].astype(np.float32)
+        return np.where(np.isfinite(gain), gain, np.float32(0))
+    code = rows[:, plan.offset]
+    return np.where(code > 0, plan.gain_base * 2.0 ** (code.astype(np.float64) / GAIN_STEPS), 0).astype(np.float32)
 
 
 def _per_head(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -85,6 +85,7 @@ inline ggml_kvtc_side_calibration make_side(rng_t & rng, int H, int d, bool keep
     ggml_kvtc_side_calibration side;
     side.H = H;
     side.d = d;
+    side.bits = bits;
     side.mean  .resize((size_t) H*d);
     side.scale .resize((size_t) H*d);
     side.decode.resize((size_t) H*d*d);

@@ -10,6 +10,7 @@ import numpy as np
 from kvtc_gguf.capture import library
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8, **{f"kvtc{bits}": 42 + bits for bits in range(1, 7)}}
+TYPES |= {f"turbo{bits}": 47 + bits for bits in (2, 3, 4)}
 EXACT = 1 << 20  # a window beyond any context here: nothing is read from codes
 HUGE = -1  # as the end of a range: to the end of the sequence
 

@@ -13,8 +13,9 @@ import ggml_graph
 import gguf
 import numpy as np
 import synthetic
-from kvtc_gguf.format import Calibration
-from kvtc_gguf.layout import row_bytes
+from kvtc_gguf import reference_turbo
+from kvtc_gguf.format import Calibration, SideCalibration
+from kvtc_gguf.layout import row_bytes, turbo_row_bytes
 from kvtc_gguf.reference_attention import CodedCells, PlainCells, alibi_slopes, attention, span_mask
 from kvtc_gguf.reference_rope import Rope
 
@@ -26,7 +27,7 @@ HIDDEN = np.float16(-np.inf)
 class Case:
     """S streams of n_kv cells; the last T used cells of each are this batch's tokens, which are the queries."""
 
-    k: int | str = 2  # budget of a kvtc type, or a name of PLAIN
+    k: int | str = 2  # budget of a kvtc type, "turbo<bits>", or a name of PLAIN
     v: int | str = 3
     dk: int = 64
     dv: int | None = None  # None: dk
@@ -56,6 +57,15 @@ class Case:
         return (self.k, self.dk), (self.v, self.dv or self.dk)
 
 
+def is_turbo(kind: int | str) -> bool:
+    return isinstance(kind, str) and kind.startswith("turbo")
+
+
+def bits_of(kind: int | str) -> int:
+    """Bits of a coded side's type, 0 for an ordinary one."""
+    return kind if isinstance(kind, int) else int(kind[-1]) if is_turbo(kind) else 0
+
+
 @functools.lru_cache(maxsize=8)
 def calibrated(heads: int, dk: int, dv: int) -> tuple[Calibration, ffi.Native]:
     room = [b for b in range(1, 7) if row_bytes(heads, min(dk, dv), b) >= 4 * (heads - 1) + 1]
@@ -71,9 +81,17 @@ class Inputs:
         self.case = case
         self.rng = np.random.default_rng(case.seed)
         self.calibration, self.native = calibrated(case.heads, case.dk, case.dv or case.dk)
-        bits = [kind if isinstance(kind, int) else 0 for kind, _ in case.sides]
+        bits = [bits_of(kind) for kind, _ in case.sides]
+        self.own: list[tuple[SideCalibration, int] | None] = []  # of a coded side, and the index of its budget
+        for side, (kind, d) in enumerate(case.sides):
+            if is_turbo(kind):
+                self.native = self.native.with_turbo(side, bits[side], case.heads, d)
+                self.own.append((reference_turbo.side(case.heads, d, bits[side]), 0))
+            else:
+                own, known = self.calibration.layers[0]["kv"[side]], self.calibration.bits
+                self.own.append((own, known.index(kind)) if bits[side] else None)
         self.pack = self.native.pack(0, *bits)
-        if case.rope is not None and bits[0]:
+        if case.rope is not None and bits[0] and not is_turbo(case.k):
             ffi.set_rope(self.pack, case.rope, case.dk)
         shape = (case.streams, case.heads * case.group, case.tokens, case.dk)
         self.q = self.rng.standard_normal(shape).astype(np.float32)
@@ -127,9 +145,10 @@ class Inputs:
     def _side(self, side: int, kind: int | str, d: int) -> None:
         """z [S, n_kv, H, d] and cache rows of a kvtc side; f32 values and rows of an ordinary one."""
         case, n = self.case, self.case.streams * self.case.n_kv
-        if isinstance(kind, int):
-            z = synthetic.draw(self.rng, self.calibration.layers[0]["kv"[side]], n)
-            rows = ffi.encode_rows(self.pack, side, z, row_bytes(case.heads, d, kind))
+        if self.own[side] is not None:
+            z = synthetic.draw(self.rng, self.own[side][0], n)
+            size = (turbo_row_bytes if is_turbo(kind) else row_bytes)(case.heads, d, bits_of(kind))
+            rows = ffi.encode_rows(self.pack, side, z, size)
             rows[self.pos.reshape(-1) < 0] = self.rng.integers(0, 256, rows.shape[1], np.uint8)
             self.z.append(z.reshape(case.streams, case.n_kv, case.heads, d))
             self.plain.append(None)
@@ -204,11 +223,12 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
     case = x.case
     cells = []
     for (kind, d), rows in zip(case.sides, x.rows, strict=True):
-        kind = ffi.kvtc_type(kind) if isinstance(kind, int) else PLAIN[kind]
+        turbo, bits = is_turbo(kind), bits_of(kind)
+        kind = ffi.turbo_type(bits) if turbo else ffi.kvtc_type(bits) if bits else PLAIN[kind]
         # the cache is longer than the view of it
         spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
         cache = np.concatenate([rows, spare], axis=1)
-        tensor = g.rows(kind, case.heads * d, cache.reshape(-1, rows.shape[2]))
+        tensor = g.rows(kind, ffi.base.ggml_kvtc_row_values(kind, case.heads, d), cache.reshape(-1, rows.shape[2]))
         strides = (rows.shape[2], ffi.base.ggml_row_size(kind, d), cache[0].size)
         cells.append(ffi.base.ggml_view_4d(g.ctx, tensor, d, case.n_kv, case.heads, case.streams, *strides, 0))
     q, mask = g.tensor(x.q), ffi.ffi.NULL
@@ -250,13 +270,12 @@ def expected(x: Inputs) -> np.ndarray:
     n_head = case.heads * case.group
     for stream in range(case.streams):
         sides = []
-        for side, (kind, _) in enumerate(case.sides):
-            if isinstance(kind, str):
+        for side in (ffi.K, ffi.V):
+            if x.own[side] is None:
                 sides.append(PlainCells(x.plain[side][stream]))
                 continue
             exact = None if case.exact == "none" else x.z[side][stream].astype(np.float16)
-            own, index = x.calibration.layers[0]["kv"[side]], x.calibration.bits.index(kind)
-            sides.append(CodedCells.of_rows(own, index, x.rows[side][stream], exact, x.slot[stream] != -1))
+            sides.append(CodedCells.of_rows(*x.own[side], x.rows[side][stream], exact, x.slot[stream] != -1))
         outputs.append(
             attention(
                 x.q[stream].transpose(1, 0, 2),
@@ -265,7 +284,7 @@ def expected(x: Inputs) -> np.ndarray:
                 cell_positions=x.pos[stream],
                 mask=x.mask[stream],
                 scale=float(np.float32(case.dk**-0.5)),
-                rope=case.rope,
+                rope=None if is_turbo(case.k) else case.rope,
                 sinks=case.sinks,
                 window=case.window,
                 softcap=case.softcap,

@@ -129,6 +129,20 @@ class Native:
             raise NativeError(ffi.string(message).decode())
         self.handle = ffi.gc(self.handle, base.ggml_kvtc_calibration_free)
 
+    def with_turbo(self, side: int, bits: int, n_head: int, head_dim: int) -> Native:
+        """A copy in which K or V of layer 0 is one of the data-free type turbo<bits>."""
+        result = object.__new__(Native)
+        result.handle = ffi.gc(base.ggml_kvtc_calibration_copy(self.handle), base.ggml_kvtc_calibration_free)
+        base.ggml_kvtc_calibration_set_turbo(result.handle, 0, side, turbo_type(bits), n_head, head_dim)
+        return result
+
+    @classmethod
+    def empty(cls) -> Native:
+        """A calibration without layers and without a file, for `with_turbo`."""
+        result = object.__new__(cls)
+        result.handle = ffi.gc(base.ggml_kvtc_calibration_copy(ffi.NULL), base.ggml_kvtc_calibration_free)
+        return result
+
     @property
     def fingerprint(self) -> str:
         return ffi.string(base.ggml_kvtc_calibration_fingerprint(self.handle)).decode()
@@ -234,6 +248,11 @@ def decode_rows(pack: np.ndarray, side: int, rows: np.ndarray, n_head: int, head
 def kvtc_type(bits: int) -> int:
     """The ggml type kvtc<bits>."""
     return base.ggml_kvtc_type_from_name(f"kvtc{bits}".encode())
+
+
+def turbo_type(bits: int) -> int:
+    """The ggml type turbo<bits>."""
+    return base.ggml_kvtc_type_from_name(f"turbo{bits}".encode())
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

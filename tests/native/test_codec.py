@@ -238,4 +238,12 @@ def test_type_names():
         assert ffi.base.ggml_row_size(kind, 192) == row_bytes(3, 64, bits)
     for name in (b"kvtc0", b"kvtc7", b"kvtc8", b"kvtc", b"kvtc22", b"q8_0", b""):
         assert not ffi.base.ggml_kvtc_is_type(ffi.base.ggml_kvtc_type_from_name(name))
+    for bits in (2, 3, 4):
+        kind = ffi.turbo_type(bits)
+        assert ffi.base.ggml_kvtc_is_type(kind) and ffi.base.ggml_kvtc_is_turbo(kind)
+        assert not ffi.base.ggml_kvtc_is_turbo(ffi.kvtc_type(bits))
+        assert ffi.base.ggml_kvtc_type_bits(kind) == bits
+        assert ffi.ffi.string(ffi.base.ggml_type_name(kind)) == b"turbo%d" % bits
+    for name in (b"turbo1", b"turbo5", b"turbo"):
+        assert not ffi.base.ggml_kvtc_is_type(ffi.base.ggml_kvtc_type_from_name(name))
     assert ffi.base.ggml_kvtc_type_bits(ffi.F16) == 0
