@@ -83,6 +83,11 @@ class Bench:
     new: list[dict[str, str]] = field(default_factory=list)  # cells measured by this run
     _sizes: dict[tuple[Variant, int], Sizes | RunError] = field(default_factory=dict)
 
+    @cached_property
+    def text_name(self) -> str:
+        """The text's title and what tells it from another of that title."""
+        return f"{self.text.title} ({sha256(self.text.path)[:8]})"
+
     def variants(self, model: Subject, test: Test) -> list[Variant]:
         """In the order in which they are measured: engines side by side, so that a pair of them lies close in time."""
         return [

@@ -83,7 +83,8 @@ def parse_sizes(log: str) -> Sizes:
 
 def reason(log: str) -> str:
     """The line of a failed run's log that is most likely to say why."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    # without time and level, so that the same reason reads the same
+    lines = [re.sub(r"^[\d.]+ ([EWI]) +", r"\1 ", line.strip()) for line in log.splitlines() if line.strip()]
     telling = [
         line for line in lines if re.search(r"error|\bE\b|failed|unsupported|invalid|abort", line, re.IGNORECASE)
     ]

@@ -14,7 +14,8 @@ from bench.speed import middle, paired, parse_bench
 
 def quality(bench: Bench, model: Subject, test: Quality) -> None:
     """KLD, PPL and top-1 agreement with an f16 cache's logits, which are made once for each reference."""
-    setting = f"{test.chunks} x {test.ctx} tokens of {bench.text.title}, ub {test.ubatch}, {test.base} f16"
+    against = bench.engines[0].name if test.base == "first" else "the same engine"
+    setting = f"{test.chunks} x {test.ctx} tokens of {bench.text_name}, ub {test.ubatch}, against f16 of {against}"
     setting = bench.setting(setting, "llama-perplexity", test)
     todo = list(planned(bench, bench.variants(model, test), test.name, setting, test.ctx))
     references = [bench.engines[0]] if test.base == "first" else bench.engines

@@ -19,7 +19,7 @@ FILLER = 4 * 1024 * 1024  # characters of the text that are tokenized at most
 
 def retrieval(bench: Bench, model: Subject, test: Retrieval) -> None:
     """Every cache is asked what f16 is asked; where f16 fails, the others' rows say so and are not run."""
-    setting = bench.setting(f"{test.samples} questions in {bench.text.title}", "llama-server", test)
+    setting = bench.setting(f"{test.samples} questions in {bench.text_name}", "llama-server", test)
     for depth in test.depths:
         scores: dict[str, float | str] = {}  # of each engine's f16, or why there is none
         for variant, cell in planned(bench, bench.variants(model, test), test.name, setting, depth):

@@ -46,6 +46,10 @@ def _heading(found: pd.DataFrame) -> str:
     return f"# Measured {all_of('date')}\n" + "".join(f"- {line}\n" for line in lines)
 
 
+def _types(row: pd.Series) -> str:
+    return f"{row.type_k} / {row.type_v}" + (" unrotated" if row.cache.endswith(" unrotated") else "")
+
+
 def _exact(row: pd.Series) -> str:
     return "-" if not (row.sinks > 0 or row.window > 0) else f"{row.sinks:.0f} + {row.window:.0f}"
 
@@ -66,7 +70,7 @@ def _quality(found: pd.DataFrame) -> list[str]:
         lines = []
         for _, row in wide(cells).iterrows():
             ppl = _within(row.ppl, _column(row, "ppl_spread"), 2)
-            lines.append([row.model, *([row.engine] if several else []), f"{row.type_k} / {row.type_v}",
+            lines.append([row.model, *([row.engine] if several else []), _types(row),
                           f"{row.bpv:.4g}", _exact(row), _within(row.kld, _column(row, "kld_spread"), 4),
                           f"{row.kld_p999:.3f}", ppl, f"{row.top1:.1f}", f"{row.bytes / 2**20:.2f}"])  # fmt: skip
         title = "Quality, a token at a time" if test == "decode" else "Quality"
@@ -137,8 +141,12 @@ def _retrieval(found: pd.DataFrame) -> list[str]:
 
 def _failures(found: pd.DataFrame) -> list[str]:
     rows = found[found["error"] != ""]
-    lines = dict.fromkeys((r.model, r.who, r.test, r.error) for r in rows.itertuples())
-    return ["## Not measured\n" + markdown(["model", "cache", "test", "why"], lines, 0)] if lines else []
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows.itertuples():
+        tests = lines.setdefault((row.model, row.who, row.error), [])
+        tests += [row.test] if row.test not in tests else []
+    told = [(model, who, ", ".join(tests), error) for (model, who, error), tests in lines.items()]
+    return ["## Not measured\n" + markdown(["model", "cache", "test", "why"], told, 0)] if told else []
 
 
 def write(csv: Path, target: Path) -> None:
