@@ -41,6 +41,14 @@ def test_old_result_is_not_taken_for_a_new_subject(workshop, change, again):
     assert len(rows) == 10  # five figures each: the old rows are replaced
 
 
+def test_another_text_of_the_same_name_is_measured(workshop):
+    matrix = workshop.matrix(["f16"], [QUALITY])
+    first = workshop.measured(matrix)
+    (workshop.folder / "text.txt").write_text("Other words.\n" * 500)
+    rows = workshop.measured(matrix)
+    assert len(rows) == 2 * len(first) and len({r["setting"] for r in rows}) == 2
+
+
 def test_failed_cell_is_a_row_and_the_others_are_measured(workshop):
     workshop.ours.behave(fail={"llama-perplexity q8_0": "error: not today"})
     matrix = workshop.matrix(["f16", "q8_0", "turbo9", "kvtc-k2v4"], [QUALITY, SPEED])
