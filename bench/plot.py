@@ -47,11 +47,11 @@ def quality(found: pd.DataFrame):
         edge = front(points)
         axis.step(edge["bpv"], edge["kld"], where="post", color="black", linewidth=0.8, label="front")
         for row in points.itertuples():
-            bare = row.cache.startswith("kvtc") and not row.window > 0
             color = _color(row.cache)
-            axis.plot(row.bpv, row.kld, "o", color=color, markerfacecolor="none" if bare else color)
+            axis.plot(row.bpv, row.kld, "o", color=color, markerfacecolor=color if row.window > 0 else "none")
             axis.annotate(row.who, (row.bpv, row.kld), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axis.set(yscale="log", xlabel="bits per value", ylabel="KLD from f16, nats a token", title=model)
+        axis.margins(x=0.1)  # room for the names of the last points
     return figure
 
 

@@ -54,7 +54,22 @@ def _engines(found: pd.DataFrame) -> list[str]:
                               for r in away.itertuples())  # fmt: skip
             told.append(f"{engine} over {other}: {len(ratios) - len(away)} of {len(ratios)} speeds are equal within "
                         f"{SIGMA:g} standard errors{f'; not {worst}' if worst else ''}.")  # fmt: skip
+        told += _qualities(found, engine)
     return told
+
+
+def _qualities(found: pd.DataFrame, engine: str) -> list[str]:
+    """How far an engine's KLD is from the first engine's, of the caches that both have."""
+    rows, first = results(found, "quality"), found["engine"].iloc[0]
+    kld = rows[rows["metric"] == "kld"].pivot_table(index=["model", "cache"], columns="engine", values="value")
+    if engine == first or not {engine, first} <= set(kld.columns):
+        return []
+    both = kld[[engine, first]].dropna()
+    away = (both[engine] - both[first]).abs()
+    if both.empty:
+        return []
+    (model, cache), worst = away.idxmax(), away.max()
+    return [f"{engine} and {first}: KLD of {len(both)} caches differs by at most {worst:.5f} ({model}, {cache})."]
 
 
 def differs(new: float, old: float, new_spread: float, old_spread: float, n: float = 1) -> bool:

@@ -37,6 +37,7 @@ def test_report_has_every_figure_and_every_failure(measured):
     told = verdicts(load(measured.csv))
     assert "the front of KLD over bpv is kvtc-k2v4 (ours) (3 bpv, 0.0080), q8_0 (ours) (8.5 bpv, 0.0040)." in told[0]
     assert any("stock over ours: 8 of 8 speeds are equal" in line for line in told)
+    assert any("stock and ours: KLD of 2 caches differs by at most 0.04422 (model, f16)" in line for line in told)
 
 
 def test_plots_are_written_and_the_same_again(measured):

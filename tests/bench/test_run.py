@@ -7,6 +7,8 @@ from __future__ import annotations
 import fake
 import pytest
 
+from bench import perplexity
+
 SPEED = {"kind": "speed", "depths": [64], "prompt": 16, "generate": 4, "repetitions": 2}
 QUALITY = {"kind": "quality", "ctx": 256, "chunks": 2}
 
@@ -64,6 +66,26 @@ def test_failed_cell_is_a_row_and_the_others_are_measured(workshop):
     assert figures(again, "q8_0")["kld"] == 0.04422
     assert {fake.value(call, "-ctk") for call in workshop.ours.calls("llama-bench")} == set()
     assert [r["error"] != "" for r in again if r["cache"] == "q8_0"] == [False] * 8
+
+
+def test_stopped_run_keeps_its_results_and_goes_on(workshop, monkeypatch):
+    matrix = workshop.matrix(["f16", "q8_0"], [QUALITY])
+    original, calls = perplexity.run_tool, iter(range(9))
+
+    def interrupted(*arguments):
+        if next(calls) == 2:  # the logits and f16 are done
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(perplexity, "run_tool", interrupted)
+    result = workshop.run(matrix)
+    assert result.exit_code == 130 and "the same command goes on from here" in result.output
+    assert {r["cache"] for r in workshop.rows()} == {"f16"}
+    assert not list((workshop.folder / "work").glob("*.kld"))
+    workshop.ours.forget()
+    assert {r["cache"] for r in workshop.measured(matrix)} == {"f16", "q8_0"}
+    kinds = [fake.value(call, "-ctk") for call in workshop.ours.calls("llama-perplexity")]
+    assert kinds == ["f16", "q8_0"]  # the logits again
 
 
 def test_hanging_tool_is_ended_and_is_a_row(workshop):
