@@ -69,6 +69,9 @@ def prepare(
     names = [Engine.parse(engine) for engine in engines]
     if len({engine.name for engine in names}) < len(names):
         raise RunError("two engines have the same name; give them as NAME=FOLDER")
+    for entry in plan.caches:
+        if not any(matrix.wants(entry.engines, engine.name) for engine in names):
+            console.print(f"{entry.cache.label} is left out: it is for engines like {' or '.join(entry.engines)}")
     here = machine.find()
     models = [subject(model, folder, work) for model in plan.models]
     source = heldout.find(work, text)

@@ -168,6 +168,13 @@ def test_both_engines_are_compared_with_the_first_ones_logits(workshop):
     assert bases == ["ours", "stock"]
 
 
+def test_cache_that_no_engine_is_for_is_told(workshop):
+    caches = ["f16", {"type": "q8_0", "engines": "mine"}]
+    result = workshop.run(workshop.matrix(caches, [QUALITY]))
+    assert result.exit_code == 0 and "q8_0 is left out: it is for engines like mine" in result.output
+    assert {r["cache"] for r in workshop.rows()} == {"f16"}
+
+
 def test_decode_path_is_asked_for_one_token_at_a_time(workshop):
     rows = workshop.measured(workshop.matrix(["f16"], [QUALITY | {"ubatch": 1}]))
     assert {r["test"] for r in rows} == {"decode"}
