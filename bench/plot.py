@@ -26,6 +26,10 @@ def _color(cache: str) -> str:
     return next(color for prefix, color in FAMILIES if cache.startswith(prefix))
 
 
+def _tokens(count: float) -> str:
+    return f"{count / 1024:g}k" if count >= 1024 else f"{count:g}"
+
+
 def _grid(rows: int, columns: int):
     figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -40,6 +44,7 @@ def quality(found: pd.DataFrame):
         return None
     cells = wide(rows)
     cells = cells[(cells["bpv"] < 16) & (cells["kld"] > 0)]  # what has 0 lies on no logarithmic axis
+    cells = cells.drop_duplicates(["model", "cache", "bpv", "kld"])  # engines that agree to the last digit
     if cells.empty:
         return None
     figure, axes = _grid(1, cells["model"].nunique())
@@ -74,7 +79,7 @@ def speed(found: pd.DataFrame):
                 at = [depths.index(d) for d in x["depth"]]
                 axis.errorbar(at, x["value"], x["spread"].fillna(0), label=who, **style)
             axis.set(xlabel="depth, tokens", ylabel="tokens a second", title=f"{model}: {metric}", ylim=(0, None))
-            axis.set_xticks(range(len(depths)), [f"{d / 1024:g}k" if d >= 1024 else f"{d:g}" for d in depths])
+            axis.set_xticks(range(len(depths)), [_tokens(n) for n in depths])
             axis.legend(fontsize=7)
     return figure
 
@@ -92,6 +97,9 @@ def memory(found: pd.DataFrame):
             axis.plot(x["depth"], x["value"], marker="o", markersize=3, label=who)
         axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="MiB of the cache", title=model)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts := sorted(cells["depth"].unique()), [_tokens(n) for n in contexts])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(fontsize=7)
     return figure
 
