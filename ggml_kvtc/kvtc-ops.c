@@ -76,6 +76,7 @@ struct ggml_tensor * ggml_kvtc_attn(
     GGML_ASSERT(!zk || (zk->type == GGML_TYPE_F32 && zk->ne[1] == q->ne[1]*q->ne[3] && zk->ne[2] == k->ne[2]));
     GGML_ASSERT(!zv || (zv->type == GGML_TYPE_F32 && zv->ne[1] == q->ne[1]*q->ne[3] && zv->ne[2] == v->ne[2]));
     GGML_ASSERT(params.max_bias == 0.0f || mask);
+    GGML_ASSERT(params.n_span >= 0 && (params.n_span == 0 || !mask));
 
     const int64_t ne[4] = { v->ne[0], q->ne[2], q->ne[1], q->ne[3] };
     struct ggml_tensor * result = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne);

@@ -118,6 +118,7 @@ struct ggml_kvtc_attn_params {
     int32_t n_sink;
     int32_t n_window;
     int32_t n_slots;
+    int32_t n_span;    // without a mask: how far back a query sees, itself included; 0: every query sees every cell
     int32_t limits[6]; // of the pack on a CUDA device: the largest payload of a head, K and V, its largest tables, and these as pairs; else zeros
 };
 
@@ -130,6 +131,7 @@ struct ggml_kvtc_attn_params {
 //   exact : F16, K part [head_dim_k, n_slots, n_head_kv] then V part (only kvtc sides), or NULL
 //   zk, zv: F32 [head_dim, n_tokens*n_stream, n_head_kv] of a kvtc side, or NULL
 // Key j counts exactly for query i when it has a slot and (pos_i - pos_j < n_window or pos_j < n_sink).
+// Without a mask but with n_span, query i sees cell j when pos_j >= 0 and 0 <= pos_i - pos_j < n_span.
 // Result: F32 [head_dim_v, n_head, n_tokens, n_stream].
 GGML_API struct ggml_tensor * ggml_kvtc_attn(
         struct ggml_context * ctx,

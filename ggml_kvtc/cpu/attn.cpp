@@ -235,8 +235,17 @@ private:
     // is any query of the block allowed to see any of the cells?
     bool visible(int64_t first, int n) const {
         const ggml_tensor * mask = dst->src[3];
-        if (!mask) {
+        if (!mask && p.n_span == 0) {
             return true;
+        }
+        if (!mask) {
+            for (int j = 0; j < n; ++j) {
+                const int32_t pos = cell_info[2*(first + j)];
+                if (pos >= 0 && pos <= max_pos && min_pos - pos < p.n_span) {
+                    return true; // or none does, where the block's positions have gaps
+                }
+            }
+            return false;
         }
         for (int t = 0; t < n_tok; ++t) {
             const ggml_fp16_t * row = mask_row(t) + first;
@@ -343,6 +352,12 @@ private:
             const ggml_fp16_t * mask = dst->src[3] ? mask_row(t) : nullptr;
             for (int j = 0; j < TILE; ++j) {
                 bias[j] = j >= cells.n ? NONE : mask ? GGML_CPU_FP16_TO_FP32(mask[cells.cell[j]]) : 0.0f;
+            }
+            for (int j = 0; p.n_span > 0 && j < cells.n; ++j) {
+                const int32_t pos = cell_info[2*cells.cell[j]]; // of an empty cell, cells.pos has another
+                if (pos < 0 || pos > query_pos[t] || query_pos[t] - pos >= p.n_span) {
+                    bias[j] = NONE;
+                }
             }
             if (split) {
                 for (int j = 0; j < cells.n; ++j) {

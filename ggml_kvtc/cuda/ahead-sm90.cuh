@@ -21,16 +21,26 @@ struct slab_ahead {
         if constexpr (ONE) {
             const int other = first + 32*(1 - part/2) + lane;
             pos = info[min(other, a.n_kv - 1)].x;
-            mask[0][0] = mine  >= a.n_kv ? __ushort_as_half(0xfc00) : mask_of ? mask_of[mine]  : __ushort_as_half(0);
-            mask[0][1] = other >= a.n_kv ? __ushort_as_half(0xfc00) : mask_of ? mask_of[other] : __ushort_as_half(0);
+            mask[0][0] = read_mask(a, mask_of, 0, mine);
+            mask[0][1] = read_mask(a, mask_of, 0, other);
         } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int key = first + 16*part + lane/4 + 8*i;
+            for (int i = 0; i < 4; ++i) {
+                mask[i/2][i%2] = read_mask(a, mask_of, token[i%2], first + 16*part + lane/4 + i/2*8);
+            }
+        }
+    }
+
+    // What positions hide; all threads ask. Not in `load`, which would wait for what it reads. query: ONE's position
+    __device__ __forceinline__ void hide(const attn_args & a, int query, const int * query_pos, const int (&token)[2], int part) {
+        if constexpr (ONE) {
+            mask[0][0] = hide_by_position(a, mask[0][0], query, cell.x);
+            mask[0][1] = hide_by_position(a, mask[0][1], query, pos);
+        } else if (a.n_span > 0) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    mask[i][e] = key >= a.n_kv || token[e] < 0 ? __ushort_as_half(0xfc00) : mask_of ? mask_of[token[e]*a.ne_m1 + key] : __ushort_as_half(0);
-                }
+            for (int i = 0; i < 4; ++i) {
+                const int at = __shfl_sync(0xffffffff, cell.x, 16*(part%2) + threadIdx.x%32/4 + i/2*8);
+                mask[i/2][i%2] = hide_by_position(a, mask[i/2][i%2], query_pos[max(0, token[i%2])], at);
             }
         }
     }

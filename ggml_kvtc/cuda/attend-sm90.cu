@@ -100,10 +100,7 @@ __device__ __forceinline__ void help(const attn_args & a, const tile_args & p, c
             copy_commit();
             copy_wait<0>();
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (thread % 32 == 0) {
-                barrier_arrive(m.barriers.matrix);
-            }
+            barrier_arrive(m.barriers.matrix); // every thread for what it brought
         }
     }
     const int n_tokens = a.n_tokens*a.n_stream;
@@ -371,7 +368,7 @@ __global__ void attend(const attn_args a, const tile_args p) {
                 barrier_init(m.barriers.empty[s][stage], GROUPS*GROUP_WARPS);
             }
         }
-        barrier_init(m.barriers.matrix, HELPERS/32);
+        barrier_init(m.barriers.matrix, HELPERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     ggml_cuda_pdl_sync();

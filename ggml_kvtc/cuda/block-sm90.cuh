@@ -51,6 +51,38 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
     }
 }
 
+// Sums of sets of warps, with their largest logits and sums of weights (SHARE of each), to one of each for the block, and out, as the
+// row's sum number `split` of n_split
+template <int D, int N_SET, int ROWS, int SHARE>
+__device__ __forceinline__ void put_sums(const attn_args & a, const float * all_o, const float * all_top, const float * all_sum, int head, int stream, int split, int n_split,
+                                         float * values, float2 * meta) {
+    constexpr int LD = D + 8;
+    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += blockDim.x) {
+        const int r = i/D;
+        const int c = i%D;
+        const int place = (c/64*8 + c%8)*8 + c/8%8;
+        float most = -INFINITY;
+        for (int u = 0; u < N_SET; ++u) {
+            most = fmaxf(most, all_top[u*ROWS + r]);
+        }
+        float value = 0.0f;
+        float total = 0.0f;
+        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
+            const float f = exp2f(all_top[u*ROWS + r] - most);
+            value += f*all_o[(u*ROWS + r)*LD + place];
+#pragma unroll
+            for (int s = 0; s < SHARE; ++s) {
+                total += f*all_sum[(u*ROWS + r)*SHARE + s];
+            }
+        }
+        const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
+        values[(row*n_split + split)*D + c] = value;
+        if (c == 0) {
+            meta[row*n_split + split] = make_float2(most, total);
+        }
+    }
+}
+
 // The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
 // rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
 // each.
@@ -87,30 +119,7 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, c
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += 32*N_WARP) {
-        const int r = i/D;
-        const int c = i%D;
-        const int place = (c/64*8 + c%8)*8 + c/8%8;
-        float most = -INFINITY;
-        for (int u = 0; u < N_SET; ++u) {
-            most = fmaxf(most, all_top[u*8 + r]);
-        }
-        float value = 0.0f;
-        float total = 0.0f;
-        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
-            const float f = exp2f(all_top[u*8 + r] - most);
-            value += f*all_o[(u*8 + r)*LD + place];
-#pragma unroll
-            for (int s = 0; s < SHARE; ++s) {
-                total += f*all_sum[(u*8 + r)*SHARE + s];
-            }
-        }
-        const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-        values[(row*gridDim.x + blockIdx.x)*D + c] = value;
-        if (c == 0) {
-            meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
-        }
-    }
+    put_sums<D, N_SET, 8, SHARE>(a, all_o, all_top, all_sum, head, stream, blockIdx.x, gridDim.x, values, meta);
 }
 
 } // namespace kvtc

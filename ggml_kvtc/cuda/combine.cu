@@ -6,7 +6,7 @@ namespace kvtc {
 
 namespace {
 
-template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 ? 2*D : 256; // a multiple of D
+template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 || D == 256 ? 2*D : 256; // a multiple of D
 template <int D> constexpr int N_SHARE   = D == 256 ? 4 : 1;                   // blocks that share a row's channels
 
 // the rows of one kv head, token after token
@@ -23,7 +23,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     constexpr int PARTS   = THREADS/D;               // of the splits, summed apart
     constexpr int ROWS    = (D + SLICE - 1)/SLICE;   // of the matrix, for a thread
     constexpr int HELD    = ROWS <= 8 ? ROWS : 8;    // that are loaded before they are needed
-    constexpr int AHEAD   = 8;                       // splits of a thread, likewise
+    constexpr int AHEAD   = D == 256 ? 17 : 8;       // splits of a thread, likewise: 33 are most where there are four heads
     constexpr int LAST    = WIDTH < D ? THREADS/WIDTH : 1; // threads of a channel that sum its slices
     constexpr int PAD     = WIDTH < D ? 8 : 0;       // their reads are of different banks
     static_assert(THREADS % 32 == 0 && THREADS % D == 0 && SLICE % LAST == 0 && LAST <= 32, "threads do not divide evenly");

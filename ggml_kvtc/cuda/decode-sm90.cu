@@ -155,6 +155,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         if (more) {
             look(slab + 1, next);
         }
+        now.hide(a, min_pos, query_pos, token, part);
         // What the group does alike, each warp of one token finds for itself: a barrier would make all wait for the slowest.
         // Empty cells are masked: any angle will do for them
         bool seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]);

@@ -220,10 +220,8 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
             const int cell = first + r8 + 8*i;
 #pragma unroll
             for (int n = 0; n < NQ; ++n) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    x.mask[i][n][e] = cell >= a.n_kv || token[n][e] < 0 ? __ushort_as_half(0xfc00) : mask ? mask[token[n][e]*a.ne_m1 + cell] : __ushort_as_half(0);
-                }
+                x.mask[i][n][0] = read_mask(a, mask, token[n][0], cell);
+                x.mask[i][n][1] = read_mask(a, mask, token[n][1], cell);
             }
         }
     };
@@ -245,7 +243,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
 
 #pragma unroll 1
     for (int buffer = 0; slab < slab_end; ++slab) {
-        const ahead now = next;
+        ahead now = next;
         if (p.n_stage == 2) {
             if (slab + 1 < slab_end) {
                 fetch((slab + 1)*SLAB, buffer ^ 1);
@@ -264,9 +262,12 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
         bool seen = false;
 #pragma unroll
         for (int i = 0; i < NR; ++i) {
+            const int at = __shfl_sync(0xffffffff, now.cell.x, r8 + 8*i);
 #pragma unroll
-            for (int n = 0; n < NQ; ++n) {
-                seen = seen || __half_as_ushort(now.mask[i][n][0]) != 0xfc00 || __half_as_ushort(now.mask[i][n][1]) != 0xfc00;
+            for (int e = 0; e < 2*NQ; ++e) {
+                half & x = now.mask[i][e/2][e%2];
+                x = hide_by_position(a, x, query_pos[max(0, token[e/2][e%2])], at);
+                seen = seen || is_seen(x);
             }
         }
         const int pos  = now.cell.x;

@@ -31,6 +31,7 @@ struct attn_args {
     int64_t         nb_batch1[2], nb_batch2[2]; // token, head
     int             n_kv, n_tokens, n_head, n_head_kv, group, n_stream;
     int             n_sink, n_window, n_slots;
+    int             n_span;                 // without a mask, 0: all cells are seen
     float           scale, softcap, max_bias, slope_low, slope_high;
     int             log2_heads;
 };
@@ -74,9 +75,25 @@ __device__ __forceinline__ bool is_exact(const attn_args & a, int query, int pos
     return query - pos < a.n_window || pos < a.n_sink;
 }
 
-// not masked
+//
+// which cells a query sees: by a mask, by positions (n_span), or all
+//
+
+constexpr uint16_t HIDDEN = 0xfc00; // -inf
+
 __device__ __forceinline__ bool is_seen(const half & mask) {
-    return __half_as_ushort(mask) != 0xfc00;
+    return __half_as_ushort(mask) != HIDDEN;
+}
+
+// of_mask: the stream's mask, or nullptr; token: of the query, or -1
+__device__ __forceinline__ half read_mask(const attn_args & a, const half * of_mask, int token, int cell) {
+    return cell >= a.n_kv || token < 0 ? __ushort_as_half(HIDDEN) : of_mask ? of_mask[token*a.ne_m1 + cell] : __ushort_as_half(0);
+}
+
+// the addend of a cell for a query at that position, where `mask` is what a mask says, if there is one
+__device__ __forceinline__ half hide_by_position(const attn_args & a, const half & mask, int query, int pos) {
+    const bool sees = a.n_span == 0 || (pos >= 0 && (uint32_t) (query - pos) < (uint32_t) a.n_span);
+    return sees ? mask : __ushort_as_half(HIDDEN);
 }
 
 // eight neighbouring components of a key that counts exactly

@@ -321,13 +321,15 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
     const int2 queries = c.ranges[stream];
     const bool listed = c.at + col0 < c.n_list; // all of a block's columns are, or none
     int  cell  [MASK_WIDTH]; // -1: none
-    int  either[MASK_WIDTH]; // its position, where some queries have it exactly, or -1
+    int  pos   [MASK_WIDTH]; // its position
+    int  either[MASK_WIDTH]; // the same, where some queries have it exactly, or -1
     bool plain = !listed;
 #pragma unroll
     for (int i = 0; i < MASK_WIDTH; ++i) {
         const int x = listed ? get_listed(c, stream, col0 + i) : c.at + col0 + i - c.n_list;
         cell[i] = x < a.n_kv ? x : -1;
         const int2 info = cell[i] >= 0 ? a.info[(int64_t) stream*a.n_kv + x] : make_int2(-1, -1);
+        pos   [i] = info.x;
         either[i] = info.x >= 0 && get_use(a, info.x, info.y, queries.x, queries.y) == USE_EITHER ? info.x : -1;
         plain = plain && cell[i] >= 0 && either[i] < 0;
     }
@@ -343,7 +345,7 @@ __global__ void copy_mask(const attn_args a, const columns c, const int * counts
             for (int i = 0; i < MASK_WIDTH; ++i) {
                 const bool ex = either[i] >= 0 && is_exact(a, query, either[i]);
                 const bool in = cell[i] >= 0 && ex == listed;
-                values[i] = !in ? __ushort_as_half(0xfc00) : from ? from[cell[i]] : __ushort_as_half(0);
+                values[i] = !in ? __ushort_as_half(HIDDEN) : hide_by_position(a, from ? from[cell[i]] : __ushort_as_half(0), query, pos[i]);
             }
         }
         *(uint4 *) (out + ((int64_t) stream*a.n_tokens + token)*c.n_all + col0) = *(const uint4 *) values;

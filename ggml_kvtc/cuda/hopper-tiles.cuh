@@ -4,6 +4,8 @@
 
 #include "hopper.cuh"
 
+#include <cuda.h>
+
 namespace kvtc {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -137,6 +139,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t & barrier, int parity) {
 __device__ __forceinline__ void copy_bulk(void * to, const void * from, uint32_t bytes, uint64_t & barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"((uint32_t) __cvta_generic_to_shared(&barrier)) : "memory");
+}
+
+// a box of a tensor of three dimensions, to a multiple of 128 bytes; map: a kernel's parameter that is __grid_constant__
+__device__ __forceinline__ void copy_box(void * to, const CUtensorMap & map, int x, int y, int z, uint64_t & barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+        :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(&map), "r"(x), "r"(y), "r"(z), "r"((uint32_t) __cvta_generic_to_shared(&barrier)) : "memory");
 }
 
 #endif // __CUDA_ARCH_FEAT_SM90_ALL

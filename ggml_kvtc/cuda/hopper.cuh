@@ -17,6 +17,11 @@ __device__ __forceinline__ uint64_t get_operand(const void * at, int next_k, int
 }
 
 __device__ __forceinline__ void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// which the compiler must have made before
+__device__ __forceinline__ void wgmma_fence(uint32_t (&k)[2][4]) {
+    asm volatile("wgmma.fence.sync.aligned;" : "+r"(k[0][0]), "+r"(k[0][1]), "+r"(k[0][2]), "+r"(k[0][3]),
+        "+r"(k[1][0]), "+r"(k[1][1]), "+r"(k[1][2]), "+r"(k[1][3]) :: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
@@ -76,8 +81,8 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4],
 }
 
 // the two components that are 1 in every row. The compiler must not make them between products: it would wait for these
-__device__ __forceinline__ void set_ones(uint32_t (&x)[4]) {
-    const uint32_t one = threadIdx.x % 4 == 0 ? 0x3c003c00 : 0;
+__device__ __forceinline__ void set_ones(uint32_t (&x)[4], bool count = true) {
+    const uint32_t one = threadIdx.x % 4 == 0 && count ? 0x3c003c00 : 0;
     asm volatile("mov.b32 %0, %4; mov.b32 %1, %4; mov.b32 %2, 0; mov.b32 %3, 0;" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(one));
 }
 
@@ -94,6 +99,12 @@ __device__ __forceinline__ bool meet(int barrier, bool x) {
         "}\n"
         : "=r"(any) : "r"((int) x), "r"(barrier), "n"(32*n_warp) : "memory");
     return any != 0;
+}
+
+// n_warp warps meet at a barrier of the block, without a question
+template <int n_warp>
+__device__ __forceinline__ void meet(int barrier) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(barrier), "n"(32*n_warp) : "memory");
 }
 
 // the four warps of a group meet

@@ -104,6 +104,7 @@ attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params
     a.n_sink    = params.n_sink;
     a.n_window  = params.n_window;
     a.n_slots   = params.n_slots;
+    a.n_span    = params.n_span;
     a.scale     = params.scale;
     a.softcap   = params.logit_softcap;
     a.max_bias  = params.max_bias;
@@ -181,7 +182,9 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
 #ifdef KVTC_SM90
     sm90_plan plan90;
     if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
-        decode_by(plan90.n_split, [&](float * values, float2 * meta) { decode_sm90(args, shape.d, plan90, values, meta, ctx.stream()); });
+        decode_by(plan90.n_sum, [&](float * values, float2 * meta) {
+            (plan90.few ? decode_sm90_few : decode_sm90)(args, shape.d, plan90, values, meta, ctx.stream());
+        });
         return;
     }
     sm90_d256_plan plan256;

@@ -1,17 +1,15 @@
-// Codes to coefficients by permutations of bytes: a thread that decodes the same eight components of many rows holds their levels in
-// registers. Four rows are looked up at once.
+// Codes to coefficients where tables of pairs have no room (those of 256 components of 4 bits take 128 KiB): codes become nibbles,
+// whatever a group's width, and permutations of bytes make addresses of single levels of them.
 #pragma once
 
 #include "pairs.cuh"
 
 namespace kvtc {
 
-// 16 levels of eight components, the lower and the upper bytes of their f16. Fewer levels are repeated, so that whatever lies
-// above a code's bits in its nibble does not count.
-struct level_bytes {
-    uint32_t lower[8][4];
-    uint32_t upper[8][4];
-};
+// bits of x where mask is 1, of y where it is 0
+__device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t x, uint32_t y) {
+    return (x & mask) | (y & ~mask);
+}
 
 // a permutation of the bytes of x, y; the highest bit of a nibble of `which` must be 0
 __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t which) {
@@ -20,12 +18,9 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t whi
     return z;
 }
 
-// bits of x where mask is 1, of y where it is 0
-__device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t x, uint32_t y) {
-    return (x & mask) | (y & ~mask);
-}
-
-// In shared memory, [group of 8 groups][component][lower, upper][group] of four words: threads of eight groups read neighbours.
+// Levels in shared memory, f16 [set of N groups][component][code / 8][group][code % 8]: a code's bits and its group's fill a byte of
+// the address, and few lanes share banks. N: 8 for values, 4 for keys, the groups of a warp. Fewer levels than 16 are repeated, so
+// that whatever lies above a code's bits in its nibble does not count.
 constexpr int LEVEL_BYTES = 256; // of a group
 
 // of component c of a group's f16 [8][2^width]; of no bits or more than 4, zeros
@@ -37,21 +32,17 @@ __device__ __forceinline__ void read_levels(uint32_t (&x)[8], const half * level
     }
 }
 
+template <int N>
 __device__ __forceinline__ void store_levels(uint4 * to, const uint32_t (&x)[8], int group, int c) {
-    to += (group/8*16 + 2*c)*8 + group%8;
-    to[0] = make_uint4(permute(x[0], x[1], 0x6420), permute(x[2], x[3], 0x6420), permute(x[4], x[5], 0x6420), permute(x[6], x[7], 0x6420));
-    to[8] = make_uint4(permute(x[0], x[1], 0x7531), permute(x[2], x[3], 0x7531), permute(x[4], x[5], 0x7531), permute(x[6], x[7], 0x7531));
+    to += (group/N*8 + c)*2*N + group%N;
+    to[0] = make_uint4(x[0], x[1], x[2], x[3]);
+    to[N] = make_uint4(x[4], x[5], x[6], x[7]);
 }
 
-__device__ __forceinline__ void load_levels(level_bytes & t, const uint4 * from, int group) {
-    from += group/8*16*8 + group%8;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-        const uint4 x = from[2*c*8];
-        const uint4 y = from[2*c*8 + 8];
-        t.lower[c][0] = x.x; t.lower[c][1] = x.y; t.lower[c][2] = x.z; t.lower[c][3] = x.w;
-        t.upper[c][0] = y.x; t.upper[c][1] = y.y; t.upper[c][2] = y.z; t.upper[c][3] = y.w;
-    }
+// of component threadIdx.x of a head
+__device__ __forceinline__ void read_levels(uint32_t (&x)[8], const char * pack, const ggml_kvtc_cuda_head & head) {
+    const int group = threadIdx.x/8;
+    read_levels(x, at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[group], at<uint8_t>(pack, head.widths)[group], threadIdx.x%8);
 }
 
 // eight codes of `width` bits to nibbles
@@ -61,32 +52,61 @@ __device__ __forceinline__ uint32_t spread(uint32_t x, uint32_t width) {
     return choose(0x0f0f0f0f, x, x << ((4 - width) & 31));
 }
 
+// component c of a set whose levels begin at `table`, a multiple of 256; bytes: parts of addresses
+template <int N, int c>
+__device__ __forceinline__ uint32_t look_up_level(uint32_t bytes, uint32_t table) {
+    uint16_t x;
+    asm("ld.shared.u16 %0, [%1 + %2];" : "=h"(x) : "r"(permute(bytes, table, 0x7650 | c/2)), "n"(32*N*c));
+    return x;
+}
+
+// eight components; code: nibbles; group: in its set, times 0x10101010
+template <int N>
+__device__ __forceinline__ void decode_nibbles(uint32_t code, uint32_t table, uint32_t group, uint32_t (&x)[8]) {
+    constexpr uint32_t LOW = 0x0e0e0e0e, HIGH = 0x10101010u*N;
+    constexpr int      UP  = N == 8 ? 4 : 3; // to where a code's highest bit is N times 16
+    static_assert(N == 4 || N == 8, "another address");
+    const uint32_t even = (code << 1 & LOW) | (code << UP & HIGH) | group;
+    const uint32_t odd  = (code >> 3 & LOW) | (code >> (4 - UP) & HIGH) | group;
+    x[0] = look_up_level<N, 0>(even, table); x[1] = look_up_level<N, 1>(odd, table);
+    x[2] = look_up_level<N, 2>(even, table); x[3] = look_up_level<N, 3>(odd, table);
+    x[4] = look_up_level<N, 4>(even, table); x[5] = look_up_level<N, 5>(odd, table);
+    x[6] = look_up_level<N, 6>(even, table); x[7] = look_up_level<N, 7>(odd, table);
+}
+
 // codes[n]: the nibbles of row n; x[c][0]: component c of rows 0 and 1; x[c][1]: of rows 2 and 3
-__device__ __forceinline__ void decode_four(const uint32_t (&codes)[4], const level_bytes & t, uint32_t (&x)[8][2]) {
-    constexpr uint32_t LOW = 0x0f0f0f0f;
-    const uint32_t byte[2][2] = { // of even and odd components: bytes of rows 0 and 1, of rows 2 and 3
-        { choose(LOW, codes[0], codes[1] << 4), choose(LOW, codes[2], codes[3] << 4) },
-        { choose(LOW, codes[0] >> 4, codes[1]), choose(LOW, codes[2] >> 4, codes[3]) },
-    };
+template <int N>
+__device__ __forceinline__ void decode_four(const uint32_t (&codes)[4], uint32_t table, uint32_t group, uint32_t (&x)[8][2]) {
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
+    for (int n = 0; n < 2; ++n) {
+        uint32_t y[2][8];
+        decode_nibbles<N>(codes[2*n],     table, group, y[0]);
+        decode_nibbles<N>(codes[2*n + 1], table, group, y[1]);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t four  = permute(byte[odd][0], byte[odd][1], i == 0 ? 0x5140 : 0x7362); // four rows' codes of two components
-            const uint32_t index = four & 0x77777777;
-            const uint32_t half  = ((four >> 1) & 0x44444444) | 0x32103210; // which half of the levels
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int c = 4*i + 2*j + odd;
-                const auto look = [&](const uint32_t (&of)[4]) {
-                    return permute(permute(of[0], of[1], index >> 16*j), permute(of[2], of[3], index >> 16*j), half >> 16*j);
-                };
-                const uint32_t lower = look(t.lower[c]);
-                const uint32_t upper = look(t.upper[c]);
-                x[c][0] = permute(lower, upper, 0x5140);
-                x[c][1] = permute(lower, upper, 0x7362);
-            }
+        for (int c = 0; c < 8; ++c) {
+            x[c][n] = permute(y[0][c], y[1][c], 0x5410);
         }
+    }
+}
+
+// Where a group of more than 4 bits has its levels among those of all that are wide, and whether there is room: their end in
+// bytes. A whole warp asks; each thread for its group. widths: of D/8 groups, at most 32
+__device__ __forceinline__ int get_wide_end(const uint8_t * widths, int group) {
+    const int lane  = threadIdx.x % 32;
+    const int width = widths[lane];
+    int end = width > 4 ? 16 << width : 0;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+        const int before = __shfl_up_sync(0xffffffff, end, i);
+        end += lane >= i ? before : 0;
+    }
+    return __shfl_sync(0xffffffff, end, group);
+}
+
+// by n threads
+__device__ __forceinline__ void copy_levels(uint8_t * to, const half * levels, int width, int thread, int n) {
+    for (int i = thread; i < 1 << width; i += n) {
+        ((uint4 *) to)[i] = ((const uint4 *) levels)[i];
     }
 }
 

@@ -20,16 +20,28 @@ __device__ __forceinline__ uint32_t look_up(uint32_t address) {
     return x;
 }
 
-// eight codes of at most 4 bits; of wider groups, something
-__device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_code & code) {
+// the two words that hold eight codes of at most 4 bits
+__device__ __forceinline__ uint2 load_words(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
+    return make_uint2(word[0], word[1]);
+}
+
+// eight codes of at most 4 bits, b0; of wider groups, something
+__device__ __forceinline__ uint4 decode_bits(uint32_t b0, const pair_code & code) {
     const uint32_t   two  = code.shift >> 8;
-    const uint32_t   b0   = __funnelshift_r(word[0], word[1], code.shift); // its lowest 5 bits count
     const uint32_t   b1   = __funnelshift_r(b0, 0, two - 2); // shifts modulo 32: what wide and empty groups get does not count
     const uint32_t   b2   = __funnelshift_r(b1, 0, two);
     const uint32_t   b3   = __funnelshift_r(b2, 0, two);
     return make_uint4(look_up((b0 << 2 & code.mask) ^ code.table), look_up<1*GGML_KVTC_CUDA_COLUMN>((b1 & code.mask) ^ code.table),
         look_up<2*GGML_KVTC_CUDA_COLUMN>((b2 & code.mask) ^ code.table), look_up<3*GGML_KVTC_CUDA_COLUMN>((b3 & code.mask) ^ code.table));
+}
+
+__device__ __forceinline__ uint4 decode_words(const uint2 & words, const pair_code & code) {
+    return decode_bits(__funnelshift_r(words.x, words.y, code.shift), code); // its lowest 5 bits count
+}
+
+__device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_code & code) {
+    return decode_words(load_words(row, code), code);
 }
 
 // eight codes of more than 4 bits

@@ -137,22 +137,30 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 // decode on sm_90a: groups of four warps share slabs of 64 cells
 //
 
-constexpr int SM90_GROUPS = 3;
+constexpr int SM90_GROUPS    = 3;
+constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
+constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
+constexpr int SM90_FEW_CELLS = 128*10; // and of (position, slot) and mask of a stretch's cells
+constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
 struct sm90_plan {
     int n_slab;
     int slabs_per_split;
     int n_split;
+    bool few;              // decode-sm90-few.cu
+    int n_block;           // few, so many slabs that heads get blocks by what they cost: of a stream; else 0, and each head has n_split
+    int n_sum;             // sums of a row, for combine
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
     int n_fine;            // positions in the table of rotations: slabs within them share an anchor
     int at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
     size_t shared;
 };
 
-// False where this kernel does not serve the shape, and decode_plan's does.
+// False where these kernels do not serve the shape, and decode_plan's does.
 inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_plan & p) {
     if (s.n_tokens*s.group > 8 || (s.d != 64 && s.d != 128)) {
         return false;
@@ -173,37 +181,50 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     const int most    = ceil_div(p.n_slab, SM90_GROUPS);
     p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
     p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-    for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
-        int used = 0;
-        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-        take((s.d/8 + 1)*s.d*16);
-        p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
-        p.at_table[1] = take(s.pairs[1], 1024);
-        p.at_queries  = take(8*(s.d + 8)*4);
-        p.at_turned   = take(SM90_GROUPS*8*(s.d + 8)*2);
-        p.at_freq     = take(s.d/2*8);
-        p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
-        p.at_codes    = take(2*(s.d/8)*16);
-        p.at_ranges   = take(2*n_warp*8);
-        p.at_weights  = take(n_warp*32*8);
-        p.at_tops     = take(n_warp*4*8);
-        p.at_wide     = take(n_warp*16*16);
-        p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
-        p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-        p.at_barrier  = take(8);
-        const int merge = n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
-        p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
-        p.shared      = std::max(used, merge);
-        if ((size_t) p.shared <= gpu.shared) {
-            return true;
+    for (const bool few : { true, false }) {
+        if (few && (s.n_tokens > 1 || s.group > SM90_FEW_ROWS || p.unit < 16 || std::max(p.stride[0], p.stride[1]) > 256)) {
+            continue; // the copy engine brings rows in boxes of up to 256 bytes, multiples of 16
+        }
+        p.few = few;
+        // where it pays that no processor is left without a block, and that each block finds its part
+        const int  n_block = gpu.n_sm/s.n_stream;
+        const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
+        p.n_block = uneven ? n_block : 0;
+        p.n_sum   = uneven ? n_block/s.n_head_kv + 3 : p.n_split;
+        for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
+            int used = 0;
+            const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+            take((s.d/8 + 1)*s.d*16);
+            p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
+            p.at_table[1] = take(s.pairs[1], 1024);
+            p.at_queries  = take((few ? SM90_FEW_ROWS : 8)*(s.d + 8)*4);
+            p.at_turned   = take((few ? 2 : 1)*SM90_GROUPS*8*(s.d + 8)*2);
+            p.at_freq     = take(s.d/2*8);
+            p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
+            p.at_codes    = take(2*(s.d/8)*16);
+            p.at_cells    = take(few ? 2*SM90_GROUPS*SM90_FEW_CELLS : 0);
+            p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
+            p.at_ranges   = take(few ? 0 : 2*n_warp*8);
+            p.at_weights  = take(few ? 0 : n_warp*32*8);
+            p.at_tops     = take(few ? 0 : n_warp*4*8);
+            p.at_wide     = take(n_warp*16*16);
+            p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
+            p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
+            p.at_barrier  = take(few ? 8 + 2*8*n_warp : 8);
+            const int merge = few ? n_warp*SM90_FEW_ROWS*(s.d + 8 + 2)*4 : n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
+            p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
+            p.shared      = std::max(used, merge);
+            if ((size_t) p.shared <= gpu.shared) {
+                return true;
+            }
         }
     }
     return false;
 }
 
 //
-// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 132 KiB, so there are fewer groups, no tables for values
-// (nibbles.cuh), and the table of rotations is read in both directions from an anchor
+// decode on sm_90a, head_dim 256: the same slabs. The decode matrix takes 132 KiB, so there are fewer groups, no tables of pairs for
+// values and for wide keys (nibbles.cuh), and the table of rotations is read in both directions from an anchor
 //
 
 constexpr int SM90_D256_GROUPS = 2;
@@ -212,14 +233,16 @@ struct sm90_d256_plan {
     int n_slab;
     int slabs_per_split;
     int n_split;
+    int pairs;             // there is room for the keys' tables of pairs
+    int split;             // both groups of a block have the same slab, one for each block
     staging rows;
     int n_fine;            // positions in the table of rotations: slabs less than that far from an anchor share it
-    int at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
+    int at_own, at_parts, at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
-constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
-constexpr int SM90_WIDE     = 4096; // bytes for the levels of values' groups of more than 4 bits
+constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 2*16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
+constexpr int SM90_WIDE     = 4096; // bytes for the levels of a side's groups of more than 4 bits; what has no room is read from the pack
 
 inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm90_d256_plan & p) {
     const int n_row = s.n_tokens*s.group;
@@ -231,32 +254,41 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
     constexpr int GROUPS = SM90_D256_GROUPS;
     const int blocks  = s.n_head_kv*s.n_stream;
     p.n_slab          = ceil_div(s.n_kv, SLAB);
-    const int most    = ceil_div(p.n_slab, GROUPS);
-    p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
-    p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-    for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
-        if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
-            continue; // a block that short would not use them
+    const int most = std::max(1, gpu.n_sm/blocks); // splits that have a processor each
+    for (const int option : { 0, 1, 2, 3 }) { // what is best comes first
+        p.pairs = option < 2;
+        p.split = option%2 == 0;
+        if (p.split && (s.n_tokens > 1 || p.n_slab > most)) {
+            continue;
         }
-        int used = 0;
-        const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-        p.n_fine = n_fine;
-        take((s.d/8 + 1)*s.d*16);
-        p.at_pairs    = take(s.pairs[0], 1024); // its tables are aligned to their size
-        p.at_queries  = take(n_row*(s.d + 8)*4);
-        p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
-        p.at_freq     = take(s.d/2*8);
-        p.at_fine     = take(n_fine*(s.d/2 + 16)*4);
-        p.at_codes    = take(s.d/8*16);
-        p.at_levels   = take(s.d/8*256); // as nibbles.cuh has them
-        p.at_wide     = take(SM90_WIDE);
-        p.at_exchange = take(GROUPS*SM90_EXCHANGE);
-        p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
-        p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
-        p.at_barrier  = take(8);
-        p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
-        if ((size_t) p.shared <= gpu.shared) {
-            return true;
+        p.slabs_per_split = ceil_div(p.n_slab, std::min(ceil_div(p.n_slab, p.split ? 1 : GROUPS), most));
+        p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+        for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
+            if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
+                continue; // a block that short would not use them
+            }
+            int used = 0;
+            const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+            p.n_fine = n_fine;
+            take((s.d/8 + 1)*s.d*16);
+            p.at_pairs    = take(p.pairs ? s.pairs[0] : s.d/8*256 + SM90_WIDE, 1024); // tables are aligned to their size; or levels
+            p.at_queries  = take(n_row*(s.d + 8)*4);
+            p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
+            p.at_freq     = take(s.d/2*8);
+            p.at_fine     = take(n_fine*(s.d/2 + 16)*4);
+            p.at_codes    = take(s.d/8*16);
+            p.at_levels   = take(s.d/8*256, 256); // as nibbles.cuh has them
+            p.at_wide     = take(SM90_WIDE);
+            p.at_exchange = take(GROUPS*SM90_EXCHANGE);
+            p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
+            p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
+            p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
+            p.at_parts    = take(p.split ? 4*32*GROUPS*16 : 0);
+            p.at_barrier  = take(8);
+            p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
+            if ((size_t) p.shared <= gpu.shared) {
+                return true;
+            }
         }
     }
     return false;

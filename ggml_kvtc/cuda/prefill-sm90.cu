@@ -31,15 +31,32 @@ __global__ void classify_tiles(const attn_args a, const columns c, int n_row_blo
     const int2 range  = c.ranges[stream];
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     int  cell  [8]; // -1: none
-    int  either[8]; // its position, where some queries have it exactly, or -1
+    int  pos   [8]; // its position
+    int  either[8]; // the same, where some queries have it exactly, or -1
     bool plain = !listed && aligned;
+    bool far   = true; // out of every query's span
 #pragma unroll
     for (int i = 0; i < 8 && !empty; ++i) {
         const int x = listed ? get_listed(c, stream, col0 + i) : c.at + col0 + i - c.n_list;
         cell[i] = x < a.n_kv ? x : -1;
         const int2 info = cell[i] >= 0 ? a.info[(int64_t) stream*a.n_kv + x] : make_int2(-1, -1);
+        pos   [i] = info.x;
         either[i] = info.x >= 0 && get_use(a, info.x, info.y, range.x, range.y) == USE_EITHER ? info.x : -1;
         plain = plain && cell[i] >= 0 && either[i] < 0;
+        if (a.n_span > 0) {
+            plain = plain && pos[i] >= 0 && pos[i] <= range.x && range.y - pos[i] < a.n_span; // seen by all
+            far   = far && (pos[i] < 0 || pos[i] > range.y || range.x - pos[i] >= a.n_span);
+        }
+    }
+    if (a.n_span > 0) { // most tiles are one of these, and there is no mask to look at
+        const bool all  = __syncthreads_and(empty || plain);
+        const bool none = __syncthreads_and(empty || far);
+        if (all || none) {
+            for (int i = blockIdx.y + threadIdx.x*gridDim.y; i < n_row_block; i += THREADS*gridDim.y) {
+                classes[((int64_t) stream*n_row_block + i)*n_tile + tile] = empty || none ? TILE_HIDDEN : TILE_PLAIN;
+            }
+            return;
+        }
     }
 #pragma unroll 1
     for (int row_block = blockIdx.y; row_block < n_row_block; row_block += gridDim.y) {
@@ -64,7 +81,7 @@ __global__ void classify_tiles(const attn_args a, const columns c, int n_row_blo
                 for (int i = 0; i < 8; ++i) {
                     const bool ex = either[i] >= 0 && is_exact(a, query, either[i]);
                     const bool in = cell[i] >= 0 && ex == listed;
-                    x[i] = !in ? __ushort_as_half(0xfc00) : from ? from[cell[i]] : __ushort_as_half(0);
+                    x[i] = !in ? __ushort_as_half(HIDDEN) : hide_by_position(a, from ? from[cell[i]] : __ushort_as_half(0), query, pos[i]);
                 }
                 values[t] = *(const uint4 *) x;
             }

@@ -2,18 +2,20 @@
 // quarter of the components of all of them. A thread decodes the same eight components of every value.
 #pragma once
 
+#include "hopper.cuh"
 #include "nibbles.cuh"
 #include "plan.h"
-#include "slabs.cuh"
 
 namespace kvtc {
+
+constexpr int SLAB90 = 16*GROUP_WARPS; // 16 cells for each warp of a group
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // what the warps of a group exchange
 struct exchange {
     uint2 weights[GROUP_WARPS][32]; // of 16 cells, as mma's operand, relative to the warp's largest logits
     float top    [GROUP_WARPS][8];  // these, of each query
-    int   chosen [SLAB90];          // slots of values that count exactly, or -1
+    int   chosen [2][SLAB90];       // slots of values that count exactly, or -1, of this slab and the next
     int2  range  [2][GROUP_WARPS];  // of positions, in this slab and the next
 };
 
@@ -24,17 +26,19 @@ template <int D>
 struct value_sums {
     float       o[4][4];     // components first + 2*t, + 1, of queries 2*(lane%4), + 1
     float       top[2];      // what o is relative to
-    const uint4 * levels;    // in shared memory
+    uint32_t    levels;      // of the warp's groups, in shared memory
     pair_code   code;
     uint32_t    width;
     bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
     bool        few_wide;    // one or two wider
     const half * wide;       // levels of a wide group, in shared memory if there is room
     int         first;       // of the thread's components
+    int         from [4];    // slots of keys 2*q4, + 1, + 8, + 9 of 16, or -1
+    uint4       exact[4];    // those of the store or of the batch's only token
 
     __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
-        levels = all_levels;
+        levels = (uint32_t) __cvta_generic_to_shared(all_levels) + 8*LEVEL_BYTES*part;
         const int group = 8*part + threadIdx.x%32/4;
         first = 8*group;
         code  = at<pair_code>(base, head.pair_codes)[group];
@@ -44,19 +48,10 @@ struct value_sums {
         few_wide = of_wide != 0 && __popc(of_wide) <= 2*4;
         wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
         if (of_wide != 0) {
-            const int lane   = threadIdx.x % 32;
-            const int of_all = at<uint8_t>(base, head.widths)[lane]; // of group `lane`
-            int end = of_all > 4 ? 16 << of_all : 0;
-            for (int i = 1; i < 32; i *= 2) {
-                const int before = __shfl_up_sync(0xffffffff, end, i);
-                end += lane >= i ? before : 0;
-            }
-            end = __shfl_sync(0xffffffff, end, group);
+            const int end = get_wide_end(at<uint8_t>(base, head.widths), group);
             if (width > 4 && end <= SM90_WIDE) {
-                uint4 * to = (uint4 *) (wide_levels + end - (16 << width));
-                for (int i = lane%4; i < 1 << width; i += 4) {
-                    to[i] = ((const uint4 *) wide)[i];
-                }
+                uint8_t * to = wide_levels + end - (16 << width);
+                copy_levels(to, wide, width, threadIdx.x%4, 4);
                 wide = (const half *) to;
             }
         }
@@ -103,8 +98,18 @@ struct value_sums {
         }
     }
 
-    // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart
-    __device__ __forceinline__ void add_slab(const attn_args & a, int head, const exchange & shared, const uint8_t * rows, int stride, bool any_exact) {
+    // the values of warp j's 16 cells that count exactly are on their way. own: that of the batch's only token, if there is one
+    __device__ __forceinline__ void read_exact(const attn_args & a, int head, const int (&chosen)[SLAB90], const half * own, int j) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            from [n] = chosen[16*j + threadIdx.x%4*2 + n%2 + n/2*8];
+            exact[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], first) : own ? *(const uint4 *) (own + first) : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart; any_exact: read_exact was called for warp j0; from its 16 cells
+    // to those before warp j1
+    __device__ __forceinline__ void add_slab(const attn_args & a, int head, const exchange & shared, const int (&chosen)[SLAB90], const uint8_t * rows, int stride, bool any_exact, const half * own, int j0, int j1) {
         const int lane = threadIdx.x % 32;
         const int q4   = lane % 4;
         const int r8   = lane / 4;
@@ -129,24 +134,20 @@ struct value_sums {
             top[0] = most.x;
             top[1] = most.y;
         }
-        level_bytes table;
-        load_levels(table, levels, first/8);
-#pragma unroll 1
-        for (int j = 0; j < GROUP_WARPS; ++j) {
-            int   from[4];
-            uint4 exact[4]; // all are on their way before the first is needed
-            if (any_exact) {
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    from [n] = shared.chosen[16*j + 2*q4 + n%2 + n/2*8];
-                    exact[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], first) : make_uint4(0, 0, 0, 0);
-                }
-            }
-            uint32_t word[4]; // codes of keys 2*q4, + 1, + 8, + 9 of 16
+        const auto read_codes = [&](int j, uint32_t (&word)[4]) { // of keys 2*q4, + 1, + 8, + 9 of 16
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const uint32_t * words = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + code.word);
                 word[n] = __funnelshift_r(words[0], words[1], code.shift);
+            }
+        };
+        uint32_t next[4];
+        read_codes(j0, next);
+#pragma unroll 1
+        for (int j = j0; j < j1; ++j) {
+            uint32_t word[4] = { next[0], next[1], next[2], next[3] };
+            if (j + 1 < j1) {
+                read_codes(j + 1, next);
             }
             if (any_spread) {
 #pragma unroll
@@ -155,7 +156,7 @@ struct value_sums {
                 }
             }
             uint32_t z[8][2];
-            decode_four(word, table, z);
+            decode_four<8>(word, levels, r8*0x10101010, z);
             if (few_wide) {
                 share_wide(z, rows + (16*j - 2*q4)*stride, stride);
             } else if (width > 4) {
@@ -173,8 +174,11 @@ struct value_sums {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     if (from[n] != -1) {
-                        set_row(z, n, from[n] >= 0 ? exact[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], first));
+                        set_row(z, n, from[n] >= 0 || own ? exact[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], first));
                     }
+                }
+                if (j + 1 < j1) {
+                    read_exact(a, head, chosen, own, j + 1);
                 }
             }
             const float part_top = shared.top[j][r8];
@@ -185,6 +189,65 @@ struct value_sums {
             for (int t = 0; t < 4; ++t) {
                 const uint32_t zv[4] = { z[2*t][0], z[2*t + 1][0], z[2*t][1], z[2*t + 1][1] };
                 mma(o[t], zv, b[0], b[1]);
+            }
+        }
+    }
+
+    // The end of a block of D threads: the states of its groups' warps to one, and out. top, sum: of the thread's queries and its warp's
+    // cells
+    template <int GROUPS>
+    __device__ __forceinline__ void write(const attn_args & a, uint8_t * smem, int group, int part, const float (&warp_top)[2], const float (&sum)[2],
+                                          int head, int stream, float * values, float2 * meta) const {
+        constexpr int LD     = D + 8;
+        constexpr int N_WARP = GROUPS*GROUP_WARPS;
+        static_assert(32*N_WARP == D, "a thread has a component");
+        const int n_row = a.n_tokens*a.group;
+        const int lane  = threadIdx.x % 32;
+        const int warp  = threadIdx.x / 32;
+        float * all_o     = (float *) smem;           // [group][row][LD]
+        float * all_o_top = all_o + GROUPS*8*LD;      // [group][row]
+        float * all_top   = all_o_top + GROUPS*8;     // [warp][row]
+        float * all_sum   = all_top + N_WARP*8;
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            float s = sum[x];
+            s += __shfl_xor_sync(0xffffffff, s, 4);
+            s += __shfl_xor_sync(0xffffffff, s, 8);
+            s += __shfl_xor_sync(0xffffffff, s, 16);
+            const int row = lane%4*2 + x;
+            if (lane/4 == 0) {
+                all_top[warp*8 + row] = warp_top[x];
+                all_sum[warp*8 + row] = s;
+                if (part == 0) {
+                    all_o_top[group*8 + row] = top[x];
+                }
+            }
+            if (row < n_row) {
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    *(float2 *) (all_o + (group*8 + row)*LD + first + 2*t) = make_float2(o[t][x], o[t][x + 2]);
+                }
+            }
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int r = 0; r < n_row; ++r) {
+            float most = -INFINITY; // a group's is that of its warps
+            for (int u = 0; u < GROUPS; ++u) {
+                most = fmaxf(most, all_o_top[u*8 + r]);
+            }
+            const float base = most == -INFINITY ? 0.0f : most;
+            float value = 0.0f;
+            for (int u = 0; u < GROUPS; ++u) {
+                value += exp2f(all_o_top[u*8 + r] - base)*all_o[(u*8 + r)*LD + threadIdx.x];
+            }
+            const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
+            values[(row*gridDim.x + blockIdx.x)*D + threadIdx.x] = value;
+            if (warp == 0) {
+                const float total = warp_reduce_sum(lane < N_WARP ? exp2f(all_top[lane*8 + r] - base)*all_sum[lane*8 + r] : 0.0f);
+                if (lane == 0) {
+                    meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
+                }
             }
         }
     }

@@ -25,7 +25,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         if (info && info->buffer) {
-            kvtc->set_info(info, *ubatch);
+            kvtc->set_info(info, *ubatch, needs_mask);
         }
         if (slots && slots->buffer) {
             kvtc->set_slots(slots);
@@ -46,7 +46,8 @@ public:
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return (!info    || (ggml_nelements(info) == kvtc->info_size() && slots->ne[0] == params.ubatch.n_tokens)) &&
+        return (!info    || (ggml_nelements(info) == kvtc->info_size() && slots->ne[0] == params.ubatch.n_tokens &&
+                             needs_mask == kvtc->needs_mask(params.ubatch, params.cparams))) &&
                (!pos     || pos->ne[0]     ==   params.ubatch.n_tokens) &&
                (!pos_rel || pos_rel->ne[0] == 4*params.ubatch.n_tokens);
     }
@@ -56,6 +57,7 @@ public:
     ggml_tensor * slots   = nullptr; // I64 [n_tokens]
     ggml_tensor * pos     = nullptr; // I32 [n_tokens]
     ggml_tensor * pos_rel = nullptr; // I32 [4*n_tokens], M-RoPE's four positions less the temporal one
+    bool needs_mask       = true;    // the graph's operations have a mask
 };
 
 llm_graph_input_kvtc * get_input(const llm_graph_context & g, const llama_kvtc * kvtc) {
@@ -290,6 +292,7 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
     if (!input->info) {
         input->info  = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, 2*k->ne[1]*n_stream + g.n_tokens);
         input->slots = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I64, g.n_tokens);
+        input->needs_mask = needs_mask(g.ubatch, g.cparams);
         ggml_set_input(input->info);
         ggml_set_input(input->slots);
     }
@@ -305,10 +308,11 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         /*.n_sink        =*/ params.n_sink,
         /*.n_window      =*/ params.n_window,
         /*.n_slots       =*/ (int32_t) owners.size(),
+        /*.n_span        =*/ input->needs_mask ? 0 : n_span,
         /*.limits        =*/ {},
     };
     std::copy(l.limits, l.limits + 6, p.limits);
-    ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, kq_mask, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
+    ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, input->needs_mask ? kq_mask : nullptr, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
     ggml_format_name(cur, "kvtc_attn-%d", il);
     cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

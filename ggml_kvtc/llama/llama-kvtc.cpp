@@ -1,6 +1,7 @@
 #include "llama-kvtc.h"
 
 #include "llama-batch.h"
+#include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
 #include "llama-model.h"
@@ -72,6 +73,10 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kv_cells> & c
     const uint64_t n_exact = ((uint64_t) params.n_sink + n_keep)*(cfg.n_stream == 1 ? n_seq_max : 1);
     n_slots = (uint32_t) std::min<uint64_t>(n_exact, cells[0].size());
     owners.resize(cells.size()*n_slots);
+    // M-RoPE's tokens of an image share a position, ALiBi's mask has addends, and hybrid models' inputs fill their mask in any case
+    if (cfg.hparams.n_pos_per_embd() == 1 && !cfg.hparams.use_alibi && !llm_arch_is_hybrid(cfg.model.arch)) {
+        n_span = cfg.swa_type == LLAMA_SWA_TYPE_NONE ? INT32_MAX : cfg.swa_type == LLAMA_SWA_TYPE_STANDARD ? (int32_t) cfg.n_swa : 0;
+    }
 }
 
 void llama_kvtc::check_model(const config & cfg, const std::vector<llama_kvtc_layer> & layers) const {
@@ -455,7 +460,21 @@ int64_t llama_kvtc::info_size() const {
     return 2*(int64_t) n_kv_cur*n_stream_cur + n_tokens_cur;
 }
 
-void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch) const {
+bool llama_kvtc::needs_mask(const llama_ubatch & ubatch, const llama_cparams & cparams) const {
+    // one stream for several sequences: their tokens see different cells
+    return n_span == 0 || !cparams.causal_attn || (n_stream_cur == 1 && ubatch.n_seqs_unq > 1);
+}
+
+// (position, slot) of the first n cells, -1 where they are empty. A plain loop: it runs over the whole context for every token.
+static void write_cells(const llama_kv_cells & cells, const int32_t * __restrict slots, int32_t * __restrict out, uint32_t n) {
+    for (uint32_t i = 0; i < n; ++i) {
+        const int32_t pos = cells.is_empty(i) ? -1 : cells.pos_get(i);
+        out[2*i]     = pos;
+        out[2*i + 1] = pos < 0 ? -1 : slots[i];
+    }
+}
+
+void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask) const {
     GGML_ASSERT(ggml_nelements(info) == info_size());
     std::vector<int32_t> values;
     const bool host = ggml_backend_buffer_is_host(info->buffer);
@@ -463,11 +482,20 @@ void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch) const
         values.resize(info_size());
     }
     int32_t * out = host ? (int32_t *) info->data : values.data();
-    for (uint32_t s = first_stream; s < first_stream + n_stream_cur; ++s) {
-        for (uint32_t i = 0; i < n_kv_cur; ++i) {
-            const bool empty = cells[s].is_empty(i);
-            *out++ = empty ? -1 : cells[s].pos_get(i);
-            *out++ = empty ? -1 : slot_of[s][i];
+    for (uint32_t s = first_stream; s < first_stream + n_stream_cur; ++s, out += 2*n_kv_cur) {
+        write_cells(cells[s], slot_of[s].data(), out, n_kv_cur);
+        if (needs_mask) {
+            continue;
+        }
+        const llama_seq_id own = ubatch.seq_id[(s - first_stream)*(ubatch.n_tokens/n_stream_cur)][0];
+        bool others = false;
+        for (llama_seq_id seq = 0; seq < (llama_seq_id) n_seq_max; ++seq) {
+            others = others || (seq != own && cells[s].seq_pos_max(seq) >= 0);
+        }
+        for (uint32_t i = 0; others && i < n_kv_cur; ++i) {
+            if (out[2*i] >= 0 && !cells[s].seq_has(i, own)) {
+                out[2*i] = out[2*i + 1] = -1;
+            }
         }
     }
     memcpy(out, ubatch.pos, n_tokens_cur*sizeof(int32_t));

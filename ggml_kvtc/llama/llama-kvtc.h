@@ -44,6 +44,7 @@ LLAMA_API llama_pos llama_kvtc_recompute_from(struct llama_context * ctx, llama_
 class  llama_io_read_i;
 class  llama_io_write_i;
 class  llama_kv_cells;
+struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
 struct llama_ubatch;
@@ -86,6 +87,7 @@ public:
         uint32_t              n_seq_max;
         uint32_t              n_stream;
         uint32_t              n_swa;
+        int                   swa_type; // llama_swa_type
         const char          * name_tag;
     };
 
@@ -127,8 +129,13 @@ public:
                          ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);
 
     int64_t info_size() const; // of the ubatch in place
-    void set_info (ggml_tensor * info, const llama_ubatch & ubatch) const;
+    // needs_mask: the operation has a mask; else cells that are not of the ubatch's sequence count as empty
+    void set_info (ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask) const;
     void set_slots(ggml_tensor * slots) const;
+
+    // False where positions alone say which cells a query sees: llama.cpp then neither allocates nor fills its mask,
+    // n_tokens*n_kv numbers that the host would make and copy for every ubatch.
+    bool needs_mask(const llama_ubatch & ubatch, const llama_cparams & cparams) const;
 
 private:
     struct layer {
@@ -184,6 +191,7 @@ private:
     const llama_hparams               & hparams;
     const std::vector<llama_kv_cells> & cells;
     const uint32_t n_seq_max;
+    int32_t n_span = 0; // how far back a query sees, itself included; 0: only a mask can tell
     int32_t n_keep = 0; // newest positions of a sequence whose exact rows are kept: the window and what a rollback may bring back
     bool coded[2] = {};
 

@@ -92,6 +92,14 @@ def attention(
     return result
 
 
+def span_mask(query_positions: np.ndarray, cell_positions: np.ndarray, span: int) -> np.ndarray:
+    """Mask f64 [T, cells] of what positions alone hide: a query i32 [T] sees a cell i32 [cells] that is not empty (-1),
+    not after it, and less than `span` positions before it."""
+    distance = query_positions[:, None].astype(np.int64) - cell_positions
+    sees = (cell_positions >= 0) & (distance >= 0) & (distance < span)
+    return np.where(sees, 0.0, -np.inf)
+
+
 def softmax(logits: np.ndarray, sink: float | None = None) -> np.ndarray:
     """Softmax over the last axis, f64; `sink` is one more logit that takes its share; all -inf gives zeros."""
     top = logits.max(axis=-1, keepdims=True, initial=-math.inf if sink is None else sink)

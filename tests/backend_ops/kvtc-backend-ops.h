@@ -72,6 +72,13 @@ static void kvtc_add_reads(std::vector<std::unique_ptr<test_case>> & cases) {
             }
         }
     }
+    for (int span : { 1, 100, INT_MAX }) {
+        for (int d : { 80, 128, 256 }) {
+            for (int tokens : { 1, 5, 40 }) {
+                add(d, [&](auto & c) { c.mask = KVTC_SPAN; c.span = span; c.tokens = tokens; c.n_kv = 400; c.cells = d == 128 ? KVTC_SHUFFLED : KVTC_IN_ORDER; });
+            }
+        }
+    }
     // sinks and windows: none, of codes alone, larger than the context
     for (auto [sinks, window] : { std::pair{0, 0}, {4, 0}, {0, 128}, {64, 1}, {4, 1000} }) {
         for (int tokens : { 1, 40 }) {

@@ -4,6 +4,7 @@
 
 #include "kvtc-synthetic.h"
 
+#include <climits>
 #include <limits>
 
 static int kvtc_row_bytes(int H, int d, int bits) {
@@ -191,7 +192,7 @@ struct test_kvtc_set_rows : public kvtc_test_case {
 // GGML_OP_KVTC_ATTN
 //
 
-enum kvtc_mask  { KVTC_CAUSAL, KVTC_HOLES, KVTC_DEAD, KVTC_ALL };             // DEAD: odd queries see nothing; ALL: no mask
+enum kvtc_mask  { KVTC_CAUSAL, KVTC_HOLES, KVTC_DEAD, KVTC_ALL, KVTC_SPAN };  // DEAD: odd queries see nothing; ALL: no mask; SPAN: nor that, but positions
 enum kvtc_exact { KVTC_NONE, KVTC_STORE, KVTC_SOME, KVTC_BATCH };             // which tokens are exact: BATCH its own only
 enum kvtc_cells { KVTC_IN_ORDER, KVTC_SHUFFLED, KVTC_SPARSE, KVTC_TWO_SEQS }; // SPARSE: positions 97 apart
 
@@ -212,6 +213,7 @@ struct kvtc_read {
     int        sinks   = 4;
     int        window  = 32;
     kvtc_mask  mask    = KVTC_CAUSAL;
+    int        span    = 0;  // of KVTC_SPAN
     kvtc_exact exact   = KVTC_SOME;
     kvtc_cells cells   = KVTC_IN_ORDER;
     int        memory  = 1;  // of q and z: 0 as the operation reads them, 1 heads inside tokens, 2 that with other heads between
@@ -230,13 +232,13 @@ struct test_kvtc_attn : public kvtc_test_case {
     double max_nmse_err() override { return 5e-4; }
 
     std::string vars() override {
-        static const char * masks [] = { "causal", "holes", "dead", "none" };
+        static const char * masks [] = { "causal", "holes", "dead", "none", "span" };
         static const char * exacts[] = { "none", "store", "some", "batch" };
         static const char * orders[] = { "order", "shuffled", "sparse", "seqs" };
         std::ostringstream s;
         s << "k=" << c.k << ",v=" << c.v << ",d=" << c.d << ",heads=" << c.heads << ",group=" << c.group << ",tokens=" << c.tokens
           << ",n_kv=" << c.n_kv << ",empty=" << c.empty << ",streams=" << c.streams << ",rope=" << c.rope << ",n_rot=" << c.n_rot << ",mscale=" << c.mscale
-          << ",start=" << c.start << ",sinks=" << c.sinks << ",window=" << c.window << ",mask=" << masks[c.mask]
+          << ",start=" << c.start << ",sinks=" << c.sinks << ",window=" << c.window << ",mask=" << masks[c.mask] << ",span=" << c.span
           << ",exact=" << exacts[c.exact] << ",cells=" << orders[c.cells] << ",memory=" << c.memory
           << ",softcap=" << c.softcap << ",alibi=" << c.alibi << ",sink_logits=" << c.sink_logits;
         return s.str();
@@ -278,7 +280,7 @@ struct test_kvtc_attn : public kvtc_test_case {
         ggml_tensor * sinks = nullptr;
         ggml_tensor * exact = nullptr;
         ggml_tensor * z[2]  = { nullptr, nullptr };
-        if (c.mask != KVTC_ALL) {
+        if (c.mask != KVTC_ALL && c.mask != KVTC_SPAN) {
             mask = named(ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c.n_kv, c.tokens, 1, c.streams), "mask");
         }
         if (c.sink_logits) {
@@ -299,6 +301,7 @@ struct test_kvtc_attn : public kvtc_test_case {
         params.n_sink        = c.sinks;
         params.n_window      = c.window;
         params.n_slots       = n_slots();
+        params.n_span        = c.span;
         std::copy(pack->limits, pack->limits + 6, params.limits);
         return named(ggml_kvtc_attn(ctx, q, k, v, mask, sinks, p, info, exact, z[0], z[1], params), "out");
     }

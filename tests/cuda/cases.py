@@ -35,6 +35,8 @@ def cases() -> Iterator[tuple[str, object]]:
         yield f"cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
         if n_kv >= 40:
             yield f"cells {n_kv}, prefill", replace(plain, tokens=40, n_kv=n_kv, empty=0, window=20)
+    # heads whose widths differ get unequal numbers of blocks, on devices of 132 processors
+    yield "unequal parts", replace(plain, tokens=1, n_kv=24_500, heads=32, empty=0, k=3, v=6)
     ropes = {
         "none": None,
         "normal": Rope(64, neox=False),
@@ -62,6 +64,16 @@ def cases() -> Iterator[tuple[str, object]]:
         for tokens in (1, 4, 40):
             empty = 0 if mask == "none" else 70
             yield f"mask {mask} tokens {tokens}", replace(plain, mask=mask, tokens=tokens, empty=empty)
+    for span in (1, 50, 2**31 - 1):
+        for tokens in (1, 4, 16, 17, 40, 150):
+            for order in ("contiguous", "shuffled"):
+                case = replace(plain, mask="span", span=span, tokens=tokens, order=order, n_kv=1500, empty=70)
+                yield f"span {span} {order} tokens {tokens}", case
+    for streams in (2, 3):
+        for tokens in (1, 20, 90):
+            case = replace(plain, mask="span", span=300, streams=streams, tokens=tokens, n_kv=700, order="shuffled")
+            yield f"span streams {streams} tokens {tokens}", case
+    yield "span, two sequences", replace(plain, mask="span", tokens=1, order="interleaved", n_kv=700)
     for streams in (2, 3):
         for tokens in (1, 6, 20):
             yield f"streams {streams} tokens {tokens}", replace(plain, streams=streams, tokens=tokens, order="shuffled")
@@ -87,10 +99,17 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
 
     for k, v in ((1, 1), (2, 3), (3, 4), (2, 6), (4, 4), (6, 2), (6, 6)):
         yield f"few {d}, widths k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1 + (k + v) % 3)
+    if d == 256:  # where tables of pairs have no room
+        for k, v in ((3, 4), (4, 4), (4, 2), (5, 3)):
+            yield f"few {d}, one token k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1)
+        long = replace(plain, k=3, tokens=1, n_kv=3000, exact="store", window=90)
+        yield f"few {d}, one token k3v4, long", long
     for group, tokens in ((1, 1), (2, 4), (4, 1), (4, 2), (8, 1), (1, 7)):
         yield f"few {d}, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
     for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):
         yield f"few {d}, cells {n_kv}", replace(plain, tokens=1, n_kv=n_kv, empty=0)
+    # long enough for stretches of 128 cells, with groups of more than 4 bits
+    yield f"few {d}, cells 20000 of 8 heads", replace(plain, tokens=1, n_kv=20_000, heads=8, empty=0, v=6)
     variants = {
         "no rope": {"rope": None},
         "normal": {"rope": Rope(d, neox=False)},
@@ -109,6 +128,8 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
         "holes": {"mask": "holes"},
         "dead": {"mask": "dead"},
         "no mask": {"mask": "none", "empty": 0},
+        "span": {"mask": "span"},
+        "span 100, shuffled": {"mask": "span", "span": 100, "order": "shuffled"},
         "streams": {"streams": 3, "order": "shuffled"},
         "softcap": {"softcap": 3.0},
         "sink logits": {"sink_logits": True},

@@ -22,20 +22,29 @@ int plan_decode(const int * shape, int n_sm, long shared, long * out) {
     return ok;
 }
 
+// 1: decode-sm90.cu, 2: decode-sm90-few.cu
 int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
     sm90_plan p = {};
     const bool ok = make_sm90_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_ranges, p.at_weights, p.at_tops, p.at_wide, p.at_stage[0], p.at_stage[1] };
+        p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_cells, p.at_gains, p.at_ranges, p.at_weights, p.at_tops, p.at_wide, p.at_stage[0], p.at_stage[1], p.at_barrier };
     std::copy(std::begin(values), std::end(values), out);
-    return ok;
+    return ok ? 1 + p.few : 0;
+}
+
+// out: blocks of a stream, if heads get unequal numbers of them, else 0; sums of a row; splits; slabs of a split
+void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out) {
+    sm90_plan p = {};
+    make_sm90_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
+    const int values[] = { p.n_block, p.n_sum, p.n_split, p.slabs_per_split };
+    std::copy(std::begin(values), std::end(values), out);
 }
 
 int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
     sm90_d256_plan p = {};
     const bool ok = make_sm90_d256_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1] };
+        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_parts };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
 }

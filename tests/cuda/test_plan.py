@@ -35,6 +35,7 @@ def plans(tmp_path_factory):
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
+        void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
         int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
@@ -89,18 +90,47 @@ def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
 @given(shape=shapes(st.integers(1, 8)))
 def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[20]")
+    out = ffi.new("long[23]")
     if library.plan_sm90(shape, *GPUS["hopper"], out):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
         check_splits(shape, list(out), GPUS["hopper"][1])
 
 
+@pytest.mark.parametrize("heads, group, kernel", [(8, 4, 2), (8, 1, 2), (4, 7, 1)])
+@pytest.mark.parametrize("n_kv", [256, 16384, 131072])
+@pytest.mark.parametrize("k, pairs", [(2, 2 * 4096), (3, 5 * 4096 + 512)])
+def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, group, kernel, n_kv, k, pairs):
+    """Tables as bench/random_model.py makes them."""
+    ffi, library = plans
+    rest = [heads * 16 * k, heads * 64, 17 * k + 1, 67, 0, 0, pairs, 16 * 4096 + 512]
+    for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
+        shape = [128, n_kv, tokens, group, heads, 1, *rest]
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
+
+
+@pytest.mark.parametrize(
+    "heads, n_kv, uneven", [(8, 131072, True), (8, 65536, False), (4, 131072, False), (32, 24500, True)]
+)
+def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, n_kv, uneven):
+    ffi, library = plans
+    out = ffi.new("int[4]")
+    library.plan_sm90_parts(
+        [128, n_kv, 1, 4, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536], 132, 227 << 10, out
+    )
+    n_block, n_sum, n_split, per_split = out
+    assert (n_block > 0) == uneven
+    if uneven:
+        assert heads <= n_block <= 132 < heads * n_sum and per_split >= 96
+    else:
+        assert n_sum == n_split
+
+
 @settings(deadline=None, max_examples=300)
 @given(shape=shapes(st.integers(1, 8), st.just(256)))
 def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[18]")
+    out = ffi.new("long[20]")
     if library.plan_sm90_d256(shape, *GPUS["hopper"], out):
         assert shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0  # tables are aligned to their own size
@@ -109,11 +139,12 @@ def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
 
 @pytest.mark.parametrize("heads, group", [(4, 2), (1, 4), (16, 2)])
 @pytest.mark.parametrize("n_kv", [256, 1536, 131072])
-def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv, bits):
     ffi, library = plans
-    pairs = 5 * 4096  # of 2-bit keys of bench/random_model.py's shape
-    shape = [256, n_kv, 1, group, heads, 1, heads * 64, heads * 128, 65, 129, 0, 0, pairs, 0]
-    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[18]"))
+    pairs = {2: 4 * 4096, 3: 11 * 4096, 4: 26 * 4096}[bits]  # of keys of bench/random_model.py's shape
+    shape = [256, n_kv, 1, group, heads, 1, heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, pairs, 0]
+    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[20]"))
 
 
 @settings(deadline=None, max_examples=300)

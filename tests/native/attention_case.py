@@ -15,7 +15,7 @@ import numpy as np
 import synthetic
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import row_bytes
-from kvtc_gguf.reference_attention import CodedCells, PlainCells, alibi_slopes, attention
+from kvtc_gguf.reference_attention import CodedCells, PlainCells, alibi_slopes, attention, span_mask
 from kvtc_gguf.reference_rope import Rope
 
 PLAIN = {"f32": ffi.F32, "f16": ffi.F16, "q8_0": ffi.Q8_0}
@@ -42,7 +42,9 @@ class Case:
     sinks: int = 4
     window: int = 32
     exact: str = "store"  # what is exact: none, store (every token), some (of them), batch (only this batch's own)
-    mask: str = "causal"  # causal, holes (a third hidden as well), dead (and odd queries see nothing), none
+    # causal, holes (a third hidden as well), dead (and odd queries see nothing), none; span: no mask, but positions
+    mask: str = "causal"
+    span: int = 2**31 - 1  # of mask "span": how far back a query sees
     softcap: float = 0.0
     sink_logits: bool = False
     max_bias: float = 0.0
@@ -116,6 +118,11 @@ class Inputs:
         self.mask = np.where(sees, distance, HIDDEN).astype(np.float16)
         if case.mask == "none":
             self.mask[:] = 0
+        if case.mask == "span":  # cells of other sequences count as empty, as llama.cpp's side has them
+            assert (own == own[:, :1]).all(), "one sequence a stream"
+            self.pos[self.seq != own[:, :1]] = -1
+            for stream, mask in enumerate(self.mask):
+                mask[:] = span_mask(self.query_pos[stream], self.pos[stream], case.span)
 
     def _side(self, side: int, kind: int | str, d: int) -> None:
         """z [S, n_kv, H, d] and cache rows of a kvtc side; f32 values and rows of an ordinary one."""
@@ -207,7 +214,7 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
     q, mask = g.tensor(x.q), ffi.ffi.NULL
     if case.permuted:
         q = ffi.base.ggml_permute(g.ctx, g.tensor(x.q.transpose(0, 2, 1, 3)), 0, 2, 1, 3)
-    if case.mask != "none":
+    if case.mask not in ("none", "span"):
         padded = np.zeros((case.streams, 1, case.tokens + 3, case.n_kv), np.float16)
         padded[:, 0, : case.tokens] = x.mask
         mask = g.tensor(padded)
@@ -227,6 +234,7 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
             "n_sink": case.sinks,
             "n_window": case.window,
             "n_slots": x.n_slots,
+            "n_span": case.span if case.mask == "span" else 0,
             "limits": ffi.limits(x.pack),
         },
     )

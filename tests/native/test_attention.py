@@ -93,6 +93,17 @@ def test_masks(mask, tokens):
     check(Case(mask=mask, tokens=tokens, n_kv=200, empty=empty, exact="some"))
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("span", [1, 50, 2**31 - 1])
+@pytest.mark.parametrize("extra", [{}, {"order": "shuffled"}, {"start": 999_900}, {"streams": 2}], ids=str)
+def test_positions_in_place_of_a_mask(extra, span, tokens):
+    check(Case(mask="span", span=span, tokens=tokens, n_kv=400, empty=70, exact="some", **extra))
+
+
+def test_positions_hide_another_sequence():
+    check(Case(mask="span", tokens=1, n_kv=400, order="interleaved", exact="some"))
+
+
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("sink_logits", [False, True])
 def test_queries_that_see_nothing_give_zeros(sink_logits, n_threads):

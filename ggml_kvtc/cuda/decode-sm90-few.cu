@@ -1,0 +1,500 @@
+// Attention for one token of at most four query heads for each kv head on Hopper (sm_90a): as decode-sm90.cu, with what so few rows
+// allow.
+//
+// Cells mostly come in the order of their positions, all seen, with codes only. A group of four warps asks this of stretches of up to
+// 128 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
+//
+// mma's eight columns of queries hold each query twice. For logits, turned back by the anchor and by eight positions more: keys r and
+// r + 8 of a warp are so far apart, and both are rotated as key r is. For the sum of values, the even and the odd components: the
+// products' inner dimension is (key, parity), two neighbouring components of a key are one register, as they are looked up, and the
+// weights' operand has zeros for the other parity.
+//
+// A key's gain is applied to its logit; the mean, which has none, is added over it.
+#include "decode.cuh"
+#include "block-sm90.cuh"
+#include "few-sm90.cuh"
+#include "hopper-tiles.cuh"
+#include "nibbles.cuh"
+#include "row-maps-sm90.cuh"
+
+#include <type_traits>
+
+namespace kvtc {
+
+namespace {
+
+constexpr int WARPS  = GROUP_WARPS;
+constexpr int SLAB   = 16*WARPS;
+constexpr int GROUPS = SM90_GROUPS;
+constexpr int ROWS   = FEW_ROWS;
+
+// UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head
+template <int D, bool UNEVEN>
+__launch_bounds__(32*WARPS*GROUPS, 1)
+__global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int KS     = D/16;
+    constexpr int LD     = D + 8;
+    constexpr int N_WARP = WARPS*GROUPS;
+    ggml_cuda_pdl_lc();
+    extern __shared__ __align__(1024) uint8_t smem[];
+    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
+    if constexpr (UNEVEN) {
+        share = find_share(a, p.n_block, p.n_sum);
+        if (share.head >= a.n_head_kv) {
+            return;
+        }
+    }
+    const int head = share.head;
+    const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
+    const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
+    if (threadIdx.x == 0) {
+        bring_block<D>(a, p, smem, head, kh, vh, ready);
+    }
+
+    const int lane  = threadIdx.x % 32;
+    const int warp  = threadIdx.x / 32;
+    const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
+    const int part  = warp % WARPS; // of the slab
+    const int q4    = lane % 4;
+    const int r8    = lane / 4;
+
+    const int stream = blockIdx.z;
+    const int n_row  = a.group;
+    const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) a.pack;
+    const int rope_type = (int) pack.rope_type;
+    const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
+
+    float    * queries = (float *)    (smem + p.at_queries);
+    uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
+    uint32_t * fine    = (uint32_t *) (smem + p.at_fine);   // [position][TURN_WORDS]
+    auto     * codes   = (pair_code *) (smem + p.at_codes); // [2][D/8]
+    half     * turned  = (half *) (smem + p.at_turned) + group*2*2*ROWS*LD; // [2] queries turned back by an anchor, and by eight positions more
+    few_cells * cells  = (few_cells *) (smem + p.at_cells) + group*2;       // of this stretch and the next
+    uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
+    uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
+    few_gains & gains = *(few_gains *) (smem + p.at_gains);
+    load_block<D>(p, smem, a.pack, kh, vh, n_rot);
+    make_gains(gains, kh, vh, 32*N_WARP);
+    for (int i = threadIdx.x; i < GROUPS*2*2*ROWS*LD/8; i += 32*N_WARP) {
+        ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
+    }
+    ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
+    const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
+    uint64_t * arrived = &ready + 1 + 2*warp; // the warp's keys and values
+    if (lane == 0) {
+        init_bring(arrived[0], 1);
+        init_bring(arrived[1], 1);
+    }
+    __syncwarp();
+    int parity[2] = { 0, 0 };
+    const float slack = get_gain(vh.gain_base, 255)*exp2f(MOST_SLACK) < 32768.0f ? MOST_SLACK : 0.0f;
+    const int from[2] = { (int) (kh.payload / 16 * 16), (int) (vh.payload / 16 * 16) };
+    const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
+
+    const int query_pos = a.query_pos[stream];
+    const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
+    const int2 * info = a.info + (int64_t) stream*a.n_kv;
+    float o[D/64][2][4];
+    float top[2] = { -INFINITY, -INFINITY }; // of queries 2*(q4%2), + 1
+    float sum[2] = { 0.0f, 0.0f };
+#pragma unroll
+    for (int h = 0; h < D/64; ++h) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            o[h][t][0] = o[h][t][1] = o[h][t][2] = o[h][t][3] = 0.0f;
+        }
+    }
+
+    const auto fetch = [&](int s, int slab) {
+        if (lane == 0) {
+            barrier_expect(arrived[s], 16*p.stride[s]);
+            copy_box(stage[s], maps.side[s], from[s], slab*SLAB + 16*part, stream, arrived[s]);
+        }
+    };
+    // of a stretch, before it: the lane's cell of the warp's 32, and the first position
+    const int mine = 32*part + lane;
+    int2 next_cell;
+    half next_mask;
+    int  next_start;
+    const auto look = [&](int slab) {
+        const int cell = slab*SLAB + mine;
+        next_cell  = info[min(cell, a.n_kv - 1)];
+        next_mask  = read_mask(a, mask, 0, cell);
+        next_start = info[slab*SLAB].x;
+    };
+
+    // neighbouring slabs to one group
+    const int2 slabs = get_slabs<UNEVEN>(p, share, group);
+    const int  slab_end = slabs.y;
+    int        slab     = slabs.x;
+    const int stretch = p.n_fine/SLAB;
+    if (slab < slab_end) {
+        fetch(0, slab);
+        look(slab);
+    }
+    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    __syncthreads();
+    barrier_wait(ready, 0);
+    const uint64_t of_matrix = get_operand(smem, 16*D, 128);
+    const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
+    const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
+    const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
+    const uint8_t * v_gain = stage[1] + skew[1] + (r8 + q4/2*8)*p.stride[1]; // of the key whose logits the thread has
+    pair_code v_code[D/64];
+#pragma unroll
+    for (int h = 0; h < D/64; ++h) {
+        v_code[h] = load_code(codes + D/8 + r8 + 8*h);
+    }
+    const uint32_t pick[2] = { r8 < 4 ? 0x4410u : 0x1044u, r8 < 4 ? 0x4432u : 0x3244u }; // a key's weight for the column's parity
+
+    for (int buffer = 0; slab < slab_end; buffer ^= 1) {
+        const int  n     = min(stretch, slab_end - slab);
+        const int2 cell  = next_cell;
+        const int  start = next_start;
+        const half seen  = hide_by_position(a, next_mask, query_pos, cell.x);
+        if (slab + n < slab_end) {
+            look(slab + n);
+        }
+        half * anchored = turned + buffer*2*ROWS*LD;
+        few_cells & of_stretch = cells[buffer];
+        of_stretch.cell[mine] = cell;
+        of_stretch.mask[mine] = seen;
+        turn_twice<D>(queries, anchored, freq, start, n_row);
+        const bool plain = mine >= n*SLAB || (cell.x == start + mine && __half_as_ushort(seen) == 0
+            && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES);
+        const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
+        int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
+
+        const auto add_slab = [&](auto kind, int s) {
+            constexpr bool PLAIN = decltype(kind)::value;
+            const bool more = slab + 1 < slab_end;
+            barrier_wait(arrived[0], parity[0]); // the keys
+            parity[0] ^= 1;
+            __syncwarp(); // the values of the last slab were read
+            const int2 * slab_cell = of_stretch.cell + s*SLAB;
+            const half * slab_mask = of_stretch.mask + s*SLAB;
+            if (!PLAIN && !__any_sync(0xffffffff, is_seen(slab_mask[lane]) || is_seen(slab_mask[lane + 32]))) {
+                if (more) {
+                    fetch(0, slab + 1);
+                }
+                return;
+            }
+            fetch(1, slab);
+
+            slab_view view;
+            if constexpr (!PLAIN) {
+                view.look<D>(a, slab_cell, part, head, query_pos, n_rot > 0, p.n_fine);
+                if (view.choose_anchor(anchor, p.n_fine)) {
+                    meet(group, false); // the turned queries were read by all
+                    turn_queries<D, 32*WARPS>(queries, anchored, freq, anchor, n_row);
+                    meet(group, false);
+                }
+            }
+
+            // keys
+            uint32_t k[KS][4];
+            const auto put = [&k](int s, int i, const uint4 & x) {
+                k[2*s + 0][i]     = x.x;
+                k[2*s + 0][i + 2] = x.y;
+                k[2*s + 1][i]     = x.z;
+                k[2*s + 1][i + 2] = x.w;
+            };
+            const uint8_t * row[2];
+            uint32_t ones[4]; // the components that count the mean
+            float    gain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                row[i] = k_rows + 8*i*p.stride[0];
+                const uint2 g = gains.key[row[i][0]];
+                ones[i]     = q4 == 0 ? g.x : 0;
+                ones[i + 2] = 0;
+                gain[i]     = __uint_as_float(g.y);
+            }
+            const auto decode_keys = [&](int s) {
+                const pair_code code = load_code(codes + 4*s + q4);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    put(s, i, decode_eight(row[i], code));
+                }
+            };
+            const auto put_wide = [&](int s) {
+                for_wide(codes + 4*s, min(4, n_wide[0] - 4*s), stage[0] + skew[0], p.stride[0], wide, [&](int q) {
+                    if (q4 == q) {
+                        put(s, 0, wide[r8]);
+                        put(s, 1, wide[r8 + 8]);
+                    }
+                });
+            };
+            const bool any_small = __any_sync(0xffffffff, gain[0] <= 0.0f || gain[1] <= 0.0f);
+            const bool odd       = any_small || n_wide[0] > 0;
+            const auto shrink_keys = [&](int s) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (gain[i] <= 0.0f) {
+                        const half2 g = __float2half2_rn(-gain[i]);
+#pragma unroll
+                        for (int j = 2*s; j < 2*s + 2; ++j) {
+                            k[j][i]     = mul_half2(k[j][i],     g);
+                            k[j][i + 2] = mul_half2(k[j][i + 2], g);
+                        }
+                    }
+                }
+            };
+            uint32_t x[D/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+            const auto multiply = [&](int s) { // the smallest come first
+                if (s == D/32 - 1) {
+                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                } else {
+                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
+                }
+                wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
+            };
+            if constexpr (PLAIN) {
+                hold_registers(ones);
+                pair_code code = load_code(codes + 4*(D/32 - 1) + q4);
+                uint2 words[2] = { load_words(row[0], code), load_words(row[1], code) };
+#pragma unroll
+                for (int s = D/32 - 1; s >= 0; --s) {
+                    const pair_code now  = code;
+                    const uint2 of_now[2] = { words[0], words[1] };
+                    if (s > 0) { // on their way while those before are looked up
+                        code = load_code(codes + 4*(s - 1) + q4);
+                        words[0] = load_words(row[0], code);
+                        words[1] = load_words(row[1], code);
+                    }
+                    put(s, 0, decode_words(of_now[0], now));
+                    put(s, 1, decode_words(of_now[1], now));
+                    if (odd) {
+                        put_wide(s);
+                        if (any_small) {
+                            shrink_keys(s);
+                        }
+                    }
+                    if (s < D/32 - 2) {
+                        wgmma_wait<1>();
+                    }
+                    wgmma_fence();
+                    multiply(s);
+                    if (s == 0) {
+                        wgmma<false>(x, ones, of_mean);
+                    }
+                    wgmma_commit();
+                }
+                __syncwarp();
+                if (more) {
+                    fetch(0, slab + 1);
+                }
+                barrier_wait(arrived[1], parity[1]); // the values
+                parity[1] ^= 1;
+            } else {
+#pragma unroll
+                for (int s = 0; s < D/32; ++s) {
+                    decode_keys(s);
+                }
+#pragma unroll
+                for (int s = 0; s < D/32; ++s) {
+                    put_wide(s);
+                }
+                if (any_small) {
+#pragma unroll
+                    for (int s = 0; s < D/32; ++s) {
+                        shrink_keys(s);
+                    }
+                }
+                if (view.any_chosen) {
+                    int   from[2];
+                    uint4 y[2][D/32]; // all on their way before the first is needed
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        from[i] = __shfl_sync(0xffffffff, view.chosen, r8 + 8*i);
+#pragma unroll
+                        for (int s = 0; s < D/32; ++s) {
+                            y[i][s] = from[i] >= 0 ? load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8) : make_uint4(0, 0, 0, 0);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        if (from[i] != -1) {
+                            gain[i] = 1.0f;
+                            ones[i] = q4 == 0 ? 0x3c003c00 : 0;
+#pragma unroll
+                            for (int s = 0; s < D/32; ++s) {
+                                put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8));
+                            }
+                        }
+                    }
+                }
+                hold_registers(ones);
+                __syncwarp();
+                if (more) {
+                    fetch(0, slab + 1);
+                }
+                barrier_wait(arrived[1], parity[1]); // the values
+                parity[1] ^= 1;
+                wgmma_fence();
+#pragma unroll
+                for (int s = D/32 - 1; s >= 0; --s) {
+                    multiply(s);
+                }
+                wgmma<false>(x, ones, of_mean);
+                wgmma_commit();
+            }
+            // meanwhile, some of the values: group r8 + 8*h of keys 2*q4, + 1, + 8, + 9
+            uint4 z[4];
+            const auto decode_values = [&](int h) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    z[n] = decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], v_code[h]);
+                }
+            };
+            decode_values(0);
+            wgmma_wait();
+
+            float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            const uint32_t sign[2] = { 0, 0 }; // all keys have positions from the anchor's on
+            const half * row_of_query = anchored + lane%(PLAIN ? 2*ROWS : ROWS)*LD + lane/8*8;
+            const uint32_t * turn[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                turn[i] = fine + (PLAIN ? s*SLAB + 16*part + r8 : max(0, view.row_pos[i] - anchor))*TURN_WORDS<D> + 4*q4;
+            }
+            if (PLAIN || view.near) {
+                multiply_turned<D, true,  PLAIN>(w, x, row_of_query, turn, sign, view.row_pos, freq);
+            } else {
+                multiply_turned<D, false, false>(w, x, row_of_query, turn, sign, view.row_pos, freq);
+            }
+
+            // logits of key r8 + q4/2*8, queries 2*(q4%2) + x
+            float logit[2], v[2];
+            const int   my_key  = r8 + q4/2*8;
+            const float my_gain = q4 < 2 ? gain[0] : gain[1];
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                logit[x] = (q4 < 2 ? w[x] : w[2 + x])*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
+                if (a.softcap != 0.0f) {
+                    logit[x] = a.softcap*LOG2E*tanhf(logit[x]);
+                }
+                if constexpr (!PLAIN) {
+                    const int   r     = 2*(q4%2) + x;
+                    const float slope = LOG2E*alibi_slope(a, head*a.group + r%a.group);
+                    logit[x] += slope*__half2float(slab_mask[16*part + my_key]);
+                }
+            }
+            if (__any_sync(0xffffffff, logit[0] - top[0] > slack || logit[1] - top[1] > slack)) { // rarely
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    float most = fmaxf(top[x], logit[x]);
+#pragma unroll
+                    for (int i = 2; i < 32; i *= 2) {
+                        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
+                    }
+                    const float fade = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
+                    top[x]  = most;
+                    sum[x] *= fade;
+#pragma unroll
+                    for (int h = 0; h < D/64; ++h) {
+#pragma unroll
+                        for (int t = 0; t < 2; ++t) {
+                            o[h][t][x]     *= fade;
+                            o[h][t][x + 2] *= fade;
+                        }
+                    }
+                }
+            }
+            const bool  coded = !view.any_chosen || __shfl_sync(0xffffffff, view.chosen, my_key) == -1;
+            const float g     = coded ? gains.value[*v_gain] : 1.0f;
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                v[x] = !PLAIN && top[x] == -INFINITY ? 0.0f : exp2f(logit[x] - top[x]);
+                sum[x] += v[x];
+            }
+            // of query r8%4: keys 2*q4, + 1 of the first eight, and of the others
+            const uint32_t t0 = transpose(pack_half2(v[0]*g, v[1]*g));
+            const uint32_t t1 = __shfl_xor_sync(0xffffffff, t0, 16);
+            const uint32_t wt[2] = { r8 < 4 ? t0 : t1, r8 < 4 ? t1 : t0 };
+
+#pragma unroll
+            for (int h = 0; h < D/64; ++h) {
+                if (h > 0) {
+                    decode_values(h);
+                }
+                for_wide(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
+                    if (r8 == g) {
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) {
+                            z[n] = wide[2*q4 + n%2 + n/2*8];
+                        }
+                    }
+                });
+                if (!PLAIN && view.any_chosen) {
+                    int   from[4];
+                    uint4 y[4];
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        from[n] = __shfl_sync(0xffffffff, view.chosen, 2*q4 + n%2 + n/2*8);
+                        y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8) : make_uint4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        if (from[n] != -1) {
+                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const uint32_t b0 = permute(wt[i], 0, pick[0]);
+                    const uint32_t b1 = permute(wt[i], 0, pick[1]);
+                    const uint4 & z0 = z[2*i];
+                    const uint4 & z1 = z[2*i + 1];
+                    const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
+                    const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
+                    mma(o[h][0], even, b0, b1);
+                    mma(o[h][1], odd,  b0, b1);
+                }
+            }
+        };
+
+#pragma unroll 1
+        for (int s = 0; s < n; ++s, ++slab) {
+            if (all_plain) {
+                add_slab(std::true_type(), s);
+            } else {
+                add_slab(std::false_type(), s);
+            }
+        }
+    }
+
+    __syncthreads();
+    merge_few<D, N_WARP>(a, smem + p.at_merge, o, top, sum, share, stream, p.n_sum, values, meta);
+    if (UNEVEN && share.split == 0) {
+        clear_sums<D>(a, share, stream, p.n_sum, values, meta);
+    }
+#else
+    GGML_UNUSED_VARS(a, p, maps, values, meta);
+    NO_DEVICE_CODE;
+#endif
+}
+
+template <int D, bool UNEVEN>
+void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
+    const auto kernel = decode_cells_sm90_few<D, UNEVEN>;
+    const row_maps maps = make_row_maps(a, p.stride);
+    const dim3 grid = UNEVEN ? dim3(p.n_block, 1, a.n_stream) : dim3(p.n_split, a.n_head_kv, a.n_stream);
+    allow_shared_memory((const void *) kernel, p.shared);
+    ggml_cuda_kernel_launch(kernel, { grid, 32*WARPS*GROUPS, p.shared, stream }, a, p, maps, values, meta);
+}
+
+} // namespace
+
+void decode_sm90_few(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
+    switch (d) {
+        case  64: return p.n_block > 0 ? launch< 64, true>(a, p, values, meta, stream) : launch< 64, false>(a, p, values, meta, stream);
+        case 128: return p.n_block > 0 ? launch<128, true>(a, p, values, meta, stream) : launch<128, false>(a, p, values, meta, stream);
+        default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
+    }
+}
+
+} // namespace kvtc

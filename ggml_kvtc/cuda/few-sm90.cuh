@@ -1,0 +1,208 @@
+// Parts of decode-sm90-few.cu: what a stretch of cells and gains are made into, queries turned to two anchors, what cells that are not
+// plain need, and the warps' sums to one.
+#pragma once
+
+#include "block-sm90.cuh"
+#include "hopper.cuh"
+#include "plan.h"
+#include "tables.cuh"
+#include "turn-sm90.cuh"
+
+namespace kvtc {
+
+constexpr int FEW_ROWS = SM90_FEW_ROWS;
+
+// of a stretch
+struct few_cells {
+    int2 cell[128]; // (position, slot)
+    half mask[128]; // as positions leave it
+};
+
+// of gains, by their codes
+struct few_gains {
+    uint2 key[256];   // what the mean's components are, f16 twice; f32, what the logit is multiplied by; so that their product is 1
+    float value[256];
+};
+
+static_assert(sizeof(few_cells) == SM90_FEW_CELLS && sizeof(few_gains) == SM90_FEW_GAINS, "the plan has another size");
+
+constexpr float MOST_OVER = 8.0f; // keys with a smaller gain than 1/8 are multiplied by it before the product: the mean over it may be large
+
+constexpr float MOST_SLACK = 4.0f; // log2 of how far weights may exceed 1 before their scale changes, if their f16 products with gains allow it
+
+__device__ __forceinline__ void make_gains(few_gains & gains, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh, int n_threads) {
+    for (int i = threadIdx.x; i < 256; i += n_threads) {
+        const float gain = get_gain(kh.gain_base, (uint8_t) i);
+        const bool  over = gain >= 1.0f/MOST_OVER;
+        const half  h    = __float2half_rn(over ? 1.0f/gain : 1.0f);
+        const half2 both = __half2half2(h);
+        gains.key[i]   = make_uint2(*(const uint32_t *) &both, __float_as_uint(over ? 1.0f/__half2float(h) : -gain)); // < 0 or -0: not applied yet
+        gains.value[i] = get_gain(vh.gain_base, (uint8_t) i);
+    }
+}
+
+// a block's part of a head's cells
+struct block_share {
+    int head, split, n_split;
+};
+
+// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have a path of their own
+__device__ __forceinline__ float get_cost(const char * pack, int head) {
+    return 100.0f + 9.0f*get_head(pack, GGML_KVTC_K, head).n_wide + 7.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
+}
+
+// Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
+// behind the last: the block has no part
+__device__ __forceinline__ block_share find_share(const attn_args & a, int n_block, int n_most) {
+    const int   lane  = threadIdx.x % 32;
+    const float cost  = lane < a.n_head_kv ? get_cost(a.pack, lane) : 0.0f;
+    const float exact = n_block*cost/warp_reduce_sum(cost);
+    int n = (int) exact;
+    const float rest = exact - n;
+    int before = 0; // heads that one of the blocks which are left goes to sooner
+    for (int i = 0; i < a.n_head_kv; ++i) {
+        const float x = __shfl_sync(0xffffffff, rest, i);
+        before += x > rest || (x == rest && i < lane);
+    }
+    n += before < n_block - warp_reduce_sum(n) && lane < a.n_head_kv;
+    n  = min(n, n_most);
+    int end = n;
+    for (int i = 1; i < 32; i *= 2) {
+        const int x = __shfl_up_sync(0xffffffff, end, i);
+        end += lane >= i ? x : 0;
+    }
+    const int head = __popc(__ballot_sync(0xffffffff, lane < a.n_head_kv && end <= (int) blockIdx.x));
+    return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
+}
+
+// the slabs of a group of the block's warps: from x on, before y
+template <bool UNEVEN>
+__device__ __forceinline__ int2 get_slabs(const sm90_plan & p, const block_share & share, int group) {
+    if constexpr (UNEVEN) {
+        const int part   = share.split*SM90_GROUPS + group;
+        const int n_part = share.n_split*SM90_GROUPS;
+        return make_int2(p.n_slab*part/n_part, p.n_slab*(part + 1)/n_part);
+    } else {
+        const int end       = min(p.n_slab, (share.split + 1)*p.slabs_per_split);
+        const int per_group = (p.slabs_per_split + SM90_GROUPS - 1)/SM90_GROUPS;
+        const int first     = share.split*p.slabs_per_split + group*per_group;
+        return make_int2(first, min(end, first + per_group));
+    }
+}
+
+// sums of a head that no block has, so that all have n_sum
+template <int D>
+__device__ __forceinline__ void clear_sums(const attn_args & a, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
+    const int n = n_sum - share.n_split;
+    for (int i = threadIdx.x; i < a.group*n*D; i += blockDim.x) {
+        const int64_t at = ((int64_t) stream*a.n_head + share.head*a.group + i/(n*D))*n_sum + share.n_split + i/D%n;
+        values[at*D + i%D] = 0.0f;
+        if (i%D == 0) {
+            meta[at] = make_float2(-INFINITY, 0.0f);
+        }
+    }
+}
+
+// Warps' sums, largest logits and sums of weights to one of each for the block, and out. o: [64 components][tile][row r8, + 8][query]
+template <int D, int N_WARP>
+__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
+                                          const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
+    constexpr int LD = D + 8;
+    const int warp = threadIdx.x / 32;
+    const int r8   = threadIdx.x % 32 / 4;
+    const int q4   = threadIdx.x % 4;
+    float * all_o   = (float *) to;               // [warp][row][LD]
+    float * all_top = all_o + N_WARP*FEW_ROWS*LD; // [warp][row]
+    float * all_sum = all_top + N_WARP*FEW_ROWS;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+        float s = sum[x];
+        s += __shfl_xor_sync(0xffffffff, s, 2);
+        s += __shfl_xor_sync(0xffffffff, s, 4);
+        s += __shfl_xor_sync(0xffffffff, s, 8);
+        s += __shfl_xor_sync(0xffffffff, s, 16);
+        const int row = warp*FEW_ROWS + 2*(q4%2) + x;
+        if (r8 == 0 && q4 < 2) {
+            all_top[row] = top[x];
+            all_sum[row] = s;
+        }
+#pragma unroll
+        for (int h = 0; h < D/64; ++h) {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                all_o[row*LD + 64*h + 8*(2*t + q4/2) + r8]     = o[h][t][x];
+                all_o[row*LD + 64*h + 8*(2*t + q4/2 + 4) + r8] = o[h][t][x + 2];
+            }
+        }
+    }
+    __syncthreads();
+    put_sums<D, N_WARP, FEW_ROWS, 1>(a, all_o, all_top, all_sum, share.head, stream, share.split, n_sum, values, meta);
+}
+
+// The queries, f16, turned back by a position, and FEW_ROWS rows on by eight more; the threads of a group do it together
+template <int D>
+__device__ __forceinline__ void turn_twice(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
+    constexpr int UNITS = D/4; // of two pairs
+    const int i = threadIdx.x%UNITS;
+    const int r = threadIdx.x%(32*GROUP_WARPS)/UNITS;
+    if (r < n_row) {
+        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const float2 c0 = get_rotation(pos + 8*e, freq[2*i]);
+            const float2 c1 = get_rotation(pos + 8*e, freq[2*i + 1]);
+            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c0, c1);
+        }
+    }
+}
+
+// What a slab that is not plain needs of its cells; a plain one's is known
+struct slab_view {
+    int  chosen     = -1;       // slot of one of the warp's 16 cells, the lane's, if it counts exactly; else -1
+    bool any_chosen = false;
+    bool near       = true;     // are all positions so near that the table of rotations has them?
+    int  lowest     = 0;
+    int  highest    = 0;
+    int  row_pos[2] = { 0, 0 }; // positions of keys lane/4, + 8
+
+    // cells: (position, slot) of the slab's
+    template <int D>
+    __device__ __forceinline__ void look(const attn_args & a, const int2 * cells, int part, int head, int query_pos, bool turns, int n_fine) {
+        const int lane = threadIdx.x % 32;
+        const int2 x = cells[16*part + lane%16];
+        const key_use use = x.x < 0 ? USE_CODES : get_use(a, x.x, x.y, query_pos, query_pos);
+        if (use != USE_CODES && x.y >= 0) { // half of the lanes the keys, half the values
+            const char * exact = (const char *) (a.exact[lane/16] + ((int64_t) head*a.n_slots + x.y)*D);
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
+            }
+        }
+        chosen     = use == USE_EXACT ? x.y : -1;
+        any_chosen = __any_sync(0xffffffff, chosen != -1);
+        // empty cells are masked: any angle will do for them
+        const int pos[2] = { cells[lane].x, cells[lane + 32].x };
+        lowest  = warp_min(min(pos[0] < 0 ? INT_MAX : pos[0], pos[1] < 0 ? INT_MAX : pos[1]));
+        highest = warp_max(max(pos[0], pos[1]));
+        near    = turns && lowest != INT_MAX && highest - lowest < n_fine;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            row_pos[i] = cells[16*part + lane/4 + 8*i].x;
+        }
+    }
+
+    // true where the slab needs another anchor than `anchor` (INT_MIN: none), which then becomes it
+    __device__ __forceinline__ bool choose_anchor(int & anchor, int n_fine) const {
+        const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= n_fine ? lowest : anchor;
+        const bool other  = wanted != anchor;
+        anchor = wanted;
+        return other;
+    }
+};
+
+// now, not between products, which the compiler would wait for
+__device__ __forceinline__ void hold_registers(uint32_t (&x)[4]) {
+    asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]));
+}
+
+} // namespace kvtc
