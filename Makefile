@@ -98,7 +98,7 @@ demo: build calibration ## generate with a compressed cache, then measure every 
 BENCH = $(VPYTHON) -m bench.run --models $(MODELS) --engine ours=$(BUILD_DIR)/bin $(1) $(BENCH_ARGS)
 STOCK = --engine stock=$(STOCK_DIR)/bin
 
-bench: build calibration ## quality, speed and memory of the cache types in bench/results: CSV, table, plots (<= 20 minutes)
+bench: build calibration ## quality, speed and memory of the cache types in bench/results: CSV, table, plots
 	$(call BENCH,$(if $(wildcard $(STOCK_DIR)/bin/llama-bench),$(STOCK))) bench/matrices/quick.yaml
 
 bench-full: build calibration $(FLOAT:.gguf=.kvtc.gguf) stock ## the same for all types, depths and retrieval, beside the unpatched build (hours)
