@@ -7,6 +7,9 @@ CMAKE_ARGS ?=
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
 ASAN_DIR   ?= build-asan
+# the pinned llama.cpp without our patches, a second engine for the bench
+STOCK_DIR  ?= build-stock
+BENCH_ARGS ?=
 # Tests that load the libraries, tests that run the tools, and the tools that those run; TEST_ARGS narrows both.
 ASAN_NATIVE ?= $(wildcard tests/native tests/llama)
 ASAN_TESTS  ?= $(wildcard tests/serving)
@@ -17,6 +20,7 @@ VPYTHON := $(VENV)/bin/python
 MODELS  := $(BUILD_DIR)/models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA3  := $(MODELS)/gemma-3-270m-q4_k_m.gguf
+FLOAT   := $(MODELS)/SmolLM2-135M-Instruct.f32.gguf
 # The system's tools when it has them, else those that `venv` installs from PyPI.
 CMAKE    = $(shell command -v cmake || echo $(VENV)/bin/cmake)
 NINJA    = $(shell command -v ninja || echo $(CURDIR)/$(VENV)/bin/ninja)
@@ -25,12 +29,13 @@ CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clan
 NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/bin/nvcc)
 
 .DEFAULT_GOAL := help
-.PHONY: help check check-cuda venv build cuda cuda-compile gpu-check models calibration demo test test-asan lint clean
+.PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
+	bench bench-full bench-gpu test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, CUDA, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
+	@echo "Variables: PYTHON, CUDA, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, BENCH_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
 
 check: # what the rest needs and cannot install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -49,7 +54,7 @@ venv: $(VENV)/.ready ## the Python environment in .venv
 
 $(VENV)/.ready: pyproject.toml | check
 	@test -x $(VPYTHON) || $(PYTHON) -m venv $(VENV)
-	$(VPYTHON) -m pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" -e ".[test]" \
+	$(VPYTHON) -m pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" -e ".[test,bench]" \
 		$$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja)
 	@touch $@
 
@@ -57,6 +62,11 @@ build: $(if $(CUDA),check-cuda) venv ## fetch and patch llama.cpp, compile the t
 	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(CMAKE) -S . -B $(BUILD_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev \
 		--log-level=NOTICE $(if $(CUDA),-DGGML_CUDA=ON) $(CMAKE_ARGS)
 	$(CMAKE) --build $(BUILD_DIR) --target kvtc-tools
+
+stock: venv ## compile the pinned llama.cpp without our patches into build-stock/bin
+	$(CMAKE) -S . -B $(STOCK_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev --log-level=NOTICE -DKVTC_STOCK=ON \
+		$(foreach sdist,$(firstword $(wildcard $(BUILD_DIR)/upstream/*.tar.gz)),-DKVTC_UPSTREAM_SDIST=$(sdist)) $(CMAKE_ARGS)
+	$(CMAKE) --build $(STOCK_DIR) --target kvtc-tools
 
 cuda: ## the same for the NVIDIA GPUs of this machine, into build-cuda/bin (`make demo CUDA=1` runs on them)
 	@$(MAKE) --no-print-directory build CUDA=1
@@ -85,6 +95,21 @@ demo: build calibration ## generate with a compressed cache, then measure every 
 		-p "The three most important ideas in data compression are" < /dev/null
 	$(VPYTHON) -m bench.demo --build $(BUILD_DIR) $(DEMO_ARGS)
 
+BENCH = $(VPYTHON) -m bench.run --models $(MODELS) --engine ours=$(BUILD_DIR)/bin $(1) $(BENCH_ARGS)
+STOCK = --engine stock=$(STOCK_DIR)/bin
+
+bench: build calibration ## quality, speed and memory of the cache types in bench/results: CSV, table, plots
+	$(call BENCH,$(if $(wildcard $(STOCK_DIR)/bin/llama-bench),$(STOCK))) bench/matrices/quick.yaml
+
+bench-full: build calibration $(FLOAT:.gguf=.kvtc.gguf) stock ## the same for all types, depths and retrieval, beside the unpatched build (hours)
+	$(call BENCH,$(STOCK)) bench/matrices/full.yaml
+
+bench-gpu: venv ## the same on this machine's GPU with models of random weights, after `make cuda`
+	$(VPYTHON) -m bench.run --engine ours=build-cuda/bin $(BENCH_ARGS) bench/matrices/gpu.yaml
+
+$(FLOAT): $(SMOLLM2)
+	$(VPYTHON) -m bench.float_copy $< $@
+
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)
 
@@ -110,5 +135,5 @@ lint: venv ## ruff, as CONTRIBUTING.md asks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## remove build/, build-cuda/ and build-asan/ (the environment stays)
-	rm -rf $(BUILD_DIR) build-cuda $(ASAN_DIR)
+clean: ## remove build/, build-cuda/, build-stock/ and build-asan/ (the environment stays)
+	rm -rf $(BUILD_DIR) build-cuda $(STOCK_DIR) $(ASAN_DIR)

@@ -22,11 +22,14 @@ from kvtc_gguf.format import read, write
 from rich.console import Console
 
 from bench import nsight
+from bench.caches import Cache
 from bench.float_copy import float_copy
-from bench.gpu_memory import parse_split, watched
-from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
+from bench.gpu_memory import watched
+from bench.gpu_verdict import ratios, verdicts
 from bench.heldout import find
-from bench.perplexity import Cache, Perplexity
+from bench.logs import parse_sizes
+from bench.perplexity import Perplexity
+from bench.speed import Speed, parse_bench
 
 TYPES = "f16,kvtc-k2v4,q8_0,q4_0,kvtc-k3v4,kvtc-k1v3,kvtc-k4v4"  # a run that is cut short has the first ones
 DEPTHS = "0,4096,16384,32768,65536,131072"
@@ -134,7 +137,7 @@ def bench(c: Check) -> str:
         model = random_model(c, shape)
         for kind in c.types:
             log = c.run(f"bench-{shape}-{kind}", c.binaries / "llama-bench", "-m", model, "-ngl", 99, "-p", 512,
-                        "-n", 32, "-r", 2, "-fa", 1, "-d", c.depths, "-o", "jsonl", *bench_types(kind))  # fmt: skip
+                        "-n", 32, "-r", 2, "-d", c.depths, "-o", "jsonl", *Cache(kind).arguments)  # fmt: skip
             c.speeds += parse_bench(log, shape, kind)
             write_speeds(c)
     return "; ".join(f"{'met' if met else 'NOT met'}: {text}" for text, met in verdicts(c.speeds)) or "bench.csv"
@@ -148,9 +151,9 @@ def memory(c: Check) -> str:
         caches = {}
         for kind in ("f16", "kvtc-k2v4"):
             with watched() as peak:
-                log = c.run(f"memory-{shape}-{kind}", c.binaries / "llama-bench", "-m", model, "-ngl", 99, "-p", 512,
-                            "-n", 1, "-r", 1, "-fa", 1, "-d", depth, "-v", *bench_types(kind))  # fmt: skip
-            found = parse_split(log)
+                log = c.run(f"memory-{shape}-{kind}", c.binaries / "llama-bench", "-m", model, "-ngl", 99, "-p", 0,
+                            "-n", 1, "-r", 1, "-d", depth, "-v", *Cache(kind).arguments)  # fmt: skip
+            found = parse_sizes(log)
             caches[kind] = found.cache
             parts = (found.codes, found.exact, found.bases, found.compute)
             rows.append((shape, kind, depth, found.cache, *parts, "" if peak.mib is None else peak.mib))
@@ -166,11 +169,6 @@ def random_model(c: Check, shape: str) -> Path:
     if not model.exists():
         c.run(f"model-{shape}", sys.executable, "-m", "bench.random_model", shape, model)
     return model
-
-
-def bench_types(kind: str) -> list[str]:
-    """llama-bench takes the names of pairs by --cache-type, and plain types for each side."""
-    return ["--cache-type", kind] if kind.startswith("kvtc-") else ["-ctk", kind, "-ctv", kind]
 
 
 def write_speeds(c: Check) -> None:

@@ -1,44 +1,14 @@
-"""Where a GPU's memory goes: a cache's parts and buffers from a log, the device's use while a command runs."""
+"""What a GPU has in use while a command runs."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from bench.perplexity import KVTC_SIZES, parse_kv_mib
-
 SMI = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """MiB of one run: codes (or a stock type's K and V), exact rows, bases, and llama.cpp's compute buffers."""
-
-    codes: float
-    exact: float
-    bases: float
-    compute: float
-
-    @property
-    def cache(self) -> float:
-        """What a context's cache takes, everything beside the codes counted."""
-        return self.codes + self.exact + self.bases
-
-
-def parse_split(log: str) -> Split:
-    """The parts that a verbose run of llama.cpp names.
-
-    Raises:
-        RunError: it does not say how large its cache is.
-    """
-    beside = {part: sum(float(line[part]) for line in KVTC_SIZES.finditer(log)) for part in ("exact", "bases")}
-    buffers = re.findall(r"sched_reserve:\s+(\S+) compute buffer size =\s*([\d.]+) MiB", log)
-    compute = sum(dict((name, float(size)) for name, size in buffers).values())  # of each device, the last reservation
-    return Split(parse_kv_mib(log) - sum(beside.values()), **beside, compute=compute)
 
 
 @dataclass

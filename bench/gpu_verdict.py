@@ -2,39 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from bench.speed import Speed
 
 DEEP, DEEPEST = 16384, 131072
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One test of llama-bench: tokens a second and their standard deviation."""
-
-    model: str
-    kind: str  # cache type as `--types` names it
-    test: str  # "pp512", "tg32"
-    depth: int
-    tokens_per_second: float
-    stddev: float
-
-
-def parse_bench(lines: str, model: str, kind: str) -> list[Speed]:
-    """The rows of `llama-bench -o jsonl`. Raises ValueError when there is none or one lacks a figure."""
-    rows = []
-    for line in lines.splitlines():
-        if not line.startswith("{"):
-            continue
-        try:
-            x = json.loads(line)
-            test = f"pp{x['n_prompt']}" if x["n_prompt"] else f"tg{x['n_gen']}"
-            rows.append(Speed(model, kind, test, int(x["n_depth"]), float(x["avg_ts"]), float(x["stddev_ts"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"llama-bench printed a row that cannot be read: {line[:80]}") from error
-    if not rows:
-        raise ValueError("llama-bench printed no row")
-    return rows
 
 
 def ratios(rows: list[Speed], base: str = "f16") -> dict[Speed, float]:

@@ -1,7 +1,8 @@
 # Gives the build a patched llama.cpp tree: sets KVTC_LLAMA_CPP_DIR. CMakeLists.txt includes it; alone it runs as
 #   cmake -DKVTC_UPSTREAM_DIR=build/upstream -P cmake/prepare_upstream.cmake
 # In: KVTC_UPSTREAM_DIR (where to unpack), KVTC_UPSTREAM_SDIST (a local sdist), KVTC_LLAMA_CPP_SOURCE (a developer's
-# own patched llama.cpp, never written to), KVTC_PATCH_DIR (default patches/), KVTC_PYTHON (the Python that has pip).
+# own patched llama.cpp, never written to), KVTC_PATCH_DIR (default patches/), KVTC_PYTHON (the Python that has pip),
+# KVTC_STOCK (leave the tree as upstream made it).
 cmake_minimum_required(VERSION 3.21)
 get_filename_component(KVTC_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 include("${CMAKE_CURRENT_LIST_DIR}/fetch_upstream.cmake")
@@ -31,7 +32,14 @@ else()
         message(FATAL_ERROR "kvtc: set KVTC_UPSTREAM_DIR to the folder to unpack upstream in")
     endif()
     kvtc_fetch_upstream("${KVTC_UPSTREAM_DIR}")
-    kvtc_apply_patches("${KVTC_UPSTREAM_TREE}" "${KVTC_UPSTREAM_SDIST_FILE}" "${KVTC_PATCH_DIR}")
     set(KVTC_LLAMA_CPP_DIR "${KVTC_UPSTREAM_TREE}/vendor/llama.cpp")
+    if(KVTC_STOCK)
+        file(STRINGS "${KVTC_LLAMA_CPP_DIR}/${KVTC_MARKER_FILE}" found REGEX "${KVTC_MARKER}" LIMIT_COUNT 1)
+        if(found)
+            message(FATAL_ERROR "kvtc: ${KVTC_LLAMA_CPP_DIR} is patched; KVTC_STOCK needs another KVTC_UPSTREAM_DIR")
+        endif()
+    else()
+        kvtc_apply_patches("${KVTC_UPSTREAM_TREE}" "${KVTC_UPSTREAM_SDIST_FILE}" "${KVTC_PATCH_DIR}")
+    endif()
 endif()
 message(STATUS "kvtc: llama.cpp in ${KVTC_LLAMA_CPP_DIR}")

@@ -172,3 +172,12 @@ def test_developers_own_tree_without_our_patches_stops(small: Small) -> None:
     result = small.prepare(KVTC_LLAMA_CPP_SOURCE=own)
     assert result.returncode != 0
     assert "the tree is not patched" in said(result)
+
+
+def test_stock_engine_is_upstreams_tree_and_never_a_patched_one(small: Small) -> None:
+    small.write("01.patch", MARK)
+    assert small.prepare(KVTC_STOCK="ON").returncode == 0
+    assert (small.llama_cpp / HEADER).read_text() == "one\ntwo\nthree\n"
+    assert small.prepare().returncode == 0  # now patched
+    result = small.prepare(KVTC_STOCK="ON")
+    assert result.returncode != 0 and "is patched; KVTC_STOCK needs another KVTC_UPSTREAM_DIR" in said(result)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import demo, heldout, models
-from bench.perplexity import Cache, Perplexity, RunError, parse_bpv, parse_kv_mib, parse_statistics
+from bench import demo, heldout, matrix, models
+from bench.caches import Cache
+from bench.logs import RunError, parse_sizes
+from bench.perplexity import Perplexity, parse_statistics
 
 SUMMARY = """
 ====== Perplexity statistics ======
@@ -45,6 +47,7 @@ I log_sizes: 3.000 bpv, codes 4.22 MiB, exact rows 2.90 MiB (4 sinks, window 128
 def test_summary_is_read_by_name_not_by_position() -> None:
     found = parse_statistics(PLAIN + SUMMARY)
     assert (found.ppl, found.kld, found.kld_p999, found.top1) == (26.792741, 0.044220, 0.754137, 86.473)
+    assert found.errors == {"ppl": 1.267660, "kld": 0.000975, "top1": 0.535}
     assert found.kv_mib == 11.95
 
 
@@ -61,28 +64,31 @@ def test_nan_is_not_a_result() -> None:
 
 @pytest.mark.parametrize(("log", "mib"), [(PLAIN, 11.95), (SLIDING, 1.59 + 7.97), (COMPRESSED, 4.22 + 2.90 + 5.12)])
 def test_cache_size_counts_every_part_once(log: str, mib: float) -> None:
-    assert parse_kv_mib(log) == pytest.approx(mib)
+    assert parse_sizes(log).cache == pytest.approx(mib)
 
 
 def test_bits_come_from_the_run_where_it_prints_them() -> None:
-    assert parse_bpv(PLAIN) is None
-    assert parse_bpv(COMPRESSED) == 3.0
+    assert parse_sizes(PLAIN).bpv is None
+    assert parse_sizes(COMPRESSED).bpv == 3.0
     wider = COMPRESSED.replace("3.000 bpv, codes 4.22", "6.000 bpv, codes 8.44")
-    assert parse_bpv(COMPRESSED + wider) == pytest.approx(4.5)  # as many values at 3 bits as at 6
+    assert parse_sizes(COMPRESSED + wider).bpv == pytest.approx(4.5)  # as many values at 3 bits as at 6
 
 
 def test_log_without_a_cache_is_an_error() -> None:
-    with pytest.raises(RunError, match="size of its KV cache"):
-        parse_kv_mib("llama_context: n_ctx = 1024\n")
+    with pytest.raises(RunError, match="size of the KV cache"):
+        parse_sizes("llama_context: n_ctx = 1024\n")
 
 
 def test_cache_names_become_types_bits_and_flags() -> None:
     cache = Cache("kvtc-k2v4", sink=4, window=0)
     assert cache.types == ("kvtc2", "kvtc4")
     assert cache.bpv == 3.0
-    assert cache.arguments == ["--cache-type", "kvtc-k2v4", "--kvtc-sink", "4", "--kvtc-window", "0"]
+    chosen = ["-ctk", "kvtc2", "-ctv", "kvtc4", "-fa", "on", "--kvtc-sink", "4", "--kvtc-window", "0"]
+    assert cache.arguments == chosen
     assert Cache("q4_0").bpv == 4.5
-    assert Cache("q4_0").arguments[:4] == ["--cache-type-k", "q4_0", "--cache-type-v", "q4_0"]
+    assert Cache("q4_0").arguments == ["-ctk", "q4_0", "-ctv", "q4_0", "-fa", "on"]
+    assert Cache("kvtc2/q8_0").types == ("kvtc2", "q8_0")
+    assert Cache("somebody3").bpv is None and Cache("somebody3").types == ("somebody3", "somebody3")
 
 
 def test_failing_run_says_why(tmp_path: Path) -> None:
@@ -91,24 +97,46 @@ def test_failing_run_says_why(tmp_path: Path) -> None:
         run.save_base()
 
 
+def cell(**more: str) -> list[dict[str, str]]:
+    """The bench's rows of one cell."""
+    facts = {"model": "m", "cache": "kvtc-k2v4", "type_k": "kvtc2", "type_v": "kvtc4", "sinks": "4", "window": "128"}
+    facts |= {"bpv": "3", "bytes": str(12 * 2**20), "error": ""}
+    values = {"kld": "0.04422", "kld_p999": "0.754137", "ppl": "26.7927", "top1": "86.473"}
+    return [facts | {"metric": metric, "value": value} | more for metric, value in values.items()]
+
+
 def test_csv_has_the_promised_columns(tmp_path: Path) -> None:
-    rows = [demo.row(Path("m.gguf"), Cache("kvtc-k2v4", 4, 128), parse_statistics(COMPRESSED + SUMMARY))]
-    demo.write_csv(rows, tmp_path / "demo.csv")
+    demo.write_csv(demo.table_rows(cell()), tmp_path / "demo.csv")
     assert (tmp_path / "demo.csv").read_text().splitlines()[0] == (
         "model,cache_type_k,cache_type_v,sink,window,bpv,kv_mib,ppl,kld,kld_p999,top1"
     )
     with (tmp_path / "demo.csv").open() as file:
         line = next(csv.DictReader(file))
     assert (line["cache_type_k"], line["cache_type_v"], line["bpv"], line["window"]) == ("kvtc2", "kvtc4", "3", "128")
+    assert (line["kv_mib"], line["ppl"], line["kld"]) == ("12.00", "26.7927", "0.044220")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.csv"]
 
 
+def test_failed_cell_leaves_no_table() -> None:
+    with pytest.raises(RunError, match="no calibration"):
+        demo.table_rows(cell() + cell(model="n", error="no calibration", value=""))
+
+
 def test_table_measures_every_promised_type_on_both_models() -> None:
-    smollm2, gemma3 = demo.select(None, None)  # what `make demo` measures without being asked
-    assert [cache.name for cache in smollm2.caches[:7]] == [*demo.STOCK, *demo.KVTC]
-    assert {(cache.name, cache.window) for cache in smollm2.caches[7:]} == {(name, 0) for name in demo.KVTC}
-    assert {cache.name for cache in gemma3.caches} == {"f16", "q4_0", "kvtc-k2v4"}
-    assert {subject.file_name for subject in (smollm2, gemma3)} == {model.file_name for model in models.MODELS}
+    plan = demo.select(matrix.load(demo.MATRIX), None, None)  # what `make demo` measures without being asked
+    assert {model.file for model in plan.models} == {model.file_name for model in models.MODELS}
+    labels = [entry.cache.label for entry in plan.caches]
+    kvtc = ["kvtc-k2v2", "kvtc-k2v4", "kvtc-k3v4", "kvtc-k4v4"]
+    assert labels == ["f16", "q8_0", "q4_0", *kvtc, *(f"{name} 4+0" for name in kvtc)]
+    measured = {
+        model.name: [x for test in plan.tests if matrix.wants(test.models, model.name)
+                     for x in labels if matrix.wants(test.caches, x)]
+        for model in plan.models
+    }  # fmt: skip
+    assert list(measured.values()) == [labels, ["f16", "q4_0", "kvtc-k2v4"]]
+    assert [model.name for model in demo.select(matrix.load(demo.MATRIX), "f16", "f32").models] == [
+        "SmolLM2-135M-Instruct.f32"
+    ]
 
 
 def test_held_out_text_is_long_enough_and_not_calibrated_on() -> None:

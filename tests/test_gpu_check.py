@@ -12,13 +12,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bench import gpu_check, gpu_memory, nsight
-from bench.gpu_verdict import Speed, parse_bench, ratios, verdicts
+from bench.gpu_verdict import ratios, verdicts
+from bench.logs import parse_sizes
+from bench.speed import Speed, parse_bench
 
 
 def row(kind: str, test: str, depth: int, speed: float) -> Speed:
@@ -141,11 +144,11 @@ sched_reserve:      CUDA0 compute buffer size =    60.00 MiB
 
 
 def test_memory_is_split_into_parts_that_add_up():
-    found = gpu_memory.parse_split(MEMORY)
+    found = parse_sizes(MEMORY)
     assert (found.codes, found.exact, found.bases) == pytest.approx((2.11, 4.31, 9.81))
     assert found.cache == pytest.approx(16.23)
     assert found.compute == pytest.approx(62.0)
-    stock = gpu_memory.parse_split("llama_kv_cache: size =   22.50 MiB (1024 cells)\n")
+    stock = parse_sizes("llama_kv_cache: size =   22.50 MiB (1024 cells)\n")
     assert (stock.codes, stock.exact, stock.bases, stock.compute) == (22.5, 0, 0, 0)
 
 
@@ -155,7 +158,7 @@ def test_device_memory_is_the_most_that_was_seen(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with gpu_memory.watched(0.01) as peak:
         while not count.exists() or len(count.read_text()) < 8:
-            pass
+            time.sleep(0.01)  # a busy loop would keep the watching thread from running
     assert peak.mib == 900
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with gpu_memory.watched(0.01) as peak:

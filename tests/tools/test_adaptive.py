@@ -16,7 +16,7 @@ from kvtc_gguf.format import read, write
 from test_bad_input import refused
 from tools import EXACT, Base, complete
 
-from bench.perplexity import parse_bpv
+from bench.logs import parse_sizes
 
 N_LAYER = 4
 K, V = [6, 2, 2, 1], [4, 4, 4, 2]  # by layer, where kvtc-k2v4 is asked for
@@ -55,7 +55,7 @@ def test_log_and_sizes_are_those_of_the_layers(model, adaptive, tmp_path):
     mib = tools.N_HEAD_KV * tools.HEAD_DIM * sum(K + V) / 8 * n_ctx / 2**20
     assert re.findall(r"KV buffer size = +([\d.]+) MiB", log)[-1] == f"{mib:.2f}"
     assert f"codes {mib:.2f} MiB" in log
-    assert parse_bpv(log) == pytest.approx(np.mean(K + V), abs=1e-3)
+    assert parse_sizes(log).bpv == pytest.approx(np.mean(K + V), abs=1e-3)
     embed(model, read(adaptive), tmp_path / "embedded.gguf")
     assert runs(complete(tmp_path / "embedded.gguf", *ASKED, n=1).log) == runs(log)
 

@@ -16,7 +16,7 @@ from kvtc_gguf.embed import embed
 from kvtc_gguf.format import read, write
 from tools import EXACT, Base, complete, perplexity, succeed
 
-from bench.perplexity import parse_bpv, parse_kv_mib
+from bench.logs import parse_sizes
 
 ROUNDING = 1e-4  # nats per token; stored logits alone make up to 1e-5
 SHAPE = ("-c", 256, "-b", 256, "--chunks", 3)
@@ -67,14 +67,14 @@ def test_log_names_types_sizes_and_flash_attention(llama):
     assert "layers 0 to 1: K kvtc2 (2.00 bpv), V kvtc4 (4.00 bpv)" in log
     assert re.search(r"flash_attn since kvtc", log)
     assert "4 sinks, window 128, rollback 64, 196 slots" in log
-    assert parse_bpv(log) == 3.0
+    assert parse_sizes(log).bpv == 3.0
     values = tools.N_LAYER * tools.N_HEAD_KV * tools.HEAD_DIM
     codes = values * (2 + 4) / 8 * 256 / 2**20
     exact = values * 2 * 2 * 196 / 2**20  # K and V in f16
     bases = float(re.findall(r"bases ([\d.]+) MiB", log)[-1])
     assert f"codes {codes:.2f} MiB, exact rows {exact:.2f} MiB" in log
     assert bases >= values * 2 * tools.HEAD_DIM * 4 / 2**20  # in f32; decoding and codebooks come on top
-    assert parse_kv_mib(log) == pytest.approx(codes + exact + bases, abs=0.01)
+    assert parse_sizes(log).cache == pytest.approx(codes + exact + bases, abs=0.01)
 
 
 def test_window_beyond_the_context_takes_no_more_than_the_context(llama):

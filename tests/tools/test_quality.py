@@ -14,7 +14,8 @@ import pytest
 import tools
 
 from bench import heldout
-from bench.perplexity import Cache, Perplexity
+from bench.caches import Cache
+from bench.perplexity import Perplexity
 
 MODEL = tools.ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
