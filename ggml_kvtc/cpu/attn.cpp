@@ -19,7 +19,7 @@ namespace {
 
 constexpr int MAX_ROWS    = 256; // query rows (tokens x heads of the group) that share a rebuilt tile
 constexpr int SPLIT_ROWS  = 64;  // with at most this many rows in all, cells are split over threads
-constexpr int SPLIT_TILES = 4;   // but in no less than this many tiles
+constexpr int FEW_ROWS    = 8;   // so few rows sum values along the keys, without a transposition
 
 constexpr float NONE = -INFINITY;
 
@@ -33,7 +33,7 @@ struct shape {
 
     size_t scratch_floats() const { // of one thread
         const int dmax = std::max(dkp, dvp);
-        return ((size_t) rows*(dmax + TILE + dvp + 2) + (size_t) TILE*(2*dmax + dkp + dvp) + 15)/16*16;
+        return ((size_t) rows*(dmax + TILE + dvp + 2) + (size_t) TILE*(2*dmax + dkp + dvp) + (size_t) std::min(rows, FEW_ROWS)*dvp*W + 15)/16*16;
     }
     size_t partial_floats() const { // of one unit
         return (size_t) rows*(dvp + 2);
@@ -61,8 +61,8 @@ shape get_shape(const ggml_tensor * dst, int n_threads) {
     s.n_split   = 1;
     if (s.n_tokens*s.group <= SPLIT_ROWS && n_threads > 1) {
         const int64_t units = s.n_stream*s.n_head_kv*s.n_block;
-        const int64_t most  = std::max<int64_t>(1, s.n_kv/(SPLIT_TILES*TILE));
-        s.n_split = (int) std::min<int64_t>(most, (4*n_threads + units - 1)/units);
+        const int64_t most  = std::max<int64_t>(1, s.n_kv/TILE);
+        s.n_split = (int) std::min<int64_t>(most, (16*n_threads + units - 1)/units);
     }
     return s;
 }
@@ -95,7 +95,13 @@ public:
     void run(int64_t stream, int64_t head, int block, int64_t from, int64_t to) {
         begin(stream, head, block);
         for (int64_t first = from; first < to; first += TILE) {
+            end = to;
             tile(first, (int) std::min<int64_t>(TILE, to - first));
+        }
+        if (few) { // what finish() and save() expect
+            for (int64_t i = 0; i < (int64_t) n_row*s.dvp; ++i) {
+                acc[i] += hsum(load(lanes + i*W));
+            }
         }
     }
 
@@ -144,6 +150,8 @@ public:
         acc     = take((size_t) s.rows*s.dvp);
         top     = take(s.rows);
         sum     = take(s.rows);
+        few     = coded[GGML_KVTC_V] && n_row <= FEW_ROWS;
+        lanes   = few ? take((size_t) n_row*s.dvp*W) : nullptr;
 
         const ggml_tensor * q = dst->src[0];
         const float scale = p.logit_softcap != 0.0f ? p.scale/p.logit_softcap : p.scale;
@@ -155,6 +163,9 @@ public:
         }
         std::fill(acc, acc + (size_t) n_row*s.dvp, 0.0f);
         std::fill(top, top + n_row, NONE);
+        if (few) {
+            std::fill(lanes, lanes + (size_t) n_row*s.dvp*W, 0.0f);
+        }
         std::fill(sum, sum + n_row, 0.0f);
 
         cell_info = (const int32_t *) dst->src[6]->data + 2*s.n_kv*stream;
@@ -301,17 +312,23 @@ private:
         }
     }
 
+    void prefetch(ggml_kvtc_side side, int64_t first, int64_t n) const {
+        const ggml_tensor * rows = dst->src[side == GGML_KVTC_K ? 1 : 2];
+        if (few && coded[side] && n > 0) {
+            prefetch_codes(pack, side, (int) i_head, (int) std::min<int64_t>(n, TILE),
+                           (const uint8_t *) rows->data + i_stream*rows->nb[3] + first*rows->nb[1], rows->nb[1]);
+        }
+    }
+
     void load_keys(const tile_cells & cells) {
         const ggml_tensor * k = dst->src[1];
         if (coded[GGML_KVTC_K]) {
             const ggml_kvtc_pack_head & head = *ggml_kvtc_pack_get_head(pack, GGML_KVTC_K, (int) i_head);
             const int rank = load_components(pack, GGML_KVTC_K, (int) i_head, cells, (const uint8_t *) k->data + i_stream*k->nb[3],
                                              k->nb[1], source[GGML_KVTC_K], z);
+            prefetch(GGML_KVTC_V, cells.cell[0], cells.n);
             const float * mean = (const float *) ggml_kvtc_pack_at(pack, head.mean);
-            for (int64_t i = 0; i < s.dk; ++i) {
-                std::fill(keys + i*TILE, keys + (i + 1)*TILE, mean[i]);
-            }
-            gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, true);
+            gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, mean);
             rotate_keys(pack, cells, keys);
         } else {
             if (cells.n < TILE) {
@@ -331,6 +348,10 @@ private:
         if (coded[GGML_KVTC_V]) {
             const int rank = load_components(pack, GGML_KVTC_V, (int) i_head, cells, (const uint8_t *) v->data + i_stream*v->nb[3],
                                              v->nb[1], source[GGML_KVTC_V], zt);
+            if (few) {
+                n_component = rank;
+                return;
+            }
             std::fill(zt + (size_t) rank*TILE, zt + (size_t) s.dvp*TILE, 0.0f);
             transpose_tile(zt, s.dvp, values, s.dvp);
         } else {
@@ -345,6 +366,7 @@ private:
     void attend(const tile_cells & cells, const bool * split, bool exact) {
         load_keys(cells);
         load_values(cells);
+        prefetch(GGML_KVTC_K, cells.cell[0] + TILE, end - cells.cell[0] - TILE);
         gemm(n_row, TILE, (int) s.dk, queries, s.dkp, keys, TILE, scores, TILE, false);
 
         for (int t = 0; t < n_tok; ++t) {
@@ -370,7 +392,30 @@ private:
                 softmax_row((int) (t*s.group + g), i_head*s.group + g, bias);
             }
         }
-        gemm(n_row, s.dvp, cells.n, scores, TILE, values, s.dvp, acc, s.dvp, true);
+        if (few) {
+            sum_values();
+        } else {
+            gemm(n_row, s.dvp, cells.n, scores, TILE, values, s.dvp, acc, s.dvp, true);
+        }
+    }
+
+    // weights x components of the tile, W sums a component and row
+    void sum_values() {
+        constexpr int N = TILE/W;
+        for (int r = 0; r < n_row; ++r) {
+            vf w[N];
+            for (int i = 0; i < N; ++i) {
+                w[i] = load(scores + (size_t) r*TILE + i*W);
+            }
+            float * out = lanes + (size_t) r*s.dvp*W;
+            for (int c = 0; c < n_component; ++c) {
+                vf x = load(out + c*W);
+                for (int i = 0; i < N; ++i) {
+                    x = fma(w[i], load(zt + c*TILE + i*W), x);
+                }
+                store(out + c*W, x);
+            }
+        }
     }
 
     // scores of one row to weights relative to its running maximum
@@ -402,6 +447,10 @@ private:
             for (int c = 0; c < s.dvp; c += W) {
                 store(row + c, mul(set1(f), load(row + c)));
             }
+            for (int c = 0; few && c < s.dvp; ++c) {
+                float * lane = lanes + ((size_t) r*s.dvp + c)*W;
+                store(lane, mul(set1(f), load(lane)));
+            }
             sum[r] *= f;
             top[r]  = peak;
         }
@@ -427,6 +476,9 @@ private:
     int64_t i_stream, i_head, t0;
     int     n_tok, n_row;
     int32_t min_pos, max_pos;
+    int64_t end;           // of the range of cells
+    bool    few;           // rows: lanes is used
+    int     n_component;   // of zt, if few
     const int32_t * cell_info;
     const int32_t * query_pos;
     exact_source    source[2];
@@ -440,6 +492,7 @@ private:
     float * acc;     // [rows][dvp]
     float * top;     // [rows] running maximum
     float * sum;     // [rows] running sum of weights
+    float * lanes;   // [rows][dvp][W] sums to be added to acc, if few
 };
 
 // every thread takes the next free unit
