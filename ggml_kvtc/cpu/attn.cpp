@@ -2,7 +2,9 @@
 // of 64 cells, rebuilds the keys of a tile once for all its query rows, and keeps values in coefficient space until the
 // end. Few queries (decode): the cells are split over the threads and the partial softmaxes merged.
 #include "kvtc-cpu.h"
+#include "attn-shape.h"
 #include "gemm.h"
+#include "lanes.h"
 #include "tile.h"
 
 #include "ggml-cpu-impl.h"
@@ -17,55 +19,7 @@ namespace kvtc {
 
 namespace {
 
-constexpr int MAX_ROWS    = 256; // query rows (tokens x heads of the group) that share a rebuilt tile
-constexpr int SPLIT_ROWS  = 64;  // with at most this many rows in all, cells are split over threads
-constexpr int FEW_ROWS    = 8;   // so few rows sum values along the keys, without a transposition
-
 constexpr float NONE = -INFINITY;
-
-struct shape {
-    int64_t dk, dv, n_kv, n_head_kv, n_head, n_tokens, n_stream, group;
-    int     dkp, dvp;        // padded
-    int     block;           // tokens of a query block
-    int     n_block;
-    int     n_split;         // ranges of cells
-    int     rows;            // rows of a full block
-
-    size_t scratch_floats() const { // of one thread
-        const int dmax = std::max(dkp, dvp);
-        return ((size_t) rows*(dmax + TILE + dvp + 2) + (size_t) TILE*(2*dmax + dkp + dvp) + (size_t) std::min(rows, FEW_ROWS)*dvp*W + 15)/16*16;
-    }
-    size_t partial_floats() const { // of one unit
-        return (size_t) rows*(dvp + 2);
-    }
-    int64_t n_unit() const { return n_stream*n_head_kv*n_block*n_split; }
-};
-
-shape get_shape(const ggml_tensor * dst, int n_threads) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    shape s;
-    s.dk        = k->ne[0];
-    s.dv        = dst->src[2]->ne[0];
-    s.n_kv      = k->ne[1];
-    s.n_head_kv = k->ne[2];
-    s.n_head    = q->ne[2];
-    s.n_tokens  = q->ne[1];
-    s.n_stream  = q->ne[3];
-    s.group     = s.n_head/s.n_head_kv;
-    s.dkp       = GGML_KVTC_PADDED((int) s.dk);
-    s.dvp       = GGML_KVTC_PADDED((int) s.dv);
-    s.block     = (int) std::max<int64_t>(1, std::min(s.n_tokens, MAX_ROWS/s.group));
-    s.n_block   = (int) ((s.n_tokens + s.block - 1)/s.block);
-    s.rows      = (int) (s.block*s.group);
-    s.n_split   = 1;
-    if (s.n_tokens*s.group <= SPLIT_ROWS && n_threads > 1) {
-        const int64_t units = s.n_stream*s.n_head_kv*s.n_block;
-        const int64_t most  = std::max<int64_t>(1, s.n_kv/TILE);
-        s.n_split = (int) std::min<int64_t>(most, (16*n_threads + units - 1)/units);
-    }
-    return s;
-}
 
 // one row of a kv head as f32
 void plain_row(const ggml_tensor * t, int64_t cell, int64_t h, int64_t s, float * out) {
@@ -99,9 +53,7 @@ public:
             tile(first, (int) std::min<int64_t>(TILE, to - first));
         }
         if (few) { // what finish() and save() expect
-            for (int64_t i = 0; i < (int64_t) n_row*s.dvp; ++i) {
-                acc[i] += hsum(load(lanes + i*W));
-            }
+            fold_lanes(n_row*s.dvp, lanes, acc);
         }
     }
 
@@ -329,7 +281,6 @@ private:
             prefetch(GGML_KVTC_V, cells.cell[0], cells.n);
             const float * mean = (const float *) ggml_kvtc_pack_at(pack, head.mean);
             gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, mean);
-            rotate_keys(pack, cells, keys);
         } else {
             if (cells.n < TILE) {
                 std::fill(keys, keys + s.dk*TILE, 0.0f);
@@ -367,7 +318,13 @@ private:
         load_keys(cells);
         load_values(cells);
         prefetch(GGML_KVTC_K, cells.cell[0] + TILE, end - cells.cell[0] - TILE);
-        gemm(n_row, TILE, (int) s.dk, queries, s.dkp, keys, TILE, scores, TILE, false);
+        const bool rotated = !coded[GGML_KVTC_K];
+        if (rotated || n_row > FEW_ROWS || !score_keys(pack, cells, keys, queries, n_row, s.dkp, scores)) {
+            if (!rotated) {
+                rotate_keys(pack, cells, keys);
+            }
+            gemm(n_row, TILE, (int) s.dk, queries, s.dkp, keys, TILE, scores, TILE, false);
+        }
 
         for (int t = 0; t < n_tok; ++t) {
             alignas(64) float bias[TILE];
@@ -393,28 +350,9 @@ private:
             }
         }
         if (few) {
-            sum_values();
+            sum_lanes(n_row, n_component, scores, zt, s.dvp, lanes);
         } else {
             gemm(n_row, s.dvp, cells.n, scores, TILE, values, s.dvp, acc, s.dvp, true);
-        }
-    }
-
-    // weights x components of the tile, W sums a component and row
-    void sum_values() {
-        constexpr int N = TILE/W;
-        for (int r = 0; r < n_row; ++r) {
-            vf w[N];
-            for (int i = 0; i < N; ++i) {
-                w[i] = load(scores + (size_t) r*TILE + i*W);
-            }
-            float * out = lanes + (size_t) r*s.dvp*W;
-            for (int c = 0; c < n_component; ++c) {
-                vf x = load(out + c*W);
-                for (int i = 0; i < N; ++i) {
-                    x = fma(w[i], load(zt + c*TILE + i*W), x);
-                }
-                store(out + c*W, x);
-            }
         }
     }
 

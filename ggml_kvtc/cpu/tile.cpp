@@ -108,28 +108,6 @@ float through_f16(float x) {
     return GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(x));
 }
 
-// cos, sin of each pair at position pos by complex products of its digits, from first_level on
-void base_rotation(const void * pack, const ggml_kvtc_pack_header & header, int32_t pos, int first_level, float * c, float * s) {
-    const int P = (int) header.rope_n_rot/2;
-    bool empty = true;
-    for (int l = first_level; l < GGML_KVTC_ROPE_LEVELS; ++l) {
-        const int digit = (pos >> (6*l)) & (GGML_KVTC_ROPE_STEP - 1);
-        const float * lc = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[l][0]) + digit*P;
-        const float * ls = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[l][1]) + digit*P;
-        if (empty) {
-            std::copy(lc, lc + P, c);
-            std::copy(ls, ls + P, s);
-            empty = false;
-        } else if (digit != 0) {
-            for (int p = 0; p < P; ++p) {
-                const float x = c[p]*lc[p] - s[p]*ls[p];
-                s[p] = s[p]*lc[p] + c[p]*ls[p];
-                c[p] = x;
-            }
-        }
-    }
-}
-
 void transpose_8x8(const float * src, int ld_src, float * dst, int ld_dst) {
 #if defined(__AVX2__)
     __m256 a[8];
@@ -170,13 +148,6 @@ void exact_row(const exact_source & exact, int32_t slot, int d, float * out) {
     for (int c = 0; c < d; ++c) {
         out[c] = through_f16(src[c]);
     }
-}
-
-void rotate_rows(float * a, float * b, vf c, vf s) {
-    const vf x = load(a);
-    const vf y = load(b);
-    store(a, fnma(y, s, mul(x, c)));
-    store(b, fma (x, s, mul(y, c)));
 }
 
 } // namespace
@@ -231,58 +202,6 @@ void prefetch_codes(const void * pack, ggml_kvtc_side which, int h, int n, const
             __builtin_prefetch(row + at);
         }
         __builtin_prefetch(row + to - 1);
-    }
-}
-
-void rotate_keys(const void * pack, const tile_cells & cells, float * keys) {
-    const auto & header = *(const ggml_kvtc_pack_header *) pack;
-    if (header.rope_type == GGML_KVTC_ROPE_NONE) {
-        return;
-    }
-    const int  P    = (int) header.rope_n_rot/2;
-    const bool neox = header.rope_type == GGML_KVTC_ROPE_NEOX;
-    const auto row_a = [&](int p) { return keys + (neox ? p     : 2*p    )*TILE; };
-    const auto row_b = [&](int p) { return keys + (neox ? p + P : 2*p + 1)*TILE; };
-
-    const auto [lo, hi] = std::minmax_element(cells.pos, cells.pos + cells.n);
-    alignas(64) float c[GGML_KVTC_MAX_DIM/2];
-    alignas(64) float s[GGML_KVTC_MAX_DIM/2];
-
-    if (*lo >= 0 && *hi - *lo < GGML_KVTC_ROPE_STEP) {
-        // neighbours in the sequence: rotation by the first position, then by 0 .. 63 along the row
-        int32_t delta[TILE] = {};
-        bool rising = true;
-        for (int j = 0; j < cells.n; ++j) {
-            delta[j] = cells.pos[j] - *lo;
-            rising   = rising && delta[j] == j;
-        }
-        base_rotation(pack, header, *lo, 1, c, s);
-        const int     digit = *lo % GGML_KVTC_ROPE_STEP;
-        const float * c0 = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[0][0]) + digit*P;
-        const float * s0 = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[0][1]) + digit*P;
-        for (int p = 0; p < P; ++p) {
-            const float cb = c[p]*c0[p] - s[p]*s0[p];
-            const float sb = s[p]*c0[p] + c[p]*s0[p];
-            const float * fc = (const float *) ggml_kvtc_pack_at(pack, header.rope_fine[0]) + p*GGML_KVTC_ROPE_STEP;
-            const float * fs = (const float *) ggml_kvtc_pack_at(pack, header.rope_fine[1]) + p*GGML_KVTC_ROPE_STEP;
-            for (int v = 0; v < TILE; v += W) {
-                const vf xc = rising ? load(fc + v) : gather(fc, iload(delta + v));
-                const vf xs = rising ? load(fs + v) : gather(fs, iload(delta + v));
-                rotate_rows(row_a(p) + v, row_b(p) + v, fnma(set1(sb), xs, mul(set1(cb), xc)), fma(set1(cb), xs, mul(set1(sb), xc)));
-            }
-        }
-        return;
-    }
-
-    for (int j = 0; j < cells.n; ++j) {
-        base_rotation(pack, header, std::max(0, cells.pos[j]), 0, c, s);
-        for (int p = 0; p < P; ++p) {
-            float & a = row_a(p)[j];
-            float & b = row_b(p)[j];
-            const float x = (a*c[p] - b*s[p])*header.rope_mscale;
-            b = (a*s[p] + b*c[p])*header.rope_mscale;
-            a = x;
-        }
     }
 }
 
