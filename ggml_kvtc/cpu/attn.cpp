@@ -49,7 +49,6 @@ public:
     void run(int64_t stream, int64_t head, int block, int64_t from, int64_t to) {
         begin(stream, head, block);
         for (int64_t first = from; first < to; first += TILE) {
-            end = to;
             tile(first, (int) std::min<int64_t>(TILE, to - first));
         }
         if (few) { // what finish() and save() expect
@@ -264,21 +263,12 @@ private:
         }
     }
 
-    void prefetch(ggml_kvtc_side side, int64_t first, int64_t n) const {
-        const ggml_tensor * rows = dst->src[side == GGML_KVTC_K ? 1 : 2];
-        if (few && coded[side] && n > 0) {
-            prefetch_codes(pack, side, (int) i_head, (int) std::min<int64_t>(n, TILE),
-                           (const uint8_t *) rows->data + i_stream*rows->nb[3] + first*rows->nb[1], rows->nb[1]);
-        }
-    }
-
     void load_keys(const tile_cells & cells) {
         const ggml_tensor * k = dst->src[1];
         if (coded[GGML_KVTC_K]) {
             const ggml_kvtc_pack_head & head = *ggml_kvtc_pack_get_head(pack, GGML_KVTC_K, (int) i_head);
             const int rank = load_components(pack, GGML_KVTC_K, (int) i_head, cells, (const uint8_t *) k->data + i_stream*k->nb[3],
                                              k->nb[1], source[GGML_KVTC_K], z);
-            prefetch(GGML_KVTC_V, cells.cell[0], cells.n);
             const float * mean = (const float *) ggml_kvtc_pack_at(pack, head.mean);
             gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, mean);
         } else {
@@ -317,7 +307,6 @@ private:
     void attend(const tile_cells & cells, const bool * split, bool exact) {
         load_keys(cells);
         load_values(cells);
-        prefetch(GGML_KVTC_K, cells.cell[0] + TILE, end - cells.cell[0] - TILE);
         const bool rotated = !coded[GGML_KVTC_K];
         if (rotated || n_row > FEW_ROWS || !score_keys(pack, cells, keys, queries, n_row, s.dkp, scores)) {
             if (!rotated) {
@@ -414,7 +403,6 @@ private:
     int64_t i_stream, i_head, t0;
     int     n_tok, n_row;
     int32_t min_pos, max_pos;
-    int64_t end;           // of the range of cells
     bool    few;           // rows: lanes is used
     int     n_component;   // of zt, if few
     const int32_t * cell_info;
@@ -433,7 +421,7 @@ private:
     float * lanes;   // [rows][dvp][W] sums to be added to acc, if few
 };
 
-// every thread takes the next free unit
+// every thread takes the next free unit; the graph waits for all threads after the node
 template <typename F>
 void for_each_unit(const ggml_compute_params * params, int64_t n, F f) {
     if (params->ith == 0) {
@@ -443,7 +431,6 @@ void for_each_unit(const ggml_compute_params * params, int64_t n, F f) {
     for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         f(i);
     }
-    ggml_barrier(params->threadpool);
 }
 
 } // namespace
@@ -483,11 +470,12 @@ void ggml_compute_forward_kvtc_attn(const ggml_compute_params * params, ggml_ten
     if (s.n_split == 1) {
         return;
     }
-    kvtc::for_each_unit(params, s.n_unit()/s.n_split, [&](int64_t i) {
+    ggml_barrier(params->threadpool);
+    for (int64_t i = params->ith; i < s.n_unit()/s.n_split; i += params->nth) { // as much work each
         u.begin(i / s.n_head_kv % s.n_stream, i % s.n_head_kv, (int) (s.n_block - 1 - i / s.n_head_kv / s.n_stream));
         for (int64_t split = 0; split < s.n_split; ++split) {
             u.merge(partials + (i*s.n_split + split)*s.partial_floats());
         }
         u.finish();
-    });
+    }
 }

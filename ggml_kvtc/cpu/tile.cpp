@@ -191,20 +191,6 @@ int load_components(const void * pack, ggml_kvtc_side which, int h, const tile_c
     return d;
 }
 
-void prefetch_codes(const void * pack, ggml_kvtc_side which, int h, int n, const uint8_t * first_row, size_t row_stride) {
-    const ggml_kvtc_pack_side & side = ((const ggml_kvtc_pack_header *) pack)->side[which];
-    const ggml_kvtc_pack_head * head = ggml_kvtc_pack_get_head(pack, which, h);
-    const uint32_t from = head->payload;
-    const uint32_t to   = h + 1 < (int) side.n_head ? head[1].payload : side.row_bytes;
-    for (int j = 0; j < n; ++j) {
-        const uint8_t * row = first_row + j*row_stride;
-        for (uint32_t at = from; at < to; at += 64) {
-            __builtin_prefetch(row + at);
-        }
-        __builtin_prefetch(row + to - 1);
-    }
-}
-
 void transpose_tile(const float * src, int rows, float * dst, int ld) {
     for (int r = 0; r < rows; r += 8) { // rows is a multiple of 8: head dimensions are
         for (int j = 0; j < TILE; j += 8) {

@@ -33,9 +33,6 @@ struct tile_cells {
 int load_components(const void * pack, ggml_kvtc_side side, int head, const tile_cells & cells,
                     const uint8_t * rows, size_t row_stride, const exact_source & exact, float * z);
 
-// asks for the codes of n cells, which are to be read soon
-void prefetch_codes(const void * pack, ggml_kvtc_side side, int head, int n, const uint8_t * first_row, size_t row_stride);
-
 // rotate keys [d][TILE] to the positions of their cells
 void rotate_keys(const void * pack, const tile_cells & cells, float * keys);
 
