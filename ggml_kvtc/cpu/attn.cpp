@@ -2,7 +2,9 @@
 // of 64 cells, rebuilds the keys of a tile once for all its query rows, and keeps values in coefficient space until the
 // end. Few queries (decode): the cells are split over the threads and the partial softmaxes merged.
 #include "kvtc-cpu.h"
+#include "attn-shape.h"
 #include "gemm.h"
+#include "lanes.h"
 #include "tile.h"
 
 #include "ggml-cpu-impl.h"
@@ -17,55 +19,7 @@ namespace kvtc {
 
 namespace {
 
-constexpr int MAX_ROWS    = 256; // query rows (tokens x heads of the group) that share a rebuilt tile
-constexpr int SPLIT_ROWS  = 64;  // with at most this many rows in all, cells are split over threads
-constexpr int SPLIT_TILES = 4;   // but in no less than this many tiles
-
 constexpr float NONE = -INFINITY;
-
-struct shape {
-    int64_t dk, dv, n_kv, n_head_kv, n_head, n_tokens, n_stream, group;
-    int     dkp, dvp;        // padded
-    int     block;           // tokens of a query block
-    int     n_block;
-    int     n_split;         // ranges of cells
-    int     rows;            // rows of a full block
-
-    size_t scratch_floats() const { // of one thread
-        const int dmax = std::max(dkp, dvp);
-        return ((size_t) rows*(dmax + TILE + dvp + 2) + (size_t) TILE*(2*dmax + dkp + dvp) + 15)/16*16;
-    }
-    size_t partial_floats() const { // of one unit
-        return (size_t) rows*(dvp + 2);
-    }
-    int64_t n_unit() const { return n_stream*n_head_kv*n_block*n_split; }
-};
-
-shape get_shape(const ggml_tensor * dst, int n_threads) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    shape s;
-    s.dk        = k->ne[0];
-    s.dv        = dst->src[2]->ne[0];
-    s.n_kv      = k->ne[1];
-    s.n_head_kv = k->ne[2];
-    s.n_head    = q->ne[2];
-    s.n_tokens  = q->ne[1];
-    s.n_stream  = q->ne[3];
-    s.group     = s.n_head/s.n_head_kv;
-    s.dkp       = GGML_KVTC_PADDED((int) s.dk);
-    s.dvp       = GGML_KVTC_PADDED((int) s.dv);
-    s.block     = (int) std::max<int64_t>(1, std::min(s.n_tokens, MAX_ROWS/s.group));
-    s.n_block   = (int) ((s.n_tokens + s.block - 1)/s.block);
-    s.rows      = (int) (s.block*s.group);
-    s.n_split   = 1;
-    if (s.n_tokens*s.group <= SPLIT_ROWS && n_threads > 1) {
-        const int64_t units = s.n_stream*s.n_head_kv*s.n_block;
-        const int64_t most  = std::max<int64_t>(1, s.n_kv/(SPLIT_TILES*TILE));
-        s.n_split = (int) std::min<int64_t>(most, (4*n_threads + units - 1)/units);
-    }
-    return s;
-}
 
 // one row of a kv head as f32
 void plain_row(const ggml_tensor * t, int64_t cell, int64_t h, int64_t s, float * out) {
@@ -96,6 +50,9 @@ public:
         begin(stream, head, block);
         for (int64_t first = from; first < to; first += TILE) {
             tile(first, (int) std::min<int64_t>(TILE, to - first));
+        }
+        if (few) { // what finish() and save() expect
+            fold_lanes(n_row*s.dvp, lanes, acc);
         }
     }
 
@@ -144,6 +101,8 @@ public:
         acc     = take((size_t) s.rows*s.dvp);
         top     = take(s.rows);
         sum     = take(s.rows);
+        few     = coded[GGML_KVTC_V] && n_row <= FEW_ROWS;
+        lanes   = few ? take((size_t) n_row*s.dvp*W) : nullptr;
 
         const ggml_tensor * q = dst->src[0];
         const float scale = p.logit_softcap != 0.0f ? p.scale/p.logit_softcap : p.scale;
@@ -155,6 +114,9 @@ public:
         }
         std::fill(acc, acc + (size_t) n_row*s.dvp, 0.0f);
         std::fill(top, top + n_row, NONE);
+        if (few) {
+            std::fill(lanes, lanes + (size_t) n_row*s.dvp*W, 0.0f);
+        }
         std::fill(sum, sum + n_row, 0.0f);
 
         cell_info = (const int32_t *) dst->src[6]->data + 2*s.n_kv*stream;
@@ -308,11 +270,7 @@ private:
             const int rank = load_components(pack, GGML_KVTC_K, (int) i_head, cells, (const uint8_t *) k->data + i_stream*k->nb[3],
                                              k->nb[1], source[GGML_KVTC_K], z);
             const float * mean = (const float *) ggml_kvtc_pack_at(pack, head.mean);
-            for (int64_t i = 0; i < s.dk; ++i) {
-                std::fill(keys + i*TILE, keys + (i + 1)*TILE, mean[i]);
-            }
-            gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, true);
-            rotate_keys(pack, cells, keys);
+            gemm((int) s.dk, TILE, rank, (const float *) ggml_kvtc_pack_at(pack, head.decode), s.dkp, z, TILE, keys, TILE, mean);
         } else {
             if (cells.n < TILE) {
                 std::fill(keys, keys + s.dk*TILE, 0.0f);
@@ -331,6 +289,10 @@ private:
         if (coded[GGML_KVTC_V]) {
             const int rank = load_components(pack, GGML_KVTC_V, (int) i_head, cells, (const uint8_t *) v->data + i_stream*v->nb[3],
                                              v->nb[1], source[GGML_KVTC_V], zt);
+            if (few) {
+                n_component = rank;
+                return;
+            }
             std::fill(zt + (size_t) rank*TILE, zt + (size_t) s.dvp*TILE, 0.0f);
             transpose_tile(zt, s.dvp, values, s.dvp);
         } else {
@@ -345,7 +307,13 @@ private:
     void attend(const tile_cells & cells, const bool * split, bool exact) {
         load_keys(cells);
         load_values(cells);
-        gemm(n_row, TILE, (int) s.dk, queries, s.dkp, keys, TILE, scores, TILE, false);
+        const bool rotated = !coded[GGML_KVTC_K];
+        if (rotated || n_row > FEW_ROWS || !score_keys(pack, cells, keys, queries, n_row, s.dkp, scores)) {
+            if (!rotated) {
+                rotate_keys(pack, cells, keys);
+            }
+            gemm(n_row, TILE, (int) s.dk, queries, s.dkp, keys, TILE, scores, TILE, false);
+        }
 
         for (int t = 0; t < n_tok; ++t) {
             alignas(64) float bias[TILE];
@@ -370,7 +338,11 @@ private:
                 softmax_row((int) (t*s.group + g), i_head*s.group + g, bias);
             }
         }
-        gemm(n_row, s.dvp, cells.n, scores, TILE, values, s.dvp, acc, s.dvp, true);
+        if (few) {
+            sum_lanes(n_row, n_component, scores, zt, s.dvp, lanes);
+        } else {
+            gemm(n_row, s.dvp, cells.n, scores, TILE, values, s.dvp, acc, s.dvp, true);
+        }
     }
 
     // scores of one row to weights relative to its running maximum
@@ -402,6 +374,10 @@ private:
             for (int c = 0; c < s.dvp; c += W) {
                 store(row + c, mul(set1(f), load(row + c)));
             }
+            for (int c = 0; few && c < s.dvp; ++c) {
+                float * lane = lanes + ((size_t) r*s.dvp + c)*W;
+                store(lane, mul(set1(f), load(lane)));
+            }
             sum[r] *= f;
             top[r]  = peak;
         }
@@ -427,6 +403,8 @@ private:
     int64_t i_stream, i_head, t0;
     int     n_tok, n_row;
     int32_t min_pos, max_pos;
+    bool    few;           // rows: lanes is used
+    int     n_component;   // of zt, if few
     const int32_t * cell_info;
     const int32_t * query_pos;
     exact_source    source[2];
@@ -440,9 +418,10 @@ private:
     float * acc;     // [rows][dvp]
     float * top;     // [rows] running maximum
     float * sum;     // [rows] running sum of weights
+    float * lanes;   // [rows][dvp][W] sums to be added to acc, if few
 };
 
-// every thread takes the next free unit
+// every thread takes the next free unit; the graph waits for all threads after the node
 template <typename F>
 void for_each_unit(const ggml_compute_params * params, int64_t n, F f) {
     if (params->ith == 0) {
@@ -452,7 +431,6 @@ void for_each_unit(const ggml_compute_params * params, int64_t n, F f) {
     for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         f(i);
     }
-    ggml_barrier(params->threadpool);
 }
 
 } // namespace
@@ -492,11 +470,12 @@ void ggml_compute_forward_kvtc_attn(const ggml_compute_params * params, ggml_ten
     if (s.n_split == 1) {
         return;
     }
-    kvtc::for_each_unit(params, s.n_unit()/s.n_split, [&](int64_t i) {
+    ggml_barrier(params->threadpool);
+    for (int64_t i = params->ith; i < s.n_unit()/s.n_split; i += params->nth) { // as much work each
         u.begin(i / s.n_head_kv % s.n_stream, i % s.n_head_kv, (int) (s.n_block - 1 - i / s.n_head_kv / s.n_stream));
         for (int64_t split = 0; split < s.n_split; ++split) {
             u.merge(partials + (i*s.n_split + split)*s.partial_floats());
         }
         u.finish();
-    });
+    }
 }

@@ -34,6 +34,7 @@ inline vf   gather(const float * p, vi i) { return _mm512_i32gather_ps(i, p, 4);
 // 32 bits at each byte offset
 inline vi   gather_bytes(const uint8_t * p, vi offset) { return _mm512_i32gather_epi32(offset, p, 1); }
 inline vi   shift_right (vi a, int n)                  { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+template <int n> inline vi shift_right(vi a)           { return _mm512_srli_epi32(a, n); }
 
 // table[code] with code in the low w bits of index; tables of w <= 4 bits repeat up to 16 entries
 template <int w> inline vf lookup(const float * table, vi index) {
@@ -41,6 +42,10 @@ template <int w> inline vf lookup(const float * table, vi index) {
         return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
     } else if constexpr (w == 5) {
         return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+    } else if constexpr (w == 6) {
+        const vf low  = _mm512_permutex2var_ps(_mm512_loadu_ps(table),      index, _mm512_loadu_ps(table + 16));
+        const vf high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), index, _mm512_loadu_ps(table + 48));
+        return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high);
     } else {
         return gather(table, _mm512_and_si512(index, _mm512_set1_epi32((1 << w) - 1)));
     }
@@ -83,6 +88,7 @@ inline vi   iload (const int32_t * p)     { return _mm256_loadu_si256((const __m
 inline vf   gather(const float * p, vi i) { return _mm256_i32gather_ps(p, i, 4); }
 inline vi   gather_bytes(const uint8_t * p, vi offset) { return _mm256_i32gather_epi32((const int *) p, offset, 1); }
 inline vi   shift_right (vi a, int n)                  { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+template <int n> inline vi shift_right(vi a)           { return _mm256_srli_epi32(a, n); }
 
 template <int w> inline vf lookup(const float * table, vi index) {
     if constexpr (w <= 3) {
@@ -132,6 +138,7 @@ inline vi   gather_bytes(const uint8_t * p, vi offset) {
     return r;
 }
 inline vi   shift_right(vi a, int n)      { vi r; KVTC_EACH((int32_t) ((uint32_t) a.x[l] >> n)); return r; }
+template <int n> inline vi shift_right(vi a) { return shift_right(a, n); }
 
 template <int w> inline vf lookup(const float * table, vi index) { vf r; KVTC_EACH(table[index.x[l] & ((1 << w) - 1)]); return r; }
 

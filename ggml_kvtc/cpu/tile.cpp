@@ -3,31 +3,34 @@
 #include "simd.h"
 
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 #include "simd-mappings.h"
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace kvtc {
 
 namespace {
 
-struct group_source {
-    const uint8_t * low;   // the group's first 32 bits of row 0
-    const uint8_t * high;  // its last 32 bits, for widths above 4
-    int             shift; // bits to drop from low: rows are never read past their end
-};
+template <int w, int i>
+void load_component(const float * table, vi low, vi high, vf gain, float * z) {
+    constexpr int  T     = w <= 4 ? 16 : 1 << w;
+    constexpr bool first = (i + 1)*w <= 32;
+    const vi code = shift_right<first ? i*w : i*w - 8*(w - 4)>(first ? low : high);
+    store(z + i*TILE, mul(gain, lookup<w>(table + i*T, code)));
+}
+
+// low: from the group's first bit on; high: its last 32 bits, for widths above 4
+template <int w, int... i>
+void load_group(const float * table, vi low, vi high, vf gain, float * z, std::integer_sequence<int, i...>) {
+    (load_component<w, i>(table, low, high, gain, z), ...);
+}
 
 template <int w>
-void load_group(const group_source & src, const float * table, vi offset, vf gain, float * z) {
-    constexpr int T = w <= 4 ? 16 : 1 << w;
-    const vi low  = shift_right(gather_bytes(src.low, offset), src.shift);
-    const vi high = w > 4 ? gather_bytes(src.high, offset) : low;
-    for (int i = 0; i < GGML_KVTC_GROUP; ++i) {
-        const bool first = (i + 1)*w <= 32;
-        const vi   code  = shift_right(first ? low : high, first ? i*w : i*w - 8*(w - 4));
-        store(z + i*TILE, mul(gain, lookup<w>(table + i*T, code)));
-    }
+void load_group(const float * table, vi low, vi high, vf gain, float * z) {
+    load_group<w>(table, low, high, gain, z, std::make_integer_sequence<int, GGML_KVTC_GROUP>());
 }
 
 // the gains of turbo rows in the low halves
@@ -76,31 +79,37 @@ void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_
     }
 
     const uint32_t last = side.row_bytes - 4;
+    alignas(64) int32_t offsets[TILE]; // all before the first is read: a vector just stored in parts would be waited for
+    for (int j = 0; j < TILE; ++j) {
+        offsets[j] = (int32_t) (std::min(j, n - 1)*stride);
+    }
     for (int v = 0; v < TILE; v += W) {
-        int32_t offsets[W];
-        for (int l = 0; l < W; ++l) {
-            offsets[l] = (int32_t) (std::min(v + l, n - 1)*stride);
-        }
-        const vi offset = iload(offsets);
+        const vi offset = iload(offsets + v);
 
-        const uint32_t at = std::min(head.payload, last);
-        const vi codes = shift_right(gather_bytes(first_row + at, offset), 8*(int) (head.payload - at));
-        const vf gain  = head.f16_gain ? from_f16(codes) : lookup<8>(gains, codes);
+        // 32 bits of each row, from byte `at` on: as many groups as lie within share them. Rows are not read past their end
+        uint32_t at   = std::min(head.payload, last);
+        vi       word = gather_bytes(first_row + at, offset);
+        const vi gain_code = shift_right(word, 8*(int) (head.payload - at));
+        const vf gain = head.f16_gain ? from_f16(gain_code) : lookup<8>(gains, gain_code);
 
         for (int g = 0; g < G && widths[g] > 0; ++g) {
-            const int      w   = widths[g];
-            const uint32_t low = std::min(bytes[g], last);
-            const group_source src = { first_row + low, first_row + bytes[g] + w - 4, 8*(int) (bytes[g] - low) };
+            const int w = widths[g];
+            if (bytes[g] < at || bytes[g] + std::min(w, 4) > at + 4) { // turbo gains lie behind the codes
+                at   = std::min(bytes[g], last);
+                word = gather_bytes(first_row + at, offset);
+            }
+            const vi low  = shift_right(word, 8*(int) (bytes[g] - at));
+            const vi high = w > 4 ? gather_bytes(first_row + bytes[g] + w - 4, offset) : low;
             const float * table = (const float *) ggml_kvtc_pack_at(pack, tables[g]);
             float       * out   = z + g*GGML_KVTC_GROUP*TILE + v;
             switch (w) {
-                case 1: load_group<1>(src, table, offset, gain, out); break;
-                case 2: load_group<2>(src, table, offset, gain, out); break;
-                case 3: load_group<3>(src, table, offset, gain, out); break;
-                case 4: load_group<4>(src, table, offset, gain, out); break;
-                case 5: load_group<5>(src, table, offset, gain, out); break;
-                case 6: load_group<6>(src, table, offset, gain, out); break;
-                case 8: load_group<8>(src, table, offset, gain, out); break;
+                case 1: load_group<1>(table, low, high, gain, out); break;
+                case 2: load_group<2>(table, low, high, gain, out); break;
+                case 3: load_group<3>(table, low, high, gain, out); break;
+                case 4: load_group<4>(table, low, high, gain, out); break;
+                case 5: load_group<5>(table, low, high, gain, out); break;
+                case 6: load_group<6>(table, low, high, gain, out); break;
+                case 8: load_group<8>(table, low, high, gain, out); break;
                 default: break;
             }
         }
@@ -112,33 +121,46 @@ float through_f16(float x) {
     return GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(x));
 }
 
-// cos, sin of each pair at position pos by complex products of its digits, from first_level on
-void base_rotation(const void * pack, const ggml_kvtc_pack_header & header, int32_t pos, int first_level, float * c, float * s) {
-    const int P = (int) header.rope_n_rot/2;
-    bool empty = true;
-    for (int l = first_level; l < GGML_KVTC_ROPE_LEVELS; ++l) {
-        const int digit = (pos >> (6*l)) & (GGML_KVTC_ROPE_STEP - 1);
-        const float * lc = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[l][0]) + digit*P;
-        const float * ls = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[l][1]) + digit*P;
-        if (empty) {
-            std::copy(lc, lc + P, c);
-            std::copy(ls, ls + P, s);
-            empty = false;
-        } else if (digit != 0) {
-            for (int p = 0; p < P; ++p) {
-                const float x = c[p]*lc[p] - s[p]*ls[p];
-                s[p] = s[p]*lc[p] + c[p]*ls[p];
-                c[p] = x;
-            }
+void transpose_8x8(const float * src, int ld_src, float * dst, int ld_dst) {
+#if defined(__AVX2__)
+    __m256 a[8];
+    __m256 b[8];
+    for (int i = 0; i < 8; ++i) {
+        a[i] = _mm256_loadu_ps(src + (size_t) i*ld_src);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i]     = _mm256_shuffle_ps(b[i],     b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i],     b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(dst + (size_t) i*ld_dst,       _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(dst + (size_t) (i + 4)*ld_dst, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+#else
+    for (int i = 0; i < 8; ++i) {
+        for (int j = 0; j < 8; ++j) {
+            dst[(size_t) j*ld_dst + i] = src[(size_t) i*ld_src + j];
         }
     }
+#endif
 }
 
-void rotate_rows(float * a, float * b, vf c, vf s) {
-    const vf x = load(a);
-    const vf y = load(b);
-    store(a, fnma(y, s, mul(x, c)));
-    store(b, fma (x, s, mul(y, c)));
+// an exact row as f32
+void exact_row(const exact_source & exact, int32_t slot, int d, float * out) {
+    if (slot >= 0) {
+        ggml_cpu_fp16_to_fp32(exact.store + slot*exact.stride, out, d);
+        return;
+    }
+    const float * src = (const float *) (exact.batch - (slot + 2)*(int64_t) exact.batch_nb);
+    for (int c = 0; c < d; ++c) {
+        out[c] = through_f16(src[c]);
+    }
 }
 
 } // namespace
@@ -157,107 +179,37 @@ int load_components(const void * pack, ggml_kvtc_side which, int h, const tile_c
     }
     const int known = cells.coded ? (int) head.rank : 0;
     std::fill(z + known*TILE, z + d*TILE, 0.0f);
-    for (int j = 0; j < cells.n; ++j) {
-        const int32_t slot = cells.slot[j];
-        if (slot >= 0) {
-            const ggml_fp16_t * src = exact.store + slot*exact.stride;
-            for (int c = 0; c < d; ++c) {
-                z[c*TILE + j] = GGML_CPU_FP16_TO_FP32(src[c]);
+    alignas(64) float rows8[8*GGML_KVTC_MAX_DIM];
+    for (int j = 0; j < cells.n; j += 8) {
+        const int n = std::min(8, cells.n - j);
+        int found = 0;
+        for (int i = 0; i < n; ++i) {
+            if (cells.slot[j + i] != -1) {
+                exact_row(exact, cells.slot[j + i], d, rows8 + (size_t) i*d);
+                found++;
             }
-        } else if (slot <= -2) {
-            const float * src = (const float *) (exact.batch - (slot + 2)*(int64_t) exact.batch_nb);
-            for (int c = 0; c < d; ++c) {
-                z[c*TILE + j] = through_f16(src[c]);
+        }
+        if (found == 8) {
+            for (int c = 0; c < d; c += 8) {
+                transpose_8x8(rows8 + c, d, z + (size_t) c*TILE + j, TILE);
+            }
+            continue;
+        }
+        for (int i = 0; found > 0 && i < n; ++i) {
+            for (int c = 0; cells.slot[j + i] != -1 && c < d; ++c) {
+                z[c*TILE + j + i] = rows8[i*d + c];
             }
         }
     }
     return d;
 }
 
-void rotate_keys(const void * pack, const tile_cells & cells, float * keys) {
-    const auto & header = *(const ggml_kvtc_pack_header *) pack;
-    if (header.rope_type == GGML_KVTC_ROPE_NONE) {
-        return;
-    }
-    const int  P    = (int) header.rope_n_rot/2;
-    const bool neox = header.rope_type == GGML_KVTC_ROPE_NEOX;
-    const auto row_a = [&](int p) { return keys + (neox ? p     : 2*p    )*TILE; };
-    const auto row_b = [&](int p) { return keys + (neox ? p + P : 2*p + 1)*TILE; };
-
-    const auto [lo, hi] = std::minmax_element(cells.pos, cells.pos + cells.n);
-    alignas(64) float c[GGML_KVTC_MAX_DIM/2];
-    alignas(64) float s[GGML_KVTC_MAX_DIM/2];
-
-    if (*lo >= 0 && *hi - *lo < GGML_KVTC_ROPE_STEP) {
-        // neighbours in the sequence: rotation by the first position, then by 0 .. 63 along the row
-        int32_t delta[TILE] = {};
-        bool rising = true;
-        for (int j = 0; j < cells.n; ++j) {
-            delta[j] = cells.pos[j] - *lo;
-            rising   = rising && delta[j] == j;
-        }
-        base_rotation(pack, header, *lo, 1, c, s);
-        const int     digit = *lo % GGML_KVTC_ROPE_STEP;
-        const float * c0 = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[0][0]) + digit*P;
-        const float * s0 = (const float *) ggml_kvtc_pack_at(pack, header.rope_base[0][1]) + digit*P;
-        for (int p = 0; p < P; ++p) {
-            const float cb = c[p]*c0[p] - s[p]*s0[p];
-            const float sb = s[p]*c0[p] + c[p]*s0[p];
-            const float * fc = (const float *) ggml_kvtc_pack_at(pack, header.rope_fine[0]) + p*GGML_KVTC_ROPE_STEP;
-            const float * fs = (const float *) ggml_kvtc_pack_at(pack, header.rope_fine[1]) + p*GGML_KVTC_ROPE_STEP;
-            for (int v = 0; v < TILE; v += W) {
-                const vf xc = rising ? load(fc + v) : gather(fc, iload(delta + v));
-                const vf xs = rising ? load(fs + v) : gather(fs, iload(delta + v));
-                rotate_rows(row_a(p) + v, row_b(p) + v, fnma(set1(sb), xs, mul(set1(cb), xc)), fma(set1(cb), xs, mul(set1(sb), xc)));
-            }
-        }
-        return;
-    }
-
-    for (int j = 0; j < cells.n; ++j) {
-        base_rotation(pack, header, std::max(0, cells.pos[j]), 0, c, s);
-        for (int p = 0; p < P; ++p) {
-            float & a = row_a(p)[j];
-            float & b = row_b(p)[j];
-            const float x = (a*c[p] - b*s[p])*header.rope_mscale;
-            b = (a*s[p] + b*c[p])*header.rope_mscale;
-            a = x;
-        }
-    }
-}
-
 void transpose_tile(const float * src, int rows, float * dst, int ld) {
-#if defined(__AVX2__)
     for (int r = 0; r < rows; r += 8) { // rows is a multiple of 8: head dimensions are
         for (int j = 0; j < TILE; j += 8) {
-            __m256 a[8];
-            __m256 b[8];
-            for (int i = 0; i < 8; ++i) {
-                a[i] = _mm256_loadu_ps(src + (r + i)*TILE + j);
-            }
-            for (int i = 0; i < 8; i += 2) {
-                b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
-                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4) {
-                a[i]     = _mm256_shuffle_ps(b[i],     b[i + 2], 0x44);
-                a[i + 1] = _mm256_shuffle_ps(b[i],     b[i + 2], 0xee);
-                a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-                a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-            }
-            for (int i = 0; i < 4; ++i) {
-                _mm256_storeu_ps(dst + (size_t) (j + i)*ld     + r, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-                _mm256_storeu_ps(dst + (size_t) (j + i + 4)*ld + r, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-            }
+            transpose_8x8(src + r*TILE + j, TILE, dst + (size_t) j*ld + r, ld);
         }
     }
-#else
-    for (int r = 0; r < rows; ++r) {
-        for (int j = 0; j < TILE; ++j) {
-            dst[(size_t) j*ld + r] = src[r*TILE + j];
-        }
-    }
-#endif
 }
 
 } // namespace kvtc

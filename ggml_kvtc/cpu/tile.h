@@ -36,6 +36,10 @@ int load_components(const void * pack, ggml_kvtc_side side, int head, const tile
 // rotate keys [d][TILE] to the positions of their cells
 void rotate_keys(const void * pack, const tile_cells & cells, float * keys);
 
+// scores [rows][TILE] of queries [rows][ld] and keys that are not rotated yet: the queries are, to the first key's position,
+// and each key by what lies between. False, and nothing done, unless the positions rise by one from key to key
+bool score_keys(const void * pack, const tile_cells & cells, const float * keys, const float * queries, int rows, int ld, float * scores);
+
 // [rows][TILE] -> [TILE][ld]
 void transpose_tile(const float * src, int rows, float * dst, int ld);
 

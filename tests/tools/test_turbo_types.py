@@ -14,7 +14,8 @@ import synthetic
 import tools
 from tools import EXACT, Base, complete, perplexity, succeed
 
-from bench.perplexity import Cache, parse_bpv, parse_kv_mib
+from bench.caches import Cache
+from bench.logs import parse_sizes
 
 ROUNDING = 1e-4  # nats per token, as in test_generation.py
 SHAPE = ("-c", 256, "-b", 256, "--chunks", 3)
@@ -34,12 +35,12 @@ def test_no_calibration_is_needed_and_the_log_counts_every_byte(plain):
     # two heads of 32: 2 * (16 + 2) and 2 * (8 + 2) bytes a row
     assert "layers 0 to 1: K turbo4 (4.50 bpv), V turbo2 (2.50 bpv)" in log
     assert "0 sinks, window 0, rollback 0, 0 slots" in log and "calibration" not in log
-    assert parse_bpv(log) == pytest.approx(3.5)
+    assert parse_sizes(log).bpv == pytest.approx(3.5)
     assert re.search(r"K \(turbo4\): +0\.02 MiB, V \(turbo2\): +0\.01 MiB", log)
     codes = (36 + 20) * 256 * tools.N_LAYER / 2**20
     bases = float(re.findall(r"bases ([\d.]+) MiB", log)[-1])
     assert f"codes {codes:.2f} MiB, exact rows 0.00 MiB" in log
-    assert parse_kv_mib(log) == pytest.approx(codes + bases, abs=0.01)
+    assert parse_sizes(log).cache == pytest.approx(codes + bases, abs=0.01)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
