@@ -33,11 +33,7 @@ from bench.speed import Speed, parse_bench
 
 TYPES = "f16,kvtc-k2v4,q8_0,q4_0,kvtc-k3v4,kvtc-k1v3,kvtc-k4v4"  # a run that is cut short has the first ones
 DEPTHS = "0,4096,16384,32768,65536,131072"
-# With its check of wgmma, racecheck loses a __syncthreads() (cuda/NOTES.md).
-SANITIZERS = (
-    ["--tool", "memcheck", "--report-api-errors", "no"],
-    ["--tool", "racecheck", "--check-warpgroup-mma", "no"],
-)
+SANITIZERS = (["--tool", "memcheck", "--report-api-errors", "no"], ["--tool", "racecheck"])
 OPERATIONS = ("KVTC_SET_ROWS", "KVTC_ATTN")
 
 
