@@ -38,7 +38,8 @@ def measure(ffi: Any, time_nodes: Any, elements: int = 1 << 28, side: int = 8192
 
     with ggml_graph.graph(4) as g:
         vector = g.tensor(np.zeros(elements, np.float32))
-        seconds = time_nodes(ffi, g, [ffi.base.ggml_dup(g.ctx, vector)])  # ggml_scale: 1683 GB/s on an H100, where attention reads more
+        # not ggml_scale: 1683 GB/s on an H100, where attention reads more
+        seconds = time_nodes(ffi, g, [ffi.base.ggml_dup(g.ctx, vector)])
         bandwidth = 2 * 4 * elements / seconds / 1e9
     with ggml_graph.graph(4) as g:
         rng = np.random.default_rng(0)
