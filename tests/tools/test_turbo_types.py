@@ -61,7 +61,7 @@ def test_names_work_in_every_tool(plain, text, name):
         rows = json.loads(succeed("llama-bench", "-m", plain, *flags, *shape).out)
         assert [(row["type_k"], row["type_v"]) for row in rows] == [(name, name)] * 2
         assert all(row["avg_ts"] > 0 for row in rows)
-    assert Cache(name).arguments[:2] == ["--cache-type-k", name]
+    assert Cache(name).arguments[:2] == ["-ctk", name]
 
 
 def test_more_bits_lose_less(plain, text, tmp_path):
