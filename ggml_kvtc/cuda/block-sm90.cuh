@@ -101,10 +101,7 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, c
     float * all_sum = all_top + N_SET*8;  // [set][row][warp of it]
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-        float s = sum[x];
-        s += __shfl_xor_sync(0xffffffff, s, 4);
-        s += __shfl_xor_sync(0xffffffff, s, 8);
-        s += __shfl_xor_sync(0xffffffff, s, 16);
+        const float s = column_sum(sum[x]);
         const int row = set*8 + 2*q4 + x;
         if (r8 == 0) {
             all_sum[row*SHARE + own] = s;

@@ -364,9 +364,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
                     float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
+                    most = column_max(most);
                     sum[x] *= top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
                     top[x]  = most;
                 }

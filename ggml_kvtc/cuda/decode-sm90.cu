@@ -382,10 +382,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 float most[2];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
-                    most[x] = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 4));
-                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 8));
-                    most[x] = fmaxf(most[x], __shfl_xor_sync(0xffffffff, most[x], 16));
+                    most[x] = column_max(fmaxf(top[x], fmaxf(w[x], w[2 + x])));
                 }
                 if constexpr (SHARE > 1) {
                     if (r8 == 0) {

@@ -407,9 +407,7 @@ __global__ void decode_cells(const attn_args a, const decode_plan p, float * val
                         }
                         most = fmaxf(most, v);
                     }
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
+                    most = column_max(most);
                     rises      = rises || most > top[n][x];
                     fade[n][x] = top[n][x] == -INFINITY ? 0.0f : exp2f(top[n][x] - most); // 1 where nothing rises
                     top [n][x] = most;

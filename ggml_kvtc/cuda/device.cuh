@@ -179,6 +179,21 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     return y;
 }
 
+// over the eight lanes that hold a column of mma's sums
+__device__ __forceinline__ float column_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 4);
+    x += __shfl_xor_sync(0xffffffff, x, 8);
+    x += __shfl_xor_sync(0xffffffff, x, 16);
+    return x;
+}
+
+__device__ __forceinline__ float column_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 4));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 8));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 16));
+    return x;
+}
+
 __device__ __forceinline__ int warp_min(int x) {
 #if __CUDA_ARCH__ >= 800
     return __reduce_min_sync(0xffffffff, x);

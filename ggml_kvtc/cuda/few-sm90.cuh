@@ -118,9 +118,7 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, con
     for (int x = 0; x < 2; ++x) {
         float s = sum[x];
         s += __shfl_xor_sync(0xffffffff, s, 2);
-        s += __shfl_xor_sync(0xffffffff, s, 4);
-        s += __shfl_xor_sync(0xffffffff, s, 8);
-        s += __shfl_xor_sync(0xffffffff, s, 16);
+        s = column_sum(s);
         const int row = warp*FEW_ROWS + 2*(q4%2) + x;
         if (r8 == 0 && q4 < 2) {
             all_top[row] = top[x];

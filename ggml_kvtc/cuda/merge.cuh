@@ -25,10 +25,7 @@ __device__ __forceinline__ void merge_states(const attn_args & a, uint8_t * smem
     for (int n = 0; n < NQ; ++n) {
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-            float s = sum[n][x];
-            s += __shfl_xor_sync(0xffffffff, s, 4);
-            s += __shfl_xor_sync(0xffffffff, s, 8);
-            s += __shfl_xor_sync(0xffffffff, s, 16);
+            const float s = column_sum(sum[n][x]);
             const int row = warp*ROWS + 8*n + 2*q4 + x;
             if (r8 == 0) {
                 all_top[row] = top[n][x];

@@ -210,10 +210,7 @@ struct value_sums {
         float * all_sum   = all_top + N_WARP*8;
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-            float s = sum[x];
-            s += __shfl_xor_sync(0xffffffff, s, 4);
-            s += __shfl_xor_sync(0xffffffff, s, 8);
-            s += __shfl_xor_sync(0xffffffff, s, 16);
+            const float s = column_sum(sum[x]);
             const int row = lane%4*2 + x;
             if (lane/4 == 0) {
                 all_top[warp*8 + row] = warp_top[x];
