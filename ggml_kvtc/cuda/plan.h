@@ -23,7 +23,7 @@ constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // bytes of keys, values and m
 struct gpu_shape {
     int    n_sm;
     size_t shared;                    // bytes a block may use
-    size_t scratch = PREFILL_SCRATCH; // of a prompt's chunk; sums that wait to be merged may take half as much
+    size_t scratch = PREFILL_SCRATCH; // of a prompt's chunk; sums that wait to be merged may take 7/18 of that (scratch.h)
 };
 
 //
@@ -347,7 +347,15 @@ struct prefill_plan {
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
 constexpr int    PREFILL_MERGE   = 8;
+constexpr int    COUNT_CELLS     = 1024;          // cells whose keys of two kinds are counted together
 constexpr int    MAX_SINGLE_HEAD = 256;           // above, ggml has no kernel for one head at once, as ALiBi needs it
+
+// chunks whose sums are merged at once; sums: bytes of one's; folded: of what they are folded to where there are more
+inline int get_n_merge(const gpu_shape & gpu, int n_chunk, size_t sums, size_t folded) {
+    const size_t limit = gpu.scratch/18*7;
+    const size_t n     = std::min<size_t>(PREFILL_MERGE, limit/sums);
+    return (int) std::max<size_t>(1, n_chunk <= (int) n || limit < folded ? n : std::min(n, (limit - folded)/sums));
+}
 
 // n_exact: most exact rows of a stream
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
@@ -379,7 +387,7 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
     p.n_split = ceil_div(p.chunk, p.split);
     const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
-    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    p.n_merge = get_n_merge(gpu, p.n_chunk, sums, (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4);
     return p;
 }
 
@@ -433,8 +441,8 @@ inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_e
     p.tiles_per_split = ceil_div(n_tile, n_split);
     p.n_split         = ceil_div(n_tile, p.tiles_per_split);
     p.whole           = p.n_chunk == 1 && p.n_split == 1 && s.d <= TILE_MOST_WHOLE;
-    const size_t sums = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*p.n_split*(s.d + 2)*4;
-    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    const size_t rows = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4;
+    p.n_merge         = get_n_merge(gpu, p.n_chunk, rows*p.n_split, rows);
     return true;
 }
 
