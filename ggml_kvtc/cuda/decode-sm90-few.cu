@@ -38,7 +38,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     constexpr int N_WARP = WARPS*GROUPS;
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
-    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
     if constexpr (UNEVEN) {
         share = find_share(a, p.n_block, p.n_sum);
@@ -50,7 +50,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
-        bring_block<D>(a, p, smem, head, kh, vh, ready);
+        bring_block<D>(a, p, smem, head, kh, vh, barriers);
     }
 
     const int lane  = threadIdx.x % 32;
@@ -82,7 +82,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
-    uint64_t * arrived = &ready + 1 + 2*warp; // the warp's keys and values
+    uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
         init_bring(arrived[1], 1);
@@ -136,7 +136,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     __syncthreads();
-    barrier_wait(ready, 0);
+    barrier_wait(barriers.pack, 0);
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
@@ -468,7 +468,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     __syncthreads();
-    merge_few<D, N_WARP>(a, smem + p.at_merge, o, top, sum, share, stream, p.n_sum, values, meta);
+    merge_few<D, N_WARP>(a, smem + p.at_merge, barriers.sums, o, top, sum, share, stream, p.n_sum, values, meta);
     if (UNEVEN && share.split == 0) {
         clear_sums<D>(a, share, stream, p.n_sum, values, meta);
     }

@@ -103,9 +103,10 @@ __device__ __forceinline__ void clear_sums(const attn_args & a, const block_shar
     }
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Warps' sums, largest logits and sums of weights to one of each for the block, and out. o: [64 components][tile][row r8, + 8][query]
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
+__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
                                           const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
     constexpr int LD = D + 8;
     const int warp = threadIdx.x / 32;
@@ -133,9 +134,10 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, con
             }
         }
     }
-    __syncthreads();
-    put_sums<D, N_WARP, FEW_ROWS, 1>(a, all_o, all_top, all_sum, share.head, stream, share.split, n_sum, values, meta);
+    meet_all(barrier);
+    put_sums<D, FEW_ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
 }
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
 
 // The queries, f16, turned back by a position, and FEW_ROWS rows on by eight more; the threads of a group do it together
 template <int D>

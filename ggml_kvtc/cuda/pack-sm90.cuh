@@ -7,6 +7,14 @@
 
 namespace kvtc {
 
+// of a block that decodes, in shared memory
+struct block_barriers {
+    uint64_t pack; // its part of the pack is there
+    uint64_t sums; // those of all warps are
+};
+
+static_assert(sizeof(block_barriers) == SM90_BARRIERS, "the plan has another size");
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr uint32_t BRING_BYTES = 8192; // of one copy: several are under way together

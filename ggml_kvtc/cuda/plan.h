@@ -141,6 +141,7 @@ constexpr int SM90_GROUPS    = 3;
 constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELLS = 128*10; // and of (position, slot) and mask of a stretch's cells
+constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
 struct sm90_plan {
@@ -210,7 +211,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_wide     = take(n_warp*16*16);
             p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
             p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-            p.at_barrier  = take(few ? 8 + 2*8*n_warp : 8);
+            p.at_barrier  = take(SM90_BARRIERS + (few ? 2*8*n_warp : 0));
             const int merge = few ? n_warp*SM90_FEW_ROWS*(s.d + 8 + 2)*4 : n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
             p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
             p.shared      = std::max(used, merge);
@@ -284,7 +285,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
             p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
             p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_parts    = take(p.split ? 4*32*GROUPS*16 : 0);
-            p.at_barrier  = take(8);
+            p.at_barrier  = take(SM90_BARRIERS);
             p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
             if ((size_t) p.shared <= gpu.shared) {
                 return true;
