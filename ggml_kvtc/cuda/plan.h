@@ -309,7 +309,8 @@ struct expand_plan {
 
 inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu) {
     expand_plan p;
-    p.stride = 4*(ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) | 1);
+    // groups of more than 4 bits are read a word past their end (tables.cuh): not from the next warp's rows, which may be on their way
+    p.stride = 4*((ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) + 1) | 1);
     for (p.in_shared = 1; ; p.in_shared = 0) {
         for (p.n_warp = 8; p.n_warp > 0; p.n_warp /= 2) {
             int used = 0;
