@@ -10,13 +10,17 @@
 namespace kvtc {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// what is large of the pack's part of a head, by one thread
-template <int D>
+// What is large of the pack's part of a head, by one thread. FEW: for decode-sm90-few.cu
+template <int D, bool FEW = false>
 __device__ __forceinline__ void bring_block(const attn_args & a, const sm90_plan & p, uint8_t * smem, int head, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
                                             uint64_t & ready) {
     init_bring(ready, 4);
     bring_operand<D>(a, head, smem, ready);
-    bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+    if constexpr (FEW) {
+        bring_half_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+    } else {
+        bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+    }
     bring_tables(a, kh, smem + p.at_table[0], ready);
     bring_tables(a, vh, smem + p.at_table[1], ready);
 }
