@@ -222,13 +222,14 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     put(s, i, decode_eight(row[i], code));
                 }
             };
-            const auto put_wide = [&](int s) {
-                for_wide(codes + 4*s, min(4, n_wide[0] - 4*s), stage[0] + skew[0], p.stride[0], wide, [&](int q) {
-                    if (q4 == q) {
-                        put(s, 0, wide[r8]);
-                        put(s, 1, wide[r8 + 8]);
+            const auto put_wide = [&](int s) { // groups of more than 4 bits, each by those that multiply them: all of a step together
+                if (4*s < n_wide[0]) {
+                    const pair_code code = load_code(codes + 4*s + q4);
+                    if (is_wide(code)) {
+                        put(s, 0, decode_wide(row[0], code));
+                        put(s, 1, decode_wide(row[1], code));
                     }
-                });
+                }
             };
             const bool any_small = __any_sync(0xffffffff, gain[0] <= 0.0f || gain[1] <= 0.0f);
             const bool odd       = any_small || n_wide[0] > 0;

@@ -46,9 +46,9 @@ struct block_share {
     int head, split, n_split;
 };
 
-// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have a path of their own
+// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have paths of their own, those of keys four together
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
-    return 100.0f + 9.0f*get_head(pack, GGML_KVTC_K, head).n_wide + 7.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
+    return 100.0f + 8.0f*((get_head(pack, GGML_KVTC_K, head).n_wide + 3)/4) + 5.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
 }
 
 // Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
