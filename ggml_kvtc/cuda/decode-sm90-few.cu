@@ -441,19 +441,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     }
                 });
                 if (!PLAIN && view.any_chosen) {
-                    int   from[4];
-                    uint4 y[4];
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        from[n] = __shfl_sync(0xffffffff, view.chosen, 2*q4 + n%2 + n/2*8);
-                        y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8) : make_uint4(0, 0, 0, 0);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        if (from[n] != -1) {
-                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8);
-                        }
-                    }
+                    view.take_exact<D>(a, head, r8 + 8*h, z);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {

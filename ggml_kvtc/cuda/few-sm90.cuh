@@ -189,6 +189,24 @@ struct slab_view {
         }
     }
 
+    // a group of the values of keys 2*(lane%4), + 1, + 8, + 9, where they count exactly
+    template <int D>
+    __device__ __forceinline__ void take_exact(const attn_args & a, int head, int group, uint4 (&z)[4]) const {
+        int   from[4];
+        uint4 y[4]; // all on their way before the first is needed
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            from[n] = __shfl_sync(0xffffffff, chosen, threadIdx.x%4*2 + n%2 + n/2*8);
+            y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            if (from[n] != -1) {
+                z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group);
+            }
+        }
+    }
+
     // true where the slab needs another anchor than `anchor` (INT_MIN: none), which then becomes it
     __device__ __forceinline__ bool choose_anchor(int & anchor, int n_fine) const {
         const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= n_fine ? lowest : anchor;
