@@ -71,7 +71,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);   // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes); // [2][D/8]
     half     * turned  = (half *) (smem + p.at_turned) + group*p.n_turned*2*ROWS*LD; // [n_turned] queries turned back by an anchor, and by eight positions more
-    few_cells * cells  = (few_cells *) (smem + p.at_cells) + group*p.n_turned;       // of this stretch and the next
     uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
     few_gains & gains = *(few_gains *) (smem + p.at_gains);
@@ -113,15 +112,19 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             copy_box(stage[s], maps.side[s], from[s], slab*SLAB + 16*part, stream, arrived[s]);
         }
     };
-    // of a stretch, before it: the lane's cell of the warp's 32, and the first position
-    const int mine = 32*part + lane;
-    int2 next_cell;
-    half next_mask;
+    // of a stretch, before it: the thread's cells, and the first position
+    constexpr int MINE = MOST_STRETCH/(32*WARPS);
+    const int mine = 32*part + lane; // and 32*WARPS on ...
+    int2 next_cell[MINE];
+    half next_mask[MINE];
     int  next_start;
     const auto look = [&](int slab) {
-        const int cell = slab*SLAB + mine;
-        next_cell  = info[min(cell, a.n_kv - 1)];
-        next_mask  = read_mask(a, mask, 0, cell);
+#pragma unroll
+        for (int j = 0; j < MINE; ++j) {
+            const int cell = slab*SLAB + mine + 32*WARPS*j;
+            next_cell[j] = info[min(cell, a.n_kv - 1)];
+            next_mask[j] = read_mask(a, mask, 0, cell);
+        }
         next_start = info[slab*SLAB].x;
     };
 
@@ -151,22 +154,30 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
     for (int buffer = 0; slab < slab_end; buffer ^= p.n_turned - 1) {
         const int  n     = min(stretch, slab_end - slab);
-        const int2 cell  = next_cell;
         const int  start = next_start;
-        const half seen  = hide_by_position(a, next_mask, query_pos, cell.x);
-        if (slab + n < slab_end) {
-            look(slab + n);
-        }
         if (p.n_turned == 1) {
             meet(group, false); // those of the last stretch were read
         }
         half * anchored = turned + buffer*2*ROWS*LD;
-        few_cells & of_stretch = cells[buffer];
-        of_stretch.cell[mine] = cell;
-        of_stretch.mask[mine] = seen;
+        few_cells of_stretch;
+        of_stretch.cell = (int2 *) (smem + p.at_cells + (group*p.n_turned + buffer)*p.n_fine*SM90_FEW_CELL);
+        of_stretch.mask = (half *) (of_stretch.cell + p.n_fine);
+        bool plain = true;
+#pragma unroll
+        for (int j = 0; j < MINE; ++j) {
+            const int i = mine + 32*WARPS*j;
+            if (i < n*SLAB) {
+                const int2 cell = next_cell[j];
+                const half seen = hide_by_position(a, next_mask[j], query_pos, cell.x);
+                of_stretch.cell[i] = cell;
+                of_stretch.mask[i] = seen;
+                plain = plain && cell.x == start + i && __half_as_ushort(seen) == 0 && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES;
+            }
+        }
+        if (slab + n < slab_end) {
+            look(slab + n);
+        }
         turn_twice<D>(queries, anchored, freq, start, n_row);
-        const bool plain = mine >= n*SLAB || (cell.x == start + mine && __half_as_ushort(seen) == 0
-            && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES);
         const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 

@@ -12,10 +12,12 @@ namespace kvtc {
 
 constexpr int FEW_ROWS = SM90_FEW_ROWS;
 
-// of a stretch
+constexpr int MOST_STRETCH = 256; // cells of a stretch
+
+// of a stretch, in shared memory
 struct few_cells {
-    int2 cell[128]; // (position, slot)
-    half mask[128]; // as positions leave it
+    int2 * cell; // (position, slot)
+    half * mask; // as positions leave it
 };
 
 // of gains, by their codes
@@ -24,7 +26,7 @@ struct few_gains {
     float value[256];
 };
 
-static_assert(sizeof(few_cells) == SM90_FEW_CELLS && sizeof(few_gains) == SM90_FEW_GAINS, "the plan has another size");
+static_assert(sizeof(int2) + sizeof(half) == SM90_FEW_CELL && sizeof(few_gains) == SM90_FEW_GAINS, "the plan has another size");
 
 constexpr float MOST_OVER = 8.0f; // keys with a smaller gain than 1/8 are multiplied by it before the product: the mean over it may be large
 
@@ -145,11 +147,16 @@ __device__ __forceinline__ void turn_twice(const float * queries, half * turned,
     const int r = threadIdx.x%(32*GROUP_WARPS)/UNITS;
     if (r < n_row) {
         const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+        const ulonglong2 f = *(const ulonglong2 *) (freq + 2*i);
+        float2 c[2][2]; // both before the first is written
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const float2 c0 = get_rotation(pos + 8*e, freq[2*i]);
-            const float2 c1 = get_rotation(pos + 8*e, freq[2*i + 1]);
-            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c0, c1);
+            c[e][0] = get_rotation(pos + 8*e, f.x);
+            c[e][1] = get_rotation(pos + 8*e, f.y);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c[e][0], c[e][1]);
         }
     }
 }
