@@ -2,7 +2,7 @@
 // allow.
 //
 // Cells mostly come in the order of their positions, all seen, with codes only. A group of four warps asks this of stretches of up to
-// 128 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
+// 256 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
 //
 // mma's eight columns of queries hold each query twice. For logits, turned back by the anchor and by eight positions more: of 16
 // positions from the anchor on, keys of the last eight are rotated as those of the first. For the sum of values, the even and the odd components: the
@@ -112,21 +112,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             copy_box(stage[s], maps.side[s], from[s], slab*SLAB + 16*part, stream, arrived[s]);
         }
     };
-    // of a stretch, before it: the thread's cells, and the first position
-    constexpr int MINE = MOST_STRETCH/(32*WARPS);
-    const int mine = 32*part + lane; // and 32*WARPS on ...
-    int2 next_cell[MINE];
-    half next_mask[MINE];
-    int  next_start;
-    const auto look = [&](int slab) {
-#pragma unroll
-        for (int j = 0; j < MINE; ++j) {
-            const int cell = slab*SLAB + mine + 32*WARPS*j;
-            next_cell[j] = info[min(cell, a.n_kv - 1)];
-            next_mask[j] = read_mask(a, mask, 0, cell);
-        }
-        next_start = info[slab*SLAB].x;
-    };
+    stretch_cells of_stretch;
+    const auto look = [&](int slab) { of_stretch.look(a, mask, info, slab*SLAB, 32*part + lane); };
 
     // neighbouring slabs to one group
     const int2 slabs = get_slabs<UNEVEN>(p, share, group);
@@ -153,27 +140,14 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const uint32_t pick[2] = { r8 < 4 ? 0x4410u : 0x1044u, r8 < 4 ? 0x4432u : 0x3244u }; // a key's weight for the column's parity
 
     for (int buffer = 0; slab < slab_end; buffer ^= p.n_turned - 1) {
-        const int  n     = min(stretch, slab_end - slab);
-        const int  start = next_start;
+        const int n     = min(stretch, slab_end - slab);
+        const int start = of_stretch.next_start;
         if (p.n_turned == 1) {
             meet(group, false); // those of the last stretch were read
         }
         half * anchored = turned + buffer*2*ROWS*LD;
-        few_cells of_stretch;
-        of_stretch.cell = (int2 *) (smem + p.at_cells + (group*p.n_turned + buffer)*p.n_fine*SM90_FEW_CELL);
-        of_stretch.mask = (half *) (of_stretch.cell + p.n_fine);
-        bool plain = true;
-#pragma unroll
-        for (int j = 0; j < MINE; ++j) {
-            const int i = mine + 32*WARPS*j;
-            if (i < n*SLAB) {
-                const int2 cell = next_cell[j];
-                const half seen = hide_by_position(a, next_mask[j], query_pos, cell.x);
-                of_stretch.cell[i] = cell;
-                of_stretch.mask[i] = seen;
-                plain = plain && cell.x == start + i && __half_as_ushort(seen) == 0 && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES;
-            }
-        }
+        uint8_t * cells = smem + p.at_cells + (group*p.n_turned + buffer)*p.n_fine*SM90_FEW_CELL;
+        const bool plain = of_stretch.start(a, cells, p.n_fine, n*SLAB, 32*part + lane, query_pos);
         if (slab + n < slab_end) {
             look(slab + n);
         }

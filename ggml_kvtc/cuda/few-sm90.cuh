@@ -12,14 +12,6 @@ namespace kvtc {
 
 constexpr int FEW_ROWS = SM90_FEW_ROWS;
 
-constexpr int MOST_STRETCH = 256; // cells of a stretch
-
-// of a stretch, in shared memory
-struct few_cells {
-    int2 * cell; // (position, slot)
-    half * mask; // as positions leave it
-};
-
 // of gains, by their codes
 struct few_gains {
     uint2 key[256];   // what the mean's components are, f16 twice; f32, what the logit is multiplied by; so that their product is 1
@@ -42,6 +34,46 @@ __device__ __forceinline__ void make_gains(few_gains & gains, const ggml_kvtc_cu
         gains.value[i] = get_gain(vh.gain_base, (uint8_t) i);
     }
 }
+
+// The cells of a stretch, up to 256: a group's thread has one or two of them before it begins
+struct stretch_cells {
+    int2 next     [2]; // (position, slot)
+    half next_mask[2];
+    int  next_start;   // the first position
+
+    // in shared memory, of this one
+    int2 * cell;
+    half * mask; // as positions leave it
+
+    // first: cell; mine: the thread's, from it on, and 32*GROUP_WARPS more
+    __device__ __forceinline__ void look(const attn_args & a, const half * of_mask, const int2 * info, int first, int mine) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int i = first + mine + 32*GROUP_WARPS*j;
+            next     [j] = info[min(i, a.n_kv - 1)];
+            next_mask[j] = read_mask(a, of_mask, 0, i);
+        }
+        next_start = info[first].x;
+    }
+
+    // n of at most `most` cells; true where the thread's come in the order of their positions, all seen, with codes only
+    __device__ __forceinline__ bool start(const attn_args & a, uint8_t * to, int most, int n, int mine, int query_pos) {
+        cell = (int2 *) to;
+        mask = (half *) (cell + most);
+        bool plain = true;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int i = mine + 32*GROUP_WARPS*j;
+            if (i < n) {
+                const half seen = hide_by_position(a, next_mask[j], query_pos, next[j].x);
+                cell[i] = next[j];
+                mask[i] = seen;
+                plain = plain && next[j].x == next_start + i && __half_as_ushort(seen) == 0 && get_use(a, next[j].x, next[j].y, query_pos, query_pos) == USE_CODES;
+            }
+        }
+        return plain;
+    }
+};
 
 // a block's part of a head's cells
 struct block_share {
