@@ -11,14 +11,18 @@
 namespace kvtc {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// What is large of the pack's part of a head, by one thread; the block's barriers
-template <int D>
+// What is large of the pack's part of a head, by one thread; the block's barriers. FEW: for decode-sm90-few.cu
+template <int D, bool FEW = false>
 __device__ __forceinline__ void bring_block(const attn_args & a, const sm90_plan & p, uint8_t * smem, int head, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
                                             block_barriers & barriers) {
     barrier_init(barriers.sums, blockDim.x);
     init_bring(barriers.pack, 4);
     bring_operand<D>(a, head, smem, barriers.pack);
-    bring_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
+    if constexpr (FEW) {
+        bring_half_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
+    } else {
+        bring_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
+    }
     bring_tables(a, kh, smem + p.at_table[0], barriers.pack);
     bring_tables(a, vh, smem + p.at_table[1], barriers.pack);
 }

@@ -47,6 +47,16 @@ __device__ __forceinline__ void bring_turns(const attn_args & a, uint8_t * to, i
     bring_bytes(to, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D), n, barrier);
 }
 
+// those of the first eight of each 16 positions
+template <int D>
+__device__ __forceinline__ void bring_half_turns(const attn_args & a, uint8_t * to, int n_turn, uint64_t & barrier) {
+    constexpr uint32_t n = 8*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
+    barrier_expect(barrier, n_turn/16*n);
+    for (int i = 0; i < n_turn/16; ++i) {
+        copy_bulk(to + i*n, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D) + 2*i*n, n, barrier);
+    }
+}
+
 // a head's tables of pairs
 __device__ __forceinline__ void bring_tables(const attn_args & a, const ggml_kvtc_cuda_head & head, uint8_t * to, uint64_t & barrier) {
     const uint32_t n = head.n_pairs;

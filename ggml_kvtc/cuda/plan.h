@@ -140,7 +140,7 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 constexpr int SM90_GROUPS    = 3;
 constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
-constexpr int SM90_FEW_CELLS = 128*10; // and of (position, slot) and mask of a stretch's cells
+constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
@@ -154,7 +154,8 @@ struct sm90_plan {
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
-    int n_fine;            // positions in the table of rotations: slabs within them share an anchor
+    int n_fine;            // positions from an anchor on that slabs share; few: the table of rotations has the first eight of each 16
+    int n_turned;          // few: 2 where there is room for the next stretch's queries and cells beside this one's
     int at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
@@ -192,18 +193,24 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
         p.n_block = uneven ? n_block : 0;
         p.n_sum   = uneven ? n_block/s.n_head_kv + 3 : p.n_split;
-        for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
+        const struct { int n_fine, n_turned; } options[] = { { 256, 2 }, { 256, 1 }, { 128, 2 }, { 128, 1 }, { 64, 2 }, { 64, 1 } };
+        for (const auto & o : options) {
+            if (o.n_fine > 64 && (p.slabs_per_split < o.n_fine/32*SM90_GROUPS || (o.n_fine > 128 && !few))) {
+                continue; // a block that short would not use them
+            }
+            p.n_fine   = o.n_fine;
+            p.n_turned = few ? o.n_turned : 1;
             int used = 0;
             const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
             take((s.d/8 + 1)*s.d*16);
             p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
             p.at_table[1] = take(s.pairs[1], 1024);
             p.at_queries  = take((few ? SM90_FEW_ROWS : 8)*(s.d + 8)*4);
-            p.at_turned   = take((few ? 2 : 1)*SM90_GROUPS*8*(s.d + 8)*2);
+            p.at_turned   = take(p.n_turned*SM90_GROUPS*8*(s.d + 8)*2);
             p.at_freq     = take(s.d/2*8);
-            p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
+            p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
             p.at_codes    = take(2*(s.d/8)*16);
-            p.at_cells    = take(few ? 2*SM90_GROUPS*SM90_FEW_CELLS : 0);
+            p.at_cells    = take(few ? p.n_turned*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
             p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
             p.at_ranges   = take(few ? 0 : 2*n_warp*8);
             p.at_weights  = take(few ? 0 : n_warp*32*8);
@@ -264,7 +271,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
         }
         p.slabs_per_split = ceil_div(p.n_slab, std::min(ceil_div(p.n_slab, p.split ? 1 : GROUPS), most));
         p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-        for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
+        for (const int n_fine : { 128, 65, 33 }) {
             if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
                 continue; // a block that short would not use them
             }

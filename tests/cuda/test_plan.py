@@ -111,6 +111,18 @@ def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, grou
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
 
 
+@pytest.mark.parametrize("heads", [1, 2, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("v", [1, 2, 3, 4])
+def test_one_token_of_few_query_heads_has_that_kernel_at_all_usual_widths(plans, heads, k, v):
+    """Also where all groups have the same width, whose tables are the largest; heads may differ in their bytes."""
+    ffi, library = plans
+    pairs = [{1: 4096, 2: 4096, 3: 16384, 4: 65536}[b] for b in (k, v)]
+    for n_kv in (256, 16384, 131072):
+        shape = [128, n_kv, 1, 4, heads, 1, heads * 16 * k, heads * 16 * v, 16 * k + 2, 16 * v + 2, 0, 0, *pairs]
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == 2
+
+
 @pytest.mark.parametrize(
     "heads, n_kv, uneven", [(8, 131072, True), (8, 65536, False), (4, 131072, False), (32, 24500, True)]
 )
