@@ -63,10 +63,10 @@ def default_chunks(capture: Capture, n_chunks: int, size: int, step: Callable[[]
     return out
 
 
-def file_chunks(capture: Capture, path: Path, n_chunks: int, size: int) -> np.ndarray:
+def file_chunks(capture: Capture, path: Path, n_chunks: int, size: int, least: int = 2) -> np.ndarray:
     """The first n_chunks chunks of a text file, i32 [n, size]; fewer where the text ends.
 
-    Raises FormatError when the file cannot be read or holds less than two chunks.
+    Raises FormatError when the file cannot be read or holds less than `least` chunks.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,8 +75,8 @@ def file_chunks(capture: Capture, path: Path, n_chunks: int, size: int) -> np.nd
             f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}"
         ) from error
     tokens = capture.tokenize(text)
-    if len(tokens) < 2 * size:
-        raise FormatError(f"{path}: text too short: {len(tokens)} tokens, {2 * size} are needed (or a smaller -c)")
+    if len(tokens) < least * size:
+        raise FormatError(f"{path}: text too short: {len(tokens)} tokens, {least * size} are needed (or a smaller -c)")
     return split(tokens, size, min(n_chunks, len(tokens) // size), capture)
 
 
