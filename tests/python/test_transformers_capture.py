@@ -4,24 +4,30 @@ checkpoint that the GGUF is not made from: fails here. Needs the `hf` extra; tin
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from kvtc_gguf import statistics_file
 from kvtc_gguf.capture import LayerSample, channels, rope_pairs
+from kvtc_gguf.fingerprint import fingerprint
+from kvtc_gguf.format import read
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
+from kvtc_gguf.score import SINKS
 
 torch = pytest.importorskip("torch", reason="needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 from kvtc_gguf.capture.transformers import TransformersCapture  # noqa: E402
 
-T, D, WINDOW = 96, 16, 24
+T, D, WINDOW = 96, 32, 24
 PLAIN: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=64, hidden_size=4 * D, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=D, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
@@ -174,3 +180,32 @@ def test_text_is_tokenized_and_sampled_alike_every_time(tmp_path: Path) -> None:
         first, second = capture.sample(3, 20, seed=1), capture.sample(3, 20, seed=1)
     np.testing.assert_array_equal(first, second)
     assert (first[:, 0] == 1).all() and 2 not in first and len({row.tobytes() for row in first}) == 3
+
+
+def test_the_convert_script_writes_a_calibration_of_the_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoint(tmp_path / "hf", "QK-norm")
+    order, interleaved = converted("QK-norm", move=True)
+    info = gguf_of(model, tmp_path / "model.gguf", "QK-norm", order)
+    words = np.random.default_rng(0).integers(3, 64, 600)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    script = Path(__file__).resolve().parents[2] / "convert" / "convert_hf_to_kvtc.py"
+    arguments = [tmp_path / "hf", "--model", info.path, "-f", tmp_path / "text.txt", "-c", 256, "-t", 1]
+    arguments += ["--statistics", tmp_path / "s.gguf"]
+    monkeypatch.setattr("sys.argv", [str(a) for a in (script, *arguments)])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not end.value.code
+    calibration = read(tmp_path / "model.kvtc.gguf")
+    assert calibration.fingerprint == fingerprint(info.path)
+    assert (calibration.corpus, calibration.tokens, sorted(calibration.layers)) == ("text.txt", 512, [0, 1, 2])
+    moments, keys = statistics_file.read(tmp_path / "s.gguf").moments, []
+    with TransformersCapture(str(tmp_path / "hf"), info) as capture:
+        assert capture.interleaved == interleaved
+        for chunk in words[:512].reshape(2, 256).astype(np.int32):
+            capture.run(chunk, lambda sample: keys.append((sample.layer, sample.k[SINKS:])))
+    for layer in range(3):
+        k = np.concatenate([k for n, k in keys if n == layer])
+        for h in range(2):
+            found = moments[layer]["k_plain"].head(h).covariance
+            np.testing.assert_allclose(found, np.cov(k[:, h].T, bias=True), rtol=1e-3, atol=1e-4)
