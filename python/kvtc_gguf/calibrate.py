@@ -86,7 +86,7 @@ def fit_model(
         tokens=int(chunks.size),
         tool=f"kvtc_gguf {__version__}",
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        stats=statistics(fitter),
+        stats=statistics(fitter, info.block_count),
     ), fitter
 
 
@@ -101,15 +101,22 @@ def check(model: Path, sample: LayerSample) -> None:
             )
 
 
-def statistics(fitter: Fitter) -> dict[str, np.ndarray]:
-    """Moments of every layer, to be kept in the sidecar: `blk.N.{k,v}.{mean,covariance}`, `blk.N.k.query`, f32."""
+def statistics(fitter: Fitter, block_count: int) -> dict[str, np.ndarray]:
+    """To be kept in the sidecar, f32: moments of every layer `blk.N.{k,v}.{mean,covariance}`, `blk.N.k.metric`, and what
+    coding a layer at each budget does to attention's output, `error.{k,v}` [len(BUDGETS), block_count].
+    """
     stats = {}
+    for name in ("k", "v"):
+        error = np.zeros((len(BUDGETS), block_count), np.float32)
+        for layer, sides in fitter.layers.items():
+            error[:, layer] = sides[name].cost
+        stats[f"error.{name}"] = error
     for layer, sides in fitter.layers.items():
         for name, side in sides.items():
             heads = [side.moments.head(h) for h in range(side.heads)]
             stats[f"blk.{layer}.{name}.mean"] = np.stack([h.mean for h in heads]).astype(np.float32)
             stats[f"blk.{layer}.{name}.covariance"] = np.stack([h.covariance for h in heads]).astype(np.float32)
-        stats[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query().astype(np.float32)
+        stats[f"blk.{layer}.k.metric"] = sides["k"].moments.mean_metric().astype(np.float32)
     return stats
 
 
