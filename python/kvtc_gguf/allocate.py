@@ -42,7 +42,7 @@ def allocate(error: np.ndarray, budget: int) -> np.ndarray:
 
 
 def _head_table(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cost, step) of one head, error [G, W]: cost[s], the least error of widths that take s bytes; step for the widths.
+    """(cost, step) of one head, error [G, W]: cost[s] is the least error of widths that take s bytes.
 
     step[g, k, s]: index of the width of group g - 1 where groups 0 ... g take s bytes and group g has width WIDTHS[k].
     """

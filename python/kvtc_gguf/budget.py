@@ -8,13 +8,16 @@ attention's output that fitting measured. Dynamic programming then finds the exa
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import FormatError
-from kvtc_gguf.sensitivity import SIDES, LayerBits
+from kvtc_gguf.sensitivity import SIDES, LayerBits, Prober, measure, uniform
 
 SHARE_FLOOR = 0.05  # of the median of a side: what a layer is taken to cost at least, as its measured KLD is noisy
 
@@ -120,9 +123,60 @@ def apply(calibration: Calibration, choice: Choice) -> tuple[int, int]:
     for side in SIDES:
         kept = [b for b in choice.bits[side] if b]
         near = min(calibration.bits, key=lambda b: abs(b - sum(kept) / len(kept)))
-        row = [[b if layer in calibration.layers else 0 for layer in range(calibration.block_count)] for b in calibration.bits]
+        row = [
+            [b if layer in calibration.layers else 0 for layer in range(calibration.block_count)]
+            for b in calibration.bits
+        ]
         table = calibration.layer_bits.get(side, row)
         table[calibration.bits.index(near)] = choice.bits[side]
         calibration.layer_bits[side] = table
         asked.append(near)
     return asked[0], asked[1]
+
+
+def spend(
+    model: Path,
+    calibration: Calibration,
+    chunks: np.ndarray,
+    bpv: float,
+    threads: int,
+    step: Callable[[], None] | None = None,
+) -> str:
+    """Measures the sensitivities where the calibration does not hold them, and gives its layers the best bits.
+
+    chunks i32 [n, T] that fitting held out; step is called after each of the 2 L runs. Returns what to tell: predicted
+    and measured KLD, beside those of the uniform preset that takes as much, or the next that takes more.
+    """
+    with Prober(model, calibration, chunks, threads) as prober:
+        if "kld.k" not in calibration.stats:
+            measured, background = measure(prober, step)
+            calibration.stats |= {f"kld.{side}": table for side, table in measured.items()}
+            calibration.stats["kld.background"] = np.array([background], np.float32)
+        background = float(calibration.stats["kld.background"][0])
+        choice = plan(calibration, bpv)
+        lines = [f"{choice.bpv:.3f} bits per value by layer: KLD predicted {choice.kld + background:.5f}"]
+        lines[0] += f", measured {prober.kld(choice.bits):.5f}"
+        total = math.ceil(2 * bpv - 1e-9)
+        k = total // 2
+        if k >= calibration.bits[0] and total - k <= calibration.bits[-1]:
+            preset = uniform(calibration, k, total - k)
+            expected = predicted(calibration, preset) + background
+            lines.append(f"kvtc-k{k}v{total - k}, {total / 2:g} bits per value: predicted {expected:.5f}")
+            lines[1] += f", measured {prober.kld(preset):.5f}"
+    asked = apply(calibration, choice)
+    lines.append(f"to use it: --cache-type kvtc-k{asked[0]}v{asked[1]}")
+    return "\n".join(lines)
+
+
+def bits_per_value(calibration: Calibration, size: int, tokens: int) -> float:
+    """Bits per value at which the codes of `tokens` tokens take `size` bytes; exact rows and bases come on top."""
+    values = sum(side.n_head * side.head_dim for sides in calibration.layers.values() for side in sides.values())
+    return 8 * size / (tokens * values)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "4GiB", "512M" or "1000". Raises FormatError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise FormatError(f"{text}: no size, write it as 4GiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

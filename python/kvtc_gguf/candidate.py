@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtc_gguf import score
-from kvtc_gguf.codebook import Cumulative, distortion, lloyd_max, stretched, to_f16
+from kvtc_gguf.codebook import distortion, lloyd_max, stretched, to_f16
 from kvtc_gguf.layout import GROUP, WIDTHS
 from kvtc_gguf.statistics import Histogram
 
@@ -69,7 +69,7 @@ class Candidate:
 def candidates(
     histogram: Histogram, heads: list[int], metric: np.ndarray, stretch: float, orders: list[np.ndarray] | None = None
 ) -> list[Candidate]:
-    """Codebooks and measured errors of some heads under one transform, from its histograms; metric [H, d, d] in x space.
+    """Codebooks and measured errors of some heads under one transform, from its histograms; metric [H, d, d].
 
     orders: of earlier candidates, to keep, one for each of `heads`. stretch: see `codebook.stretched`.
     """

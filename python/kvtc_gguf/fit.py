@@ -149,9 +149,7 @@ class Fitter:
         ratio = fitted.error[:, last:] / np.maximum(fitted.error[:, last : last + 1], 1e-30)
         return np.hstack([measured[:, :last], measured[:, last:] * ratio])
 
-    def _score_keys(
-        self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention
-    ) -> None:
+    def _score_keys(self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention) -> None:
         rows, pairs, gram = score.query_rows(len(sample.k)), self.pairs(side.head_dim), self.gram(sample.layer)
         turn = rotation(sample, pairs)[:, None]
         group = len(gram) // side.heads
@@ -171,9 +169,7 @@ class Fitter:
             side.scores[h] += total[:-1].reshape(side.scores.shape[1:])
             side.energy[h] += total[-1]
 
-    def _score_values(
-        self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention
-    ) -> None:
+    def _score_values(self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention) -> None:
         gram = self.gram(sample.layer)
         group = len(gram) // side.heads
         for h in range(side.heads):
@@ -181,7 +177,9 @@ class Fitter:
             far = np.stack([attention.far(i) for i in range(mine.start, mine.stop)])
             for name, histogram in side.histograms.items():
                 z, norm = (a[h] for a in coordinates[name])
-                table = self._output_errors(side.candidates[name, h], z, norm, histogram.transforms.decode[h], far, gram[mine])
+                table = self._output_errors(
+                    side.candidates[name, h], z, norm, histogram.transforms.decode[h], far, gram[mine]
+                )
                 side.output[name, h] = side.output.get((name, h), 0.0) + table
             x = np.concatenate([self._errors(side, h, coordinates), sample.v[:, h, None]], axis=1)
             total = score.value_cost(far, x, gram[mine])
@@ -209,7 +207,9 @@ class Fitter:
             inner = ordered.T @ metric.astype(np.float32) @ ordered
             for g in range(groups):
                 block = inner[g * GROUP : (g + 1) * GROUP, g * GROUP : (g + 1) * GROUP]
-                total[g] += np.einsum("rwi,ij,rwj->w", out[:, :, g], block, out[:, :, g], dtype=np.float64, optimize=True)
+                total[g] += np.einsum(
+                    "rwi,ij,rwj->w", out[:, :, g], block, out[:, :, g], dtype=np.float64, optimize=True
+                )
         return total
 
     def finish(self, budgets: Sequence[int]) -> dict[int, dict[str, SideCalibration]]:

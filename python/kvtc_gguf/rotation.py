@@ -1,4 +1,4 @@
-"""The rotation that RoPE gave each token of a sample, read off the keys before and after it: no model's own rule needed."""
+"""The rotation that RoPE gave each token of a sample, read off the keys before and after it, whatever the rule."""
 
 from __future__ import annotations
 

@@ -135,7 +135,12 @@ def value_cost(probability: np.ndarray, error: np.ndarray, gram: np.ndarray) -> 
 
 
 def key_cost(
-    queries: np.ndarray, probability: np.ndarray, coded: np.ndarray, error: np.ndarray, values: np.ndarray, gram: np.ndarray
+    queries: np.ndarray,
+    probability: np.ndarray,
+    coded: np.ndarray,
+    error: np.ndarray,
+    values: np.ndarray,
+    gram: np.ndarray,
 ) -> np.ndarray:
     """Sum over query rows of |W_o (o' - o)|^2, o' attending with wrong keys: f64 [M], as in `value_cost`.
 

@@ -86,7 +86,9 @@ class Prober:
         params.type_k, params.type_v, params.flash_attn_type, params.no_perf = type_k, type_v, 1, True
         context = api.llama_init_from_model(self.capture.model, params)
         if not context:
-            raise FormatError(self.capture._reason(f"{self.capture.path}: llama.cpp cannot make a context of {size} tokens"))
+            raise FormatError(
+                self.capture._reason(f"{self.capture.path}: llama.cpp cannot make a context of {size} tokens")
+            )
         batch = api.llama_batch_init(size, 0, 1)
         result = []
         try:
@@ -120,7 +122,7 @@ def uniform(calibration: Calibration, k: int, v: int) -> LayerBits:
 
 
 def measure(prober: Prober, step: Callable[[], None] | None = None) -> tuple[dict[str, np.ndarray], float]:
-    """(side -> KLD f32 [len(bits), block_count] of that side of one layer coded alone, -1 where not measured; background).
+    """(side -> KLD f32 [len(bits), block_count] of that side of one layer alone, -1 where not measured; background).
 
     step is called after each run. The background is the KLD with all layers at the widest budget; it is taken off.
     """

@@ -22,7 +22,9 @@ def logits(reader: Reader, layer: int, interleaved: bool) -> np.ndarray:
     parts = []
     for name, heads in (("q", HEADS), ("k", KV)):
         y = tensors[f"blk.{layer}.attn_{name}.weight"] @ x
-        y = (y + tensors.get(f"blk.{layer}.attn_{name}.bias", np.zeros(len(y), np.float32))[:, None]).reshape(heads, D, -1)
+        y = (y + tensors.get(f"blk.{layer}.attn_{name}.bias", np.zeros(len(y), np.float32))[:, None]).reshape(
+            heads, D, -1
+        )
         a, b = (y[:, ::2], y[:, 1::2]) if interleaved else (y[:, : D // 2], y[:, D // 2 :])
         parts.append(a + 1j * b)
     turn = np.exp(1j * rng.uniform(0, 6, (D // 2, 1)))

@@ -189,7 +189,7 @@ def test_attention_to_codes_is_beyond_sinks_window_and_inside_the_sliding_window
 
 
 def test_scaled_key_channels_change_nothing(samples: list[LayerSample]) -> None:
-    """Keys up to 64 times larger in some RoPE pairs, queries smaller by as much: the function of the model is the same."""
+    """Keys up to 64 times larger in some RoPE pairs, queries smaller by as much: the model's function is the same."""
     scale = np.tile(2.0 ** np.random.default_rng(5).integers(0, 7, D // 2), 2).astype(np.float32)
     gram = np.stack([np.eye(D, dtype=np.float32)] * (H * G))
     costs = []
