@@ -1,4 +1,4 @@
-"""A row that overflows its budget, or bits spent where they save nothing, fails here."""
+"""A row that overflows its budget, or an allocation that another beats, fails here."""
 
 from __future__ import annotations
 

@@ -1,13 +1,7 @@
 """The transforms that compete for a head, and their one registry.
 
 A transform turns the statistics of one (layer, kv head, K or V) into a basis: `mean [d]` to subtract and
-`decode [d, d]` with `x = decode @ z + mean`. To add one:
-
-1. write `transforms/<name>.py` with a function `HeadStatistics -> Basis` (any invertible decode matrix will do; scale
-   and order of its components do not matter, `build` normalises them),
-2. add it to `REGISTRY` below, and to `fit.MEMBERS` for the side (K, V) in which it shall compete.
-
-tests/python/test_transforms.py then runs over it by itself.
+`decode [d, d]` with `x = decode @ z + mean`. README.md lists them and says how to add one.
 """
 
 from __future__ import annotations
