@@ -169,9 +169,12 @@ def spend(
 
 
 def bits_per_value(calibration: Calibration, size: int, tokens: int) -> float:
-    """Bits per value at which the codes of `tokens` tokens take `size` bytes; exact rows and bases come on top."""
+    """Bits per value, at most the widest, at which the codes of `tokens` tokens take `size` bytes.
+
+    Exact rows and bases come on top.
+    """
     values = sum(side.n_head * side.head_dim for sides in calibration.layers.values() for side in sides.values())
-    return 8 * size / (tokens * values)
+    return min(8 * size / (tokens * values), float(calibration.bits[-1]))
 
 
 def parse_size(text: str) -> int:

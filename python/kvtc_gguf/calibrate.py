@@ -52,7 +52,7 @@ class Request:
     threads: int
     force: bool
     bpv: float | None = None  # bits per value by layer, from measured sensitivities
-    kv_size: str | None = None  # the same as a size of the codes of kv_ctx tokens
+    kv_size: int | None = None  # the same as bytes of the codes of kv_ctx tokens
     kv_ctx: int | None = None
     checkpoint: str | None = None  # run this in transformers instead of the model
     device: str = "cpu"
@@ -208,11 +208,11 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
 def spend_bits(request: Request, calibration: Calibration, run: Run, console: Console) -> None:
     """Gives every layer its own bits, within --bpv or --kv-size, and says what that gains."""
     bpv = request.bpv
-    if bpv is None:
-        bpv = budget.bits_per_value(calibration, budget.parse_size(request.kv_size or ""), request.kv_ctx or 0)
+    if request.kv_size and request.kv_ctx:
+        bpv = budget.bits_per_value(calibration, request.kv_size, request.kv_ctx)
+    assert bpv is not None
     chunks = run.statistics.texts[0].chunks[-SENSITIVITY_CHUNKS:]  # held out by `Run.fit`
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring layers", total=2 * len(calibration.layers))
         told = budget.spend(request.model, calibration, chunks, bpv, request.threads, lambda: progress.advance(task))
     console.print(told, highlight=False, soft_wrap=True)
@@ -284,7 +284,7 @@ def main(
             threads,
             force,
             bpv,
-            kv_size,
+            budget.parse_size(kv_size) if kv_size else None,
             kv_ctx,
             checkpoint,
             device,
