@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvtc_gguf import format, statistics_file
+from kvtc_gguf import budget, format, statistics_file
 from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.console import one_line_errors
@@ -24,13 +24,14 @@ from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
-from kvtc_gguf.layout import FormatError
+from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.run import Run, Stopped, check, stoppable
 from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
+SENSITIVITY_CHUNKS = 2
 TABLE_BITS = (2, 4)
 REPORT_WIDTH = 150
 
@@ -50,6 +51,9 @@ class Request:
     ctx_size: int
     threads: int
     force: bool
+    bpv: float | None = None  # bits per value by layer, from measured sensitivities
+    kv_size: int | None = None  # the same as bytes of the codes of kv_ctx tokens
+    kv_ctx: int | None = None
     checkpoint: str | None = None  # run this in transformers instead of the model
     device: str = "cpu"
     dtype: str = "auto"
@@ -102,7 +106,7 @@ def table(calibration: Calibration, fitter: Fitter) -> Table:
     """Per layer: the transforms chosen, the widths of the 2- and 4-bit budgets and the predicted error."""
     out = Table(
         title=f"{calibration.architecture}: {len(calibration.layers)} layers, {calibration.tokens} tokens",
-        caption=f"error: held out, {SCORE_BITS[0]} bits, relative: keys of the logit, values of the attention output",
+        caption=f"error: held out, {SCORE_BITS[0]} bits, relative, of the output of attention",
     )
     out.add_column("layer", justify="right")
     for side in ("K", "V"):
@@ -189,6 +193,8 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
             calibration = fit_model(run, request)
         except Stopped:
             interrupted(run, request, sidecar or request.embedded or request.model)
+    if request.bpv or request.kv_size:
+        spend_bits(request, calibration, run, console)
     if sidecar:
         format.write(calibration, sidecar)
     if request.embedded:
@@ -197,6 +203,19 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
     names = " and ".join(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" for path in written)
     console.print(f"wrote {names}{peak_memory()}", highlight=False, soft_wrap=True)
     return calibration, run
+
+
+def spend_bits(request: Request, calibration: Calibration, run: Run, console: Console) -> None:
+    """Gives every layer its own bits, within --bpv or --kv-size, and says what that gains."""
+    bpv = request.bpv
+    if request.kv_size and request.kv_ctx:
+        bpv = budget.bits_per_value(calibration, request.kv_size, request.kv_ctx)
+    assert bpv is not None
+    chunks = run.statistics.texts[0].chunks[-SENSITIVITY_CHUNKS:]  # held out by `Run.fit`
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring layers", total=2 * len(calibration.layers))
+        told = budget.spend(request.model, calibration, chunks, bpv, request.threads, lambda: progress.advance(task))
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -225,6 +244,13 @@ def main(
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=MIN_CTX, help="Tokens of a chunk.")] = 1024,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, help="Threads.")] = os.cpu_count() or 1,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    bpv: Annotated[
+        float | None, typer.Option("--bpv", help="Give layers their own bits: the least KLD in so many bits a value.")
+    ] = None,
+    kv_size: Annotated[
+        str | None, typer.Option("--kv-size", help="The same by the size of the codes, such as 4GiB, of --ctx tokens.")
+    ] = None,
+    kv_ctx: Annotated[int | None, typer.Option("--ctx", min=1, help="With --kv-size: tokens of the cache.")] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option("--hf", help="Run the checkpoint that the GGUF is made from, in transformers: a folder or an id."),
@@ -241,6 +267,10 @@ def main(
             raise FormatError("name one model: python -m kvtc_gguf.calibrate model.gguf")
         path = model or model_option
         assert path is not None
+        if bool(kv_size) != bool(kv_ctx) or (kv_size and bpv):
+            raise FormatError("give --bpv, or --kv-size and --ctx together")
+        if bpv is not None and not BUDGETS[0] <= bpv <= BUDGETS[-1]:
+            raise FormatError(f"--bpv {bpv:g}: must be {BUDGETS[0]} to {BUDGETS[-1]}")
         fresh = not in_files or file or tokens or chunks
         n_chunks = (chunks or max(2, (tokens or DEFAULT_TOKENS) // ctx_size)) if fresh else 0
         request = Request(
@@ -253,6 +283,9 @@ def main(
             ctx_size,
             threads,
             force,
+            bpv,
+            budget.parse_size(kv_size) if kv_size else None,
+            kv_ctx,
             checkpoint,
             device,
             dtype,

@@ -143,7 +143,7 @@ class Run:
             tokens=self.statistics.tokens,
             tool=f"kvtc_gguf {__version__}",
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            stats=kept(self.fitter, layers, self.statistics),
+            stats=kept(self.fitter, layers, self.statistics, self.info.block_count),
         )
 
     def _moments(self, sample: LayerSample) -> None:
@@ -172,24 +172,26 @@ class Run:
 
 
 def kept(
-    fitter: Fitter, layers: dict[int, dict[str, SideCalibration]], statistics: Statistics
+    fitter: Fitter, layers: dict[int, dict[str, SideCalibration]], statistics: Statistics, block_count: int
 ) -> dict[str, np.ndarray]:
     """What a sidecar keeps for reports and for fitting again, all f32; H kv heads, d head_dim, G groups.
 
     `blk.N.{k,v}.{mean,covariance}` [H, d], [H, d, d]; `.error` [len(fit.SCORE_BITS)], held out, relative (amplitudes);
+    `error.{k,v}` [len(BUDGETS), block_count]: what coding a layer at a budget does to attention's output;
     `.histogram` [H, G, 64]: share of the unit-norm components of each group, over their scale, in bins from -4 to 4;
-    `blk.N.k.query` [H, d]; `blk.N.k.spectra` [2, H, d]: eigenvalues of the keys' covariance before and after RoPE.
+    `blk.N.k.metric` [H, d, d]; `blk.N.k.spectra` [2, H, d]: eigenvalues of the keys' covariance before and after RoPE.
     """
-    result = {}
+    result = {f"error.{name}": np.zeros((len(BUDGETS), block_count)) for name in ("k", "v")}
     for layer, sides in fitter.layers.items():
         for name, side in sides.items():
+            result[f"error.{name}"][:, layer] = side.cost
             prefix = f"blk.{layer}.{name}"
             heads = [side.moments.head(h) for h in range(side.heads)]
             result[f"{prefix}.mean"] = np.stack([h.mean for h in heads])
             result[f"{prefix}.covariance"] = np.stack([h.covariance for h in heads])
             result[f"{prefix}.error"] = fitter.predicted(side)
             result[f"{prefix}.histogram"] = histograms(side, layers[layer][name])
-        result[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query()
+        result[f"blk.{layer}.k.metric"] = sides["k"].moments.mean_metric()
         streams = [statistics.moments[layer][name] for name in ("k_plain", "k_rope")]
         covariances = [[m.head(h).covariance for h in range(len(m.total))] for m in streams]
         result[f"blk.{layer}.k.spectra"] = np.maximum(np.linalg.eigvalsh(covariances)[..., ::-1], 0.0)

@@ -24,6 +24,7 @@ from kvtc_gguf.format import Calibration, SideCalibration, read
 from kvtc_gguf.gguf_io import Reader
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
+from kvtc_gguf.rotation import rotate, rotation
 
 SHOWN_BITS = (2, 4)
 NOTHING = 1.0  # relative error of a code that says nothing
@@ -94,8 +95,11 @@ def layer_errors(
     sample: LayerSample, calibration: Calibration, pairs: np.ndarray, gram: np.ndarray, softcap: float
 ) -> Errors:
     """What coding the keys alone, or the values alone, does to attention outside sinks and window."""
-    attention = score.far_attention(sample, softcap)
-    turn = rotation(sample, pairs)
+    seen = score.attend(sample, softcap)
+    attention = np.stack([seen.far(i) for i in range(sample.q.shape[1])])
+    # keys grow by YaRN's magnitude where RoPE turns them, and so do their errors
+    size = [np.linalg.norm(x[..., pairs]) for x in (sample.k_rope, sample.k)]
+    turn = rotation(sample, pairs) * (size[0] / max(size[1], 1e-30))
     keys, values = {}, {}
     for bits in [b for b in SHOWN_BITS if b in calibration.bits]:
         coded = {}
@@ -111,20 +115,6 @@ def decoded(side: SideCalibration, x: np.ndarray, budget_index: int, bits: int) 
     """x f32 [T, H, d] after coding."""
     rows = reference.encode_rows(side, budget_index, reference.transform(side, x), bits)
     return reference.reconstruct(side, reference.decode_rows(side, budget_index, rows))
-
-
-def rotation(sample: LayerSample, pairs: np.ndarray) -> np.ndarray:
-    """What RoPE multiplies each pair of channels by, complex [T, n], as the sample's keys before and after it show."""
-    before, after = (x[..., pairs[:, 0]] + 1j * x[..., pairs[:, 1]] for x in (sample.k, sample.k_rope))
-    return (after * before.conj()).sum(axis=1) / np.maximum(np.square(np.abs(before)).sum(axis=1), 1e-30)
-
-
-def rotate(x: np.ndarray, turn: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """x [T, H, d] turned by complex [T, n]."""
-    out = x.copy()
-    turned = (x[..., pairs[:, 0]] + 1j * x[..., pairs[:, 1]]) * turn[:, None]
-    out[..., pairs[:, 0]], out[..., pairs[:, 1]] = turned.real, turned.imag
-    return out
 
 
 def logit_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray) -> float:
@@ -150,7 +140,7 @@ def output_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray, 
     group = len(attention) // heads
     for h in range(heads):
         mine = slice(h * group, (h + 1) * group)
-        total += score.output_energy(attention[mine], np.stack([error[:, h], sample.v[:, h]], axis=1), gram[mine])
+        total += score.value_cost(attention[mine], np.stack([error[:, h], sample.v[:, h]], axis=1), gram[mine])
     return float(np.sqrt(total[0] / max(total[1], 1e-30)))
 
 
