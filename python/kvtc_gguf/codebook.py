@@ -30,21 +30,26 @@ class Cumulative:
         self.mean = total.sum(axis=1, dtype=np.float64) / self.samples
         self.square = square / self.samples
         self.deviation = np.sqrt(np.maximum(self.square - self.mean**2, 0.0))
-        zero = np.zeros((len(count), 1))
-        self.count = np.hstack([zero, np.cumsum(count, axis=1, dtype=np.float64)])
-        self.total = np.hstack([zero, np.cumsum(total, axis=1, dtype=np.float64)])
+        # one row of running sums for each component, end to end, so that one index finds its way in all of them
+        self.sums = np.zeros((2, len(count), BINS + 1))
+        np.cumsum(count, axis=1, dtype=np.float64, out=self.sums[0, :, 1:])
+        np.cumsum(total, axis=1, dtype=np.float64, out=self.sums[1, :, 1:])
+        self.count, self.total = self.sums
+        self.step = 2 * REACH / BINS * self.scale[:, None]
+        self.start = np.arange(len(count))[:, None] * (BINS + 1)
 
     def below(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(count, sum) of the samples below x [C, L], each [C, L]."""
-        step = 2 * REACH / BINS * self.scale[:, None]
-        position = np.clip(x / step + BINS / 2, 0.0, BINS)
+        position = np.minimum(np.maximum(x / self.step + BINS / 2, 0.0), BINS)
         index = np.minimum(position.astype(np.int64), BINS - 1)
         part = position - index
-        count, total = (np.take_along_axis(a, index, axis=1) for a in (self.count, self.total))
-        bin_count = np.take_along_axis(self.count, index + 1, axis=1) - count
-        bin_total = np.take_along_axis(self.total, index + 1, axis=1) - total
+        index += self.start
+        flat = self.sums.reshape(2, -1)
+        count, total = flat[0].take(index), flat[1].take(index)
+        index += 1
+        bin_count, bin_total = flat[0].take(index) - count, flat[1].take(index) - total
         # Even spread over the bin, shifted so that the whole bin sums to what was seen.
-        spread = bin_count * part * (part - 1) / 2 * step
+        spread = bin_count * part * (part - 1) * (self.step / 2)
         return count + part * bin_count, total + part * bin_total + spread
 
 
@@ -59,11 +64,14 @@ def lloyd_max(data: Cumulative, bits: int, iterations: int = ITERATIONS) -> np.n
 
 def cells(data: Cumulative, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(count, sum) of the samples that code to each level, each [C, L]; decision points are the midpoints."""
-    count, total = data.below((levels[:, 1:] + levels[:, :-1]) / 2)
-    return (
-        np.diff(count, axis=1, prepend=0.0, append=data.count[:, -1:]),
-        np.diff(total, axis=1, prepend=0.0, append=data.total[:, -1:]),
-    )
+    edges = data.below((levels[:, 1:] + levels[:, :-1]) / 2)
+    result = []
+    for below, all_of_it in zip(edges, (data.count, data.total), strict=True):
+        cell = np.empty(levels.shape)
+        cell[:, 0], cell[:, -1] = below[:, 0], all_of_it[:, -1] - below[:, -1]
+        np.subtract(below[:, 1:], below[:, :-1], out=cell[:, 1:-1])
+        result.append(cell)
+    return result[0], result[1]
 
 
 def distortion(data: Cumulative, levels: np.ndarray | None) -> np.ndarray:
@@ -72,6 +80,16 @@ def distortion(data: Cumulative, levels: np.ndarray | None) -> np.ndarray:
         return data.square
     count, total = cells(data, levels)
     return np.maximum(data.square + ((count * levels - 2 * total) * levels).sum(axis=1) / data.samples, 0.0)
+
+
+def stretched(data: Cumulative, levels: np.ndarray, exponent: float) -> np.ndarray:
+    """Levels [C, L] made larger by (1 - D)^-exponent, D the relative distortion: 0.5 keeps a component's variance.
+
+    Means of cells are smaller than what they stand for, the more so the fewer there are. Where components of a vector
+    have different widths, its one gain cannot make up for that.
+    """
+    relative = distortion(data, levels) / np.maximum(data.square, 1e-30)
+    return levels * np.maximum(1 - relative, 0.05)[:, None] ** -exponent
 
 
 def to_f16(levels: np.ndarray) -> np.ndarray:

@@ -60,10 +60,12 @@ def main(
     model: Annotated[Path, typer.Argument(help="The model's GGUF.")],
     calibration: Annotated[Path, typer.Argument(help="Its calibration, or another GGUF that embeds it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The GGUF to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Allow -o to be the model itself.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file, or the model itself.")] = False,
 ) -> None:
     """Write a copy of a model's GGUF with the calibration in its metadata."""
     with one_line_errors():
+        if output.exists() and not force:
+            raise FormatError(f"{output}: exists already; choose another -o, or replace it with --force")
         embed(model, read(calibration), output, force=force)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, model {model.stat().st_size / 2**20:.1f} MiB")
 

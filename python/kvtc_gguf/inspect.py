@@ -28,6 +28,7 @@ def describe(calibration: Calibration) -> dict[str, Any]:
             "side": name,
             **_describe_side(sides[name], calibration.bits),
             "kept": [_kept(calibration, layer, name, b) for b in calibration.bits],
+            **_measured(calibration, layer, name),
         }
         for layer, sides in sorted(calibration.layers.items())
         for name in SIDES
@@ -54,6 +55,15 @@ def _kept(calibration: Calibration, layer: int, side: str, asked: int) -> dict[s
     bits, shape = calibration.kept_bits(layer, side, asked), calibration.layers[layer][side]
     row = row_bytes(shape.n_head, shape.head_dim, bits)
     return {"asked": asked, "type": f"kvtc{bits}", "bpv": 8 * row / (shape.n_head * shape.head_dim)}
+
+
+def _measured(calibration: Calibration, layer: int, side: str) -> dict[str, Any]:
+    """What the statistics say of a side of a layer: held-out error, KLD of it alone by budget; null: not said."""
+    error, kld = calibration.stats.get(f"blk.{layer}.{side}.error"), calibration.stats.get(f"kld.{side}")
+    return {
+        "error": None if error is None else [float(x) for x in error],
+        "kld": None if kld is None else [float(x) if x >= 0 else None for x in kld[:, layer]],
+    }
 
 
 def _mean_bpv(layers: list[dict[str, Any]], side: str) -> list[float]:

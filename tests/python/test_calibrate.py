@@ -5,6 +5,7 @@ The tests that run a model need the patched libraries in build/bin (`make build`
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,9 @@ def test_bad_input_is_one_line_and_writes_nothing(model: Path, tmp_path: Path) -
         ("the model itself", model, "--embed", model, "--force"),
         ("cannot be written", model, "-o", tmp_path / "no" / "out.gguf"),
         ("no such text file", model, "-f", tmp_path / "absent.txt"),
+        ("must be 1 to 6", model, "--bpv", 7),
+        ("give --bpv, or --kv-size and --ctx together", model, "--kv-size", "1GiB"),
+        ("much: no size", model, "--kv-size", "much", "--ctx", 1024),
     ):
         assert_one_line_error(run(*arguments), words, tmp_path, files)
     assert (tmp_path / "old.gguf").read_text() == "keep me"
@@ -83,16 +87,20 @@ def test_broken_weights_are_one_line(tmp_path: Path) -> None:
 def test_calibration_of_a_tiny_model_is_valid_and_complete(model: Path, tmp_path: Path, own_text: bool) -> None:
     arguments = [model, "-c", 256, "--chunks", 4, "-t", 2, "--embed", tmp_path / "embedded.gguf"]
     if own_text:
-        arguments += ["-o", tmp_path / "out.gguf"]
+        arguments += ["-o", tmp_path / "out.gguf", "--bpv", 2.5]
     else:
         (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
         arguments += ["-f", tmp_path / "text.txt", "-o", tmp_path / "out.gguf"]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "query_pca" in result.stdout
+    assert "_pca" in result.stdout
     calibration = read(tmp_path / "out.gguf")
     assert calibration.fingerprint == fingerprint(model)
     assert calibration.tokens == 4 * 256
+    if own_text:
+        assert "2.500 bits per value by layer" in result.stderr
+        k, v = map(int, re.findall(r"--cache-type kvtc-k(\d)v(\d)", result.stderr)[0])
+        assert sum(calibration.kept_bits(n, "k", k) + calibration.kept_bits(n, "v", v) for n in (0, 1)) == 10
     assert sorted(calibration.layers) == [0, 1]
     assert calibration.layers[0]["k"].mean.shape == (2, 32)
     assert read(tmp_path / "embedded.gguf").layers[1]["v"].transforms == calibration.layers[1]["v"].transforms

@@ -126,7 +126,11 @@ def test_command_lines_embed_and_extract(model, tmp_path):
     assert_same(calibration, read(tmp_path / "out.kvtc.gguf"), stats=False)
     result = run(extract.app, [str(out)])
     assert result.exit_code == 1 and "exists already" in result.stderr
-    result = run(embed_module.app, [str(model), str(model), "-o", str(out)])
+    result = run(embed_module.app, [str(model), str(sidecar), "-o", str(out)])
+    assert result.exit_code == 1 and "exists already" in result.stderr
+    result = run(embed_module.app, [str(model), str(sidecar), "-o", str(out), "--force"])
+    assert result.exit_code == 0, result.output
+    result = run(embed_module.app, [str(model), str(model), "-o", str(tmp_path / "new.gguf")])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     result = run(embed_module.app, [str(model), str(sidecar), "-o", str(tmp_path / "no" / "out.gguf")])

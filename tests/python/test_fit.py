@@ -177,12 +177,32 @@ def test_scored_coding_is_the_reference_coding(samples: list[LayerSample], sides
         assert np.mean(np.abs(mine - theirs) > 1e-4 * np.abs(theirs).max()) < 1e-3
 
 
-def test_far_attention_drops_sinks_window_and_tokens_out_of_the_sliding_window(samples: list[LayerSample]) -> None:
+def test_attention_to_codes_is_beyond_sinks_window_and_inside_the_sliding_window(samples: list[LayerSample]) -> None:
     sample = samples[0]
     sliding = LayerSample(0, sample.q, sample.k, sample.v, sample.q_rope, sample.k_rope, window=200)
-    full, cut = score.far_attention(sample), score.far_attention(sliding)
+    full, cut = (np.stack([a.far(i) for i in range(H * G)]) for a in map(score.attend, (sample, sliding)))
     rows = np.arange(score.SINKS + score.WINDOW, T, score.ROW_STEP)
     for r, row in enumerate(rows):
         assert not full[:, r, : score.SINKS].any() and not full[:, r, row - score.WINDOW + 1 :].any()
         assert full[:, r, score.SINKS : row - score.WINDOW + 1].all()
         assert not cut[:, r, : max(row - 199, 0)].any()
+
+
+def test_scaled_key_channels_change_nothing(samples: list[LayerSample]) -> None:
+    """Keys up to 64 times larger in some RoPE pairs, queries smaller by as much: the model's function is the same."""
+    scale = np.tile(2.0 ** np.random.default_rng(5).integers(0, 7, D // 2), 2).astype(np.float32)
+    gram = np.stack([np.eye(D, dtype=np.float32)] * (H * G))
+    costs = []
+    for s in (np.ones_like(scale), scale):
+        fitter = Fitter(lambda d: rope_pairs(d, d, interleaved=False), lambda layer: gram)
+        few = [LayerSample(0, x.q / s, x.k * s, x.v, x.q_rope / s, x.k_rope * s) for x in samples[:4]]
+        for sample in few[:3]:
+            fitter.observe_moments(sample)
+        fitter.end_moments()
+        for sample in few[:3]:
+            fitter.observe_histograms(sample)
+        fitter.begin_scoring()
+        fitter.observe_histograms(few[3], scoring=True)
+        side = fitter.layers[0]["k"]
+        costs.append(side.scores[:, 0] / side.energy[:, None])
+    np.testing.assert_allclose(costs[1], costs[0], rtol=0.02)

@@ -1,13 +1,7 @@
 """The transforms that compete for a head, and their one registry.
 
 A transform turns the statistics of one (layer, kv head, K or V) into a basis: `mean [d]` to subtract and
-`decode [d, d]` with `x = decode @ z + mean`. To add one:
-
-1. write `transforms/<name>.py` with a function `HeadStatistics -> Basis` (any invertible decode matrix will do; scale
-   and order of its components do not matter, `build` normalises them),
-2. add it to `REGISTRY` below, and to `fit.MEMBERS` for the side (K, V) in which it shall compete.
-
-tests/python/test_transforms.py then runs over it by itself.
+`decode [d, d]` with `x = decode @ z + mean`. README.md lists them and says how to add one.
 """
 
 from __future__ import annotations
@@ -18,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtc_gguf.transforms.hadamard import centred_hadamard, hadamard
+from kvtc_gguf.transforms.metric_pca import metric_pca
+from kvtc_gguf.transforms.mixed import mixed_metric_pca
 from kvtc_gguf.transforms.pca import pca
 from kvtc_gguf.transforms.query_pca import query_pca
 from kvtc_gguf.transforms.types import Basis, HeadStatistics
@@ -27,6 +23,8 @@ __all__ = ["REGISTRY", "Basis", "HeadStatistics", "Transform", "build"]
 REGISTRY: dict[str, Callable[[HeadStatistics], Basis]] = {
     "pca": pca,
     "query_pca": query_pca,
+    "metric_pca": metric_pca,
+    "mixed_metric_pca": mixed_metric_pca,
     "hadamard": hadamard,
     "hadamard_centred": centred_hadamard,
 }

@@ -1,0 +1,89 @@
+"""Bits by layer that overspend, that a better choice would beat, or that a cache would not be given fail here."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kvtc_gguf import budget, format
+from kvtc_gguf.format import Calibration, FormatError
+from synthetic import calibration
+
+BITS = [1, 2, 3, 4, 5, 6]
+LAYERS = [0, 2, 3]  # of four
+
+
+@pytest.fixture
+def measured() -> Calibration:
+    """As `calibrate --bpv` leaves it: layers measured alone at 2 bits, values ten times as sensitive in layer 2."""
+    made = calibration(4, n_head=2, head_dim=32, only=LAYERS)
+    rng = np.random.default_rng(0)
+    for side in "kv":
+        error = rng.uniform(1, 2, 4) * 4.0 ** -np.arange(6)[:, None]
+        error[:, 1] = 0
+        kld = np.full((6, 4), -1.0)
+        kld[1, LAYERS] = rng.uniform(1e-4, 2e-4, 3)
+        made.stats |= {f"error.{side}": error.astype(np.float32), f"kld.{side}": kld.astype(np.float32)}
+    made.stats["kld.v"][1, 2] *= 10
+    return made
+
+
+@pytest.mark.parametrize("room", [4, 7, 11.9, 30])
+def test_no_choice_is_better(room: float) -> None:
+    rng = np.random.default_rng(int(room))
+    cost, values = -np.sort(-rng.lognormal(0, 2, (3, 4)), axis=0), np.array([1, 2, 1, 1])
+    if room < 5:
+        with pytest.raises(ValueError, match="least"):
+            budget.choose(cost, values, [1, 2, 4], room)
+        return
+    every = [c for c in itertools.product(range(3), repeat=4) if sum(np.array([1, 2, 4])[list(c)] * values) <= room]
+    best = min(cost[list(c), range(4)].sum() for c in every)
+    chosen = budget.choose(cost, values, [1, 2, 4], room)
+    assert tuple(chosen.tolist()) in every and cost[chosen, range(4)].sum() == pytest.approx(best)
+
+
+def test_what_was_not_measured_follows_the_error_and_never_rises() -> None:
+    measured = np.array([[-1, -1], [4, 2], [-1, -1]])
+    error = np.array([[8, 8], [2, 2], [1, 3]])
+    np.testing.assert_allclose(budget.costs(measured, error), [[16, 8], [4, 2], [2, 2]])
+    with pytest.raises(ValueError, match="layer 1"):
+        budget.costs(np.array([[1.0, -1.0]]), np.ones((1, 2)))
+
+
+def test_a_layer_measured_as_free_still_costs_something() -> None:
+    cost = budget.costs(np.array([[1.0, 0.0, 1.0]]), np.ones((1, 3)))
+    assert cost[0, 1] == pytest.approx(budget.SHARE_FLOOR)
+
+
+def test_sensitive_layers_get_the_bits_and_the_rest_pays(measured: Calibration) -> None:
+    choice = budget.plan(measured, 2.5)
+    assert choice.bpv <= 2.5 and choice.bpv > 2.4
+    assert choice.bits["v"][2] == max(max(row) for row in choice.bits.values())
+    assert choice.bits["k"][1] == choice.bits["v"][1] == 0  # no cache
+    assert choice.kld == pytest.approx(budget.predicted(measured, choice.bits))
+    for k, v in ((2, 3), (3, 2)):
+        assert choice.kld < budget.predicted(measured, {"k": [k] * 4, "v": [v] * 4})
+
+
+def test_a_chosen_budget_is_what_the_named_types_get(measured: Calibration, tmp_path: Path) -> None:
+    choice = budget.plan(measured, 2.5)
+    k, v = budget.apply(measured, choice)
+    format.write(measured, tmp_path / "a.kvtc.gguf")
+    back = format.read(tmp_path / "a.kvtc.gguf")
+    for layer in LAYERS:
+        assert back.kept_bits(layer, "k", k) == choice.bits["k"][layer]
+        assert back.kept_bits(layer, "v", v) == choice.bits["v"][layer]
+        assert back.kept_bits(layer, "v", 6 if v != 6 else 5) == (6 if v != 6 else 5)
+
+
+@pytest.mark.parametrize("bpv", [0.9, 6.5])
+def test_budgets_out_of_reach_are_refused(measured: Calibration, bpv: float) -> None:
+    with pytest.raises(FormatError, match="must be 1 to 6"):
+        budget.plan(measured, bpv)
+
+
+def test_a_calibration_without_sensitivities_says_what_to_do() -> None:
+    with pytest.raises(FormatError, match="--bpv"):
+        budget.plan(calibration(), 2.5)
