@@ -221,3 +221,20 @@ def one_line_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def set_state(llama: Any, state: Any) -> None:
+    """Put a saved state in the cache of a `Llama`.
+
+    Raises RuntimeError, with the library's own words, where the state does not fit; the cache is then empty.
+    """
+    with _errors() as lines:
+        done = llama_cpp.llama_state_set_data(llama.ctx, _buffer(state.llama_state), state.llama_state_size)
+    if done != state.llama_state_size:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        raise RuntimeError(": ".join(["Failed to set llama state data", *lines[:1]]))
+
+
+def _buffer(data: bytes) -> Any:
+    return (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
