@@ -5,16 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from kvtc_gguf.dry_run import BESIDE, CACHE, COMPUTE
+
 TRACE = "4"  # the verbosity (-lv) at which the library says how large its caches are
-CACHE = re.compile(
-    r"llama_kv_cache\w*: size =\s*(?P<mib>[\d.]+) MiB(?:.*?K \((?P<k>\w+)\):.*?V \((?P<v>\w+)\):)?", re.ASCII
-)
-BESIDE = re.compile(
-    r"(?P<bpv>[\d.]+) bpv, codes\s+(?P<codes>[\d.]+) MiB, exact rows\s+(?P<exact>[\d.]+) MiB.*?"
-    r"\bbases\s+(?P<bases>[\d.]+) MiB"
-)
 EXACT = re.compile(r"\((?P<sink>\d+) sinks, window (?P<window>\d+)")
-COMPUTE = re.compile(r"\w+:\s+(\S+) compute buffer size =\s*([\d.]+) MiB")
 ROTATION = re.compile(r"attn_rot_([kv]) = (\d)")
 
 

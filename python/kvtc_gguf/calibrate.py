@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
-import time
 from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import numpy as np
 import typer
@@ -16,101 +16,86 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvtc_gguf import __version__, corpus, format
-from kvtc_gguf.capture import LayerSample
+from kvtc_gguf import format, statistics_file
+from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
-from kvtc_gguf.layout import BUDGETS, FormatError
+from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
+from kvtc_gguf.run import Run, Stopped, check, stoppable
+from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
-HELD_OUT = 4  # every fourth chunk only judges the competition
+DEFAULT_TOKENS = 16384
 TABLE_BITS = (2, 4)
 REPORT_WIDTH = 150
 
 app = typer.Typer(add_completion=False)
 
 
-def fit_model(
-    model: Path, text: Path | None, n_chunks: int, ctx_size: int, threads: int, progress: Progress
-) -> tuple[Calibration, Fitter]:
-    """Captures, fits and returns the calibration with the fitter behind it. Raises FormatError (one line)."""
-    mark = fingerprint(model)
-    info = ModelInfo(model)
-    for kind in info.undecodable():
-        progress.console.print(
+@dataclass
+class Request:
+    """What the command line asks for; n_chunks 0: no text but that of in_files."""
+
+    model: Path
+    text: Path | None
+    embedded: Path | None
+    in_files: list[Path]
+    statistics: Path | None
+    n_chunks: int
+    ctx_size: int
+    threads: int
+    force: bool
+    checkpoint: str | None = None  # run this in transformers instead of the model
+    device: str = "cpu"
+    dtype: str = "auto"
+
+
+def load_statistics(files: list[Path], fingerprint_: str, architecture: str) -> Statistics:
+    """The statistics of earlier runs, merged. Raises FormatError if one is broken or of another model."""
+    result = Statistics(fingerprint_, architecture)
+    for file in files:
+        try:
+            result.merge(statistics_file.read(file))
+        except FormatError as error:
+            raise FormatError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+    return result
+
+
+def fit_model(run: Run, request: Request) -> Calibration:
+    """Both passes. Raises FormatError (one line), and Stopped after Ctrl-C; what was gathered by then is kept."""
+    for kind in run.info.undecodable():
+        run.progress.console.print(
             f"kvtc: warning: the gguf package cannot decode {kind}, the type of attn_output.weight: values are scored "
             "without it; a calibration made from another quantization of this model scores them by it"
         )
-    shape: dict[int, tuple[int, int]] = {}
-
-    def moments(sample: LayerSample) -> None:
-        shape[sample.layer] = (sample.q.shape[1], sample.v.shape[2])
-        check(model, sample)
-        fitter.observe_moments(sample)
-
-    with LlamaCapture(model, ctx_size, threads) as capture:
-        fitter = Fitter(
-            lambda d: info.pairs(d, capture.interleaved), lambda layer: info.gram(layer, *shape[layer]), info.softcap
-        )
-        # A model that cannot be served says so now, not after minutes of sampling.
-        capture.run(np.full(8, max(capture.bos, 0), np.int32), lambda sample: check(model, sample))
-        chunks = corpus.file_chunks(capture, text, n_chunks) if text else None
-        with progress:
-            if chunks is None:
-                task = progress.add_task("sampling text", total=ctx_size // corpus.TEXTS - 1)
-                chunks = corpus.default_chunks(capture, n_chunks, lambda: progress.advance(task))
-            task = progress.add_task("two passes over the model", total=2 * len(chunks))
-            for chunk in chunks:
-                capture.run(chunk, moments)
-                progress.advance(task)
-            fitter.end_moments()
-            held_out = len(chunks) - max(1, len(chunks) // HELD_OUT)
-            for i, chunk in enumerate(chunks):
-                if i == held_out:
-                    fitter.begin_scoring()
-                capture.run(chunk, lambda sample, i=i: fitter.observe_histograms(sample, scoring=i >= held_out))
-                progress.advance(task)
-    layers = fitter.finish(BUDGETS)
-    return Calibration(
-        fingerprint=mark,
-        architecture=info.architecture,
-        block_count=info.block_count,
-        bits=list(BUDGETS),
-        layers=layers,
-        corpus=text.name if text else "half sampled by the model, half Python's documentation",
-        tokens=int(chunks.size),
-        tool=f"kvtc_gguf {__version__}",
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        stats=statistics(fitter),
-    ), fitter
+    # A model that cannot be served says so now, not after minutes of sampling.
+    run.capture.run(np.full(8, max(run.capture.bos, 0), np.int32), lambda sample: check(run.model, sample))
+    with run.progress:
+        if request.n_chunks:
+            run.add_text(request.text, request.n_chunks, request.ctx_size)
+        run.gather()
+        if request.statistics:
+            statistics_file.write(run.statistics, request.statistics)
+        run.fit()
+    return run.calibration()
 
 
-def check(model: Path, sample: LayerSample) -> None:
-    """Raises FormatError for shapes that the format cannot hold and for activations that are no numbers."""
-    for name, x in (("keys", sample.k), ("values", sample.v)):
-        if x.shape[2] % 8 or x.shape[2] > 512:
-            raise FormatError(f"{model}: layer {sample.layer}: head_dim {x.shape[2]} is no multiple of 8 up to 512")
-        if not np.isfinite(x).all():
-            raise FormatError(
-                f"{model}: layer {sample.layer}: {name} hold NaN or infinity; the model file may be damaged"
-            )
-
-
-def statistics(fitter: Fitter) -> dict[str, np.ndarray]:
-    """Moments of every layer, to be kept in the sidecar: `blk.N.{k,v}.{mean,covariance}`, `blk.N.k.query`, f32."""
-    stats = {}
-    for layer, sides in fitter.layers.items():
-        for name, side in sides.items():
-            heads = [side.moments.head(h) for h in range(side.heads)]
-            stats[f"blk.{layer}.{name}.mean"] = np.stack([h.mean for h in heads]).astype(np.float32)
-            stats[f"blk.{layer}.{name}.covariance"] = np.stack([h.covariance for h in heads]).astype(np.float32)
-        stats[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query().astype(np.float32)
-    return stats
+def interrupted(run: Run, request: Request, beside: Path) -> NoReturn:
+    """Keeps what there is after Ctrl-C, says how to go on, and exits with code 130."""
+    if not run.statistics.texts:
+        print("interrupted: nothing was gathered yet, nothing is written", file=sys.stderr)
+        raise typer.Exit(130)
+    stem = run.model.name.removesuffix(".gguf") + ".kvtc-statistics"
+    names = (beside.with_name(f"{stem}{number}.gguf") for number in ("", *(f"-{n}" for n in range(2, 10**6))))
+    path = request.statistics or next(name for name in names if not name.exists())
+    statistics_file.write(run.statistics, path)
+    print(f"interrupted: statistics kept in {path}; go on with --in-file {path}", file=sys.stderr)
+    raise typer.Exit(130)
 
 
 def table(calibration: Calibration, fitter: Fitter) -> Table:
@@ -155,20 +140,63 @@ def peak_memory() -> str:
     return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
 
 
-def outputs(model: Path, output: Path | None, embedded: Path | None, force: bool) -> tuple[Path | None, Path | None]:
-    """(sidecar path, embedded path) to write, checked before hours of work. Raises FormatError."""
-    if output is None and embedded is None:
+def outputs(request: Request, output: Path | None) -> Path | None:
+    """The sidecar to write, if any, after a check of all outputs, before hours of work. Raises FormatError."""
+    model = request.model
+    if output is None and request.embedded is None:
         output = model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
-    for path in filter(None, (output, embedded)):
+    for path in filter(None, (output, request.embedded, request.statistics)):
         if path.exists() and (path.is_dir() or path.samefile(model)):
             raise FormatError(
                 f"{path}: is {'a folder' if path.is_dir() else 'the model itself'}, choose another output"
             )
-        if path.exists() and not force:
+        if path.exists() and not request.force:
             raise FormatError(f"{path}: exists already, pass --force to replace it")
         if not os.access(path.absolute().parent, os.W_OK):
             raise FormatError(f"{path}: cannot be written, its folder is absent or read-only")
-    return output, embedded
+    return output
+
+
+def open_capture(request: Request, info: ModelInfo, run_size: int) -> AbstractContextManager[Capture]:
+    """The engine that runs the model on chunks of at most run_size tokens."""
+    if request.checkpoint:
+        try:
+            from kvtc_gguf.capture.transformers import TransformersCapture
+        except ImportError as error:
+            raise FormatError(f"--hf needs torch and transformers: pip install 'kvtc-gguf[hf]' ({error})") from error
+        return TransformersCapture(request.checkpoint, info, request.device, request.dtype, request.threads)
+    return LlamaCapture(request.model, run_size, request.threads)
+
+
+def calibrate(request: Request, output: Path | None, console: Console) -> tuple[Calibration, Run]:
+    """Everything from a request to the files. Raises FormatError (one line), and typer.Exit(130) after Ctrl-C."""
+    for path, what in (
+        (request.model, "model"),
+        (request.text, "text"),
+        *((f, "statistics") for f in request.in_files),
+    ):
+        if path and not path.is_file():
+            raise FormatError(f"{path}: no such {what} file")
+    sidecar = outputs(request, output)
+    mark, info = fingerprint(request.model), ModelInfo(request.model)
+    statistics = load_statistics(request.in_files, mark, info.architecture)
+    size = max([request.ctx_size, *(text.chunks.shape[1] for text in statistics.texts)])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    with stoppable() as check_stop, open_capture(request, info, size) as capture:
+        run = Run(request.model, info, capture, statistics, progress, check_stop)
+        try:
+            calibration = fit_model(run, request)
+        except Stopped:
+            interrupted(run, request, sidecar or request.embedded or request.model)
+    if sidecar:
+        format.write(calibration, sidecar)
+    if request.embedded:
+        embed(request.model, calibration, request.embedded, force=request.force)
+    written = [path for path in (sidecar, request.embedded, request.statistics) if path]
+    names = " and ".join(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" for path in written)
+    console.print(f"wrote {names}{peak_memory()}", highlight=False, soft_wrap=True)
+    return calibration, run
 
 
 @app.command()
@@ -182,39 +210,56 @@ def main(
     embedded: Annotated[
         Path | None, typer.Option("--embed", help="Write a copy of the model with the calibration in its metadata.")
     ] = None,
+    in_files: Annotated[
+        list[Path] | None,
+        typer.Option("--in-file", help="Statistics of earlier runs to merge or go on with; no new text unless asked."),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--statistics", help="Keep the statistics for --in-file; they hold the text's tokens."),
+    ] = None,
     chunks: Annotated[int | None, typer.Option(min=2, help="Chunks to run, instead of --tokens.")] = None,
-    tokens: Annotated[int, typer.Option(min=2 * MIN_CTX, help="Tokens to calibrate on.")] = 16384,
+    tokens: Annotated[
+        int | None, typer.Option(min=2 * MIN_CTX, help=f"Tokens to calibrate on.  [default: {DEFAULT_TOKENS}]")
+    ] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=MIN_CTX, help="Tokens of a chunk.")] = 1024,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, help="Threads.")] = os.cpu_count() or 1,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--hf", help="Run the checkpoint that the GGUF is made from, in transformers: a folder or an id."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --hf: where it runs, such as cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="With --hf: bfloat16, float32, …; auto: as the checkpoint has it.")
+    ] = "auto",
 ) -> None:
     """Calibrate a model for the kvtc cache types."""
     console = Console(stderr=True)
-    started = time.monotonic()
     with one_line_errors():
         if (model is None) == (model_option is None):
             raise FormatError("name one model: python -m kvtc_gguf.calibrate model.gguf")
         path = model or model_option
         assert path is not None
-        if not path.is_file():
-            raise FormatError(f"{path}: no such model file")
-        if file and not file.is_file():
-            raise FormatError(f"{file}: no such text file")
-        sidecar, embedded = outputs(path, output, embedded, force)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-        n_chunks = chunks or max(2, tokens // ctx_size)
-        calibration, fitter = fit_model(path, file, n_chunks, ctx_size, threads, progress)
-        if sidecar:
-            format.write(calibration, sidecar)
-        if embedded:
-            embed(path, calibration, embedded, force=force)
+        fresh = not in_files or file or tokens or chunks
+        n_chunks = (chunks or max(2, (tokens or DEFAULT_TOKENS) // ctx_size)) if fresh else 0
+        request = Request(
+            path,
+            file,
+            embedded,
+            in_files or [],
+            statistics,
+            n_chunks,
+            ctx_size,
+            threads,
+            force,
+            checkpoint,
+            device,
+            dtype,
+        )
+        calibration, run = calibrate(request, output, console)
     # A file or pipe has no width of its own; a terminal's is respected.
-    Console(width=None if sys.stdout.isatty() else REPORT_WIDTH).print(table(calibration, fitter))
-    written = " and ".join(f"{p} ({p.stat().st_size / 2**20:.1f} MiB)" for p in (sidecar, embedded) if p)
-    console.print(
-        f"wrote {written} in {time.monotonic() - started:.0f} s{peak_memory()}", highlight=False, soft_wrap=True
-    )
+    Console(width=None if sys.stdout.isatty() else REPORT_WIDTH).print(table(calibration, run.fitter))
 
 
 if __name__ == "__main__":

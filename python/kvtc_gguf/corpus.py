@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.capture import Capture
 from kvtc_gguf.layout import FormatError
 
 MODULES = """
@@ -46,9 +46,8 @@ def prose() -> str:
     return "\n\n".join(pieces)
 
 
-def default_chunks(capture: LlamaCapture, n_chunks: int, step: Callable[[], None] | None = None) -> np.ndarray:
-    """The default corpus, i32 [n_chunks, ctx_size]: sampled text and prose in turn. step: called per sampled token."""
-    size = capture.ctx_size
+def default_chunks(capture: Capture, n_chunks: int, size: int, step: Callable[[], None] | None = None) -> np.ndarray:
+    """The default corpus, i32 [n_chunks, size]: sampled text and prose in turn. step: called per sampled token."""
     read = capture.tokenize(prose())
     own = np.zeros((0, size), np.int32)
     count = n_chunks // 2
@@ -64,10 +63,10 @@ def default_chunks(capture: LlamaCapture, n_chunks: int, step: Callable[[], None
     return out
 
 
-def file_chunks(capture: LlamaCapture, path: Path, n_chunks: int) -> np.ndarray:
-    """The first n_chunks chunks of a text file, i32 [n, ctx_size]; fewer where the text ends.
+def file_chunks(capture: Capture, path: Path, n_chunks: int, size: int, least: int = 2) -> np.ndarray:
+    """The first n_chunks chunks of a text file, i32 [n, size]; fewer where the text ends.
 
-    Raises FormatError when the file cannot be read or holds less than two chunks.
+    Raises FormatError when the file cannot be read or holds less than `least` chunks.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,14 +75,12 @@ def file_chunks(capture: LlamaCapture, path: Path, n_chunks: int) -> np.ndarray:
             f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}"
         ) from error
     tokens = capture.tokenize(text)
-    if len(tokens) < 2 * capture.ctx_size:
-        raise FormatError(
-            f"{path}: text too short: {len(tokens)} tokens, {2 * capture.ctx_size} are needed (or a smaller -c)"
-        )
-    return split(tokens, capture.ctx_size, min(n_chunks, len(tokens) // capture.ctx_size), capture)
+    if len(tokens) < least * size:
+        raise FormatError(f"{path}: text too short: {len(tokens)} tokens, {least * size} are needed (or a smaller -c)")
+    return split(tokens, size, min(n_chunks, len(tokens) // size), capture)
 
 
-def split(tokens: np.ndarray, size: int, count: int, capture: LlamaCapture) -> np.ndarray:
+def split(tokens: np.ndarray, size: int, count: int, capture: Capture) -> np.ndarray:
     """count chunks of `size` tokens; each starts with BOS where the model wants one, as llama-perplexity does."""
     chunks = tokens[: count * size].reshape(count, size).copy()
     if capture.add_bos:

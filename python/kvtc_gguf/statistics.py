@@ -14,14 +14,20 @@ NORM_BINS = 512  # of log2(norm) over [-8, 8): resolves the median to 1%
 
 
 class Moments:
-    """Weighted count, mean and covariance of vectors [T, H, d], in f64, and for keys the query weights [H, d]."""
+    """Weighted count, mean and covariance of vectors [T, H, d], in f64, and for keys the query weights [H, d].
+
+    All that it holds are sums over the text, named in SUMS: those of two runs added are those of one run over both
+    texts, which is what `statistics_file` stores and merges.
+    """
+
+    SUMS = ("count", "total", "outer", "query", "chunks")
 
     def __init__(self, heads: int, d: int) -> None:
         self.count = np.zeros(heads)
         self.total = np.zeros((heads, d))
         self.outer = np.zeros((heads, d, d))
         self.query = np.zeros((heads, d))
-        self.chunks = 0
+        self.chunks = np.zeros(1)
 
     def add(self, x: np.ndarray, weight: np.ndarray) -> None:
         """Adds vectors f32 [T, H, d], each with its weight f32 [T, H]."""
@@ -38,7 +44,15 @@ class Moments:
 
     def mean_query(self) -> np.ndarray:
         """Mean square f64 [H, d] of the queries over all chunks."""
-        return self.query / max(self.chunks, 1)
+        return self.query / max(float(self.chunks[0]), 1.0)
+
+    def merge(self, other: Moments) -> None:
+        """Adds the sums of another run; both must be of the same shape (ValueError)."""
+        for name in self.SUMS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine.shape != theirs.shape:
+                raise ValueError(f"{name} is {list(theirs.shape)}, not {list(mine.shape)}")
+            mine += theirs
 
     def head(self, h: int, weight: np.ndarray | None = None) -> HeadStatistics:
         """Statistics of kv head h; weight [d] defaults to ones."""

@@ -1,12 +1,13 @@
 """Running a model and handing its queries, keys and values, layer by layer, to a consumer.
 
-`llama_cpp.LlamaCapture` does it through the patched libllama. Another engine only needs to yield `LayerSample`s.
+`llama_cpp.LlamaCapture` does it through the patched libllama. Another engine only needs to be a `Capture`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -30,6 +31,39 @@ class LayerSample:
 
 
 Consumer = Callable[[LayerSample], None]
+
+
+class Capture(Protocol):
+    """A model that runs. Everything raises FormatError, one line, for what it cannot do."""
+
+    interleaved: bool  # RoPE pairs neighbours (2i, 2i+1), in the channel order of the samples
+    bos: int  # -1: the model has none
+    add_bos: bool  # a text starts with it
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """Tokens i32 [n] of a text, without BOS; special tokens are not parsed."""
+        ...
+
+    def run(self, tokens: np.ndarray, consumer: Consumer) -> None:
+        """Runs one chunk i32 [T] from position 0 and hands every layer's sample to consumer."""
+        ...
+
+    def sample(
+        self, n_sequences: int, length: int, seed: int, progress: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Text the model samples itself at temperature 1 from BOS, i32 [n_sequences, length]; progress: once a step."""
+        ...
+
+
+SAMPLED_TOGETHER = 32  # texts sampled in one batch: wide enough for weights to be read seldom, and memory has a bound
+
+
+def draw(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One token i64 [n] from each row of logits [n, n_vocab], at temperature 1."""
+    mass = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1, dtype=np.float64)
+    target = rng.random(len(logits)) * mass[:, -1]
+    places = [np.searchsorted(row, t, side="right") for row, t in zip(mass, target, strict=True)]
+    return np.minimum(places, logits.shape[1] - 1)
 
 
 def rope_pairs(head_dim: int, rotated: int, interleaved: bool) -> np.ndarray:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from kvtc_gguf.capture import Consumer, LayerSample, library
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, draw, library
 from kvtc_gguf.layout import FormatError
 
 NODE = re.compile(rb"kvtc_(q|k|v|q_rope|k_rope)(_swa)?-(\d+)")
@@ -87,39 +88,52 @@ class LlamaCapture:
                 self._reason(f"{self.path}: no layer has a plain K/V cache (kvtc serves no MLA or recurrent models)")
             )
 
-    def sample(self, n_sequences: int, length: int, seed: int, progress: object = None) -> np.ndarray:
-        """Text the model samples itself, i32 [n_sequences, length], at temperature 1 from BOS, all in one batch.
+    def sample(
+        self, n_sequences: int, length: int, seed: int, progress: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Text the model samples itself, i32 [n_sequences, length], at temperature 1 from BOS, in batches.
 
         Where the model ends its text it is started again with BOS. progress, if given, is called after each step.
         """
         self._close_context()
         self._set_capture(False)
-        self._open_context(n_sequences * length, n_sequences, callback=False)
         rng = np.random.default_rng(seed)
         start = self.bos if self.bos >= 0 else 0
         out = np.full((n_sequences, length), start, np.int32)
-        batch = self.api.llama_batch_init(n_sequences, 0, 1)
+        width = min(n_sequences, SAMPLED_TOGETHER)
+        batch = self.api.llama_batch_init(width, 0, 1)
         try:
-            for position in range(length - 1):
-                batch.n_tokens = n_sequences
-                for i in range(n_sequences):
-                    batch.token[i], batch.pos[i] = int(out[i, position]), position
-                    batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i, 1
-                if self.api.llama_decode(self.ctx, batch) != 0:
-                    raise FormatError(self._reason(f"{self.path}: llama_decode failed while sampling text"))
-                flat = np.ctypeslib.as_array(self.api.llama_get_logits(self.ctx), (n_sequences * self.n_vocab,))
-                logits = flat.reshape(n_sequences, self.n_vocab)
-                mass = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1, dtype=np.float64)
-                target = rng.random(n_sequences) * mass[:, -1]
-                for i in range(n_sequences):
-                    token = min(int(np.searchsorted(mass[i], target[i], side="right")), self.n_vocab - 1)
-                    out[i, position + 1] = start if self.api.llama_vocab_is_eog(self.vocab, token) else token
-                if callable(progress):
-                    progress()
+            self._open_context(width * length, width, callback=False)
+            for first in range(0, n_sequences, width):
+                self.api.llama_memory_clear(self.api.llama_get_memory(self.ctx), True)
+                self._sample_batch(out[first : first + width], batch, rng, start, progress)
         finally:
             self.api.llama_batch_free(batch)
             self._close_context()
         return out
+
+    def _sample_batch(
+        self,
+        out: np.ndarray,
+        batch: ctypes.Structure,
+        rng: np.random.Generator,
+        start: int,
+        progress: Callable[[], None] | None,
+    ) -> None:
+        n_sequences, length = out.shape
+        for position in range(length - 1):
+            batch.n_tokens = n_sequences
+            for i in range(n_sequences):
+                batch.token[i], batch.pos[i] = int(out[i, position]), position
+                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i, 1
+            if self.api.llama_decode(self.ctx, batch) != 0:
+                raise FormatError(self._reason(f"{self.path}: llama_decode failed while sampling text"))
+            flat = np.ctypeslib.as_array(self.api.llama_get_logits(self.ctx), (n_sequences * self.n_vocab,))
+            tokens = draw(flat.reshape(n_sequences, self.n_vocab), rng)
+            for i, token in enumerate(tokens.tolist()):
+                out[i, position + 1] = start if self.api.llama_vocab_is_eog(self.vocab, token) else token
+            if progress:
+                progress()
 
     def _open_context(self, n_ctx: int, n_sequences: int, callback: bool) -> None:
         params = self.api.llama_context_default_params()

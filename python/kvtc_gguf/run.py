@@ -1,0 +1,212 @@
+"""The two passes of a calibration over its texts, and what is kept of them."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from kvtc_gguf import __version__, corpus
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, LayerSample
+from kvtc_gguf.codebook import BINS, REACH
+from kvtc_gguf.fit import Fitter, Side
+from kvtc_gguf.format import Calibration, SideCalibration
+from kvtc_gguf.layout import BUDGETS, GROUP, MAX_HEAD_DIM, FormatError
+from kvtc_gguf.model_info import ModelInfo
+from kvtc_gguf.score import SINKS
+from kvtc_gguf.statistics_file import Statistics, Text
+
+HELD_OUT = 4  # every fourth chunk only judges the competition
+DEFAULT_CORPUS = "half sampled by the model, half Python's documentation"
+DRAWN_BINS, DRAWN_REACH = 64, 4.0  # of the histograms that a report draws, in deviations
+
+
+class Stopped(Exception):
+    """The user asked to stop, between two chunks."""
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """A function that raises Stopped once Ctrl-C was pressed; a second Ctrl-C kills as ever.
+
+    A chunk is never cut in the middle: some layers would have seen it and others not.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    def check_stop() -> None:
+        if asked.is_set():
+            raise Stopped
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield check_stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check(model: Path, sample: LayerSample) -> None:
+    """Raises FormatError for shapes that the format cannot hold and for activations that are no numbers."""
+    for name, x in (("keys", sample.k), ("values", sample.v)):
+        if x.shape[2] % GROUP or x.shape[2] > MAX_HEAD_DIM:
+            raise FormatError(
+                f"{model}: layer {sample.layer}: head_dim {x.shape[2]} is no multiple of {GROUP} up to {MAX_HEAD_DIM}"
+            )
+        if not np.isfinite(x).all():
+            raise FormatError(
+                f"{model}: layer {sample.layer}: {name} hold NaN or infinity; the model file may be damaged"
+            )
+
+
+class Run:
+    """One model, its statistics so far, and the engine that runs it. check_stop is called between chunks."""
+
+    def __init__(
+        self,
+        model: Path,
+        info: ModelInfo,
+        capture: Capture,
+        statistics: Statistics,
+        progress: Progress,
+        check_stop: Callable[[], None],
+    ) -> None:
+        self.model, self.info, self.capture, self.statistics = model, info, capture, statistics
+        self.progress, self.check_stop = progress, check_stop
+        shape: dict[int, tuple[int, int]] = {}
+        self._shape = shape
+        self.fitter = Fitter(
+            lambda d: info.pairs(d, capture.interleaved), lambda layer: info.gram(layer, *shape[layer]), info.softcap
+        )
+        for layer, streams in statistics.moments.items():
+            self.fitter.layers[layer] = {name: Side(name, streams[name]) for name in ("k", "v")}
+
+    def add_text(self, file: Path | None, n_chunks: int, size: int) -> None:
+        """Adds a text to the statistics, from a file or the default corpus: n_chunks chunks of `size` tokens."""
+        if file:
+            self.statistics.texts.append(Text(file.name, corpus.file_chunks(self.capture, file, n_chunks, size)))
+            return
+        batches = -(-(n_chunks // 2) * corpus.TEXTS // SAMPLED_TOGETHER)
+        task = self.progress.add_task("sampling text", total=batches * (size // corpus.TEXTS - 1))
+
+        def step() -> None:
+            self.progress.advance(task)
+            self.check_stop()
+
+        chunks = corpus.default_chunks(self.capture, n_chunks, size, step)
+        self.statistics.texts.append(Text(DEFAULT_CORPUS, chunks))
+
+    def gather(self) -> None:
+        """Pass 1, from where the statistics end. They hold whole chunks when Stopped is raised."""
+        todo = sum(len(text.chunks) - text.done for text in self.statistics.texts)
+        task = self.progress.add_task("pass 1: moments", total=todo)
+        for text in self.statistics.texts:
+            for chunk in text.chunks[text.done :]:
+                self.check_stop()
+                self.capture.run(chunk, self._moments)
+                text.done += 1
+                self.progress.advance(task)
+
+    def fit(self) -> None:
+        """Pass 2: histograms and the competition; the last quarter of every text is held out for the latter."""
+        self.fitter.end_moments()
+        texts = [(text.chunks, max(1, len(text.chunks) // HELD_OUT)) for text in self.statistics.texts]
+        seen = [chunk for chunks, held_out in texts for chunk in chunks[: len(chunks) - held_out]]
+        held = [chunk for chunks, held_out in texts for chunk in chunks[len(chunks) - held_out :]]
+        task = self.progress.add_task("pass 2: histograms", total=len(seen) + len(held))
+        for i, chunk in enumerate(seen + held):
+            self.check_stop()
+            if i == len(seen):
+                self.fitter.begin_scoring()
+            self.capture.run(chunk, lambda sample, i=i: self._histograms(sample, i >= len(seen)))
+            self.progress.advance(task)
+
+    def calibration(self) -> Calibration:
+        """The calibration, after `fit`."""
+        layers = self.fitter.finish(BUDGETS)
+        return Calibration(
+            fingerprint=self.statistics.fingerprint,
+            architecture=self.statistics.architecture,
+            block_count=self.info.block_count,
+            bits=list(BUDGETS),
+            layers=layers,
+            corpus=self.statistics.corpus,
+            tokens=self.statistics.tokens,
+            tool=f"kvtc_gguf {__version__}",
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            stats=kept(self.fitter, layers, self.statistics),
+        )
+
+    def _moments(self, sample: LayerSample) -> None:
+        layer, of = sample.layer, self.statistics.of
+        self._check(sample)
+        if layer not in self.fitter.layers:
+            sides = {"k": sample.k, "v": sample.v}
+            self.fitter.layers[layer] = {n: Side(n, of(layer, n, *x.shape[1:])) for n, x in sides.items()}
+        self.fitter.observe_moments(sample)
+        for stream, x in (("k_plain", sample.k), ("k_rope", sample.k_rope)):
+            of(layer, stream, *x.shape[1:]).add(x[SINKS:], np.ones(x[SINKS:].shape[:2], np.float32))
+
+    def _histograms(self, sample: LayerSample, scoring: bool) -> None:
+        self._check(sample)
+        if sample.layer not in self.fitter.layers:
+            raise FormatError(f"{self.model}: the statistics do not hold layer {sample.layer}; gather them again")
+        self.fitter.observe_histograms(sample, scoring)
+
+    def _check(self, sample: LayerSample) -> None:
+        check(self.model, sample)
+        self._shape[sample.layer] = (sample.q.shape[1], sample.v.shape[2])
+        streams = self.statistics.moments.get(sample.layer, {})
+        for name, x in (("k", sample.k), ("v", sample.v)):
+            if name in streams and streams[name].total.shape != x.shape[1:]:
+                raise FormatError(f"{self.model}: the statistics are of {streams[name].total.shape} {name} heads")
+
+
+def kept(
+    fitter: Fitter, layers: dict[int, dict[str, SideCalibration]], statistics: Statistics
+) -> dict[str, np.ndarray]:
+    """What a sidecar keeps for reports and for fitting again, all f32; H kv heads, d head_dim, G groups.
+
+    `blk.N.{k,v}.{mean,covariance}` [H, d], [H, d, d]; `.error` [len(fit.SCORE_BITS)], held out, relative (amplitudes);
+    `.histogram` [H, G, 64]: share of the unit-norm components of each group, over their scale, in bins from -4 to 4;
+    `blk.N.k.query` [H, d]; `blk.N.k.spectra` [2, H, d]: eigenvalues of the keys' covariance before and after RoPE.
+    """
+    result = {}
+    for layer, sides in fitter.layers.items():
+        for name, side in sides.items():
+            prefix = f"blk.{layer}.{name}"
+            heads = [side.moments.head(h) for h in range(side.heads)]
+            result[f"{prefix}.mean"] = np.stack([h.mean for h in heads])
+            result[f"{prefix}.covariance"] = np.stack([h.covariance for h in heads])
+            result[f"{prefix}.error"] = fitter.predicted(side)
+            result[f"{prefix}.histogram"] = histograms(side, layers[layer][name])
+        result[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query()
+        streams = [statistics.moments[layer][name] for name in ("k_plain", "k_rope")]
+        covariances = [[m.head(h).covariance for h in range(len(m.total))] for m in streams]
+        result[f"blk.{layer}.k.spectra"] = np.maximum(np.linalg.eigvalsh(covariances)[..., ::-1], 0.0)
+    return {name: array.astype(np.float32) for name, array in result.items()}
+
+
+def histograms(side: Side, fitted: SideCalibration) -> np.ndarray:
+    """Histograms f64 [H, G, DRAWN_BINS] of the groups of the transforms that won, in the order of the calibration."""
+    half = round(BINS * DRAWN_REACH / REACH / 2)
+    middle, shape = slice(BINS // 2 - half, BINS // 2 + half), (-1, GROUP, DRAWN_BINS, 2 * half // DRAWN_BINS)
+    result = np.zeros((side.heads, side.head_dim // GROUP, DRAWN_BINS))
+    for h, name in enumerate(fitted.transforms):
+        histogram = side.histograms[name.removesuffix("+norm")]
+        columns = histogram.transforms.decode[h].T.astype(np.float16)
+        place = {column.tobytes(): i for i, column in enumerate(columns)}
+        order = [place[column.tobytes()] for column in np.ascontiguousarray(fitted.decode[h].T)]
+        count = histogram.count[h, order].astype(np.float64)
+        count /= np.maximum(count.sum(axis=1, keepdims=True), 1e-30)
+        result[h] = count[:, middle].reshape(shape).mean(axis=1).sum(axis=2)
+    return result

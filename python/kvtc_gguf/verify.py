@@ -1,0 +1,196 @@
+"""Check a calibration against its model: `python -m kvtc_gguf.verify model.gguf [calibration.kvtc.gguf]`.
+
+Fingerprint, shapes, and on a little text what coding would do to attention, through the numpy twin of the codec.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvtc_gguf import corpus, reference, score
+from kvtc_gguf.capture import LayerSample
+from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.console import one_line_errors
+from kvtc_gguf.fingerprint import fingerprint
+from kvtc_gguf.format import Calibration, SideCalibration, read
+from kvtc_gguf.gguf_io import Reader
+from kvtc_gguf.layout import FormatError
+from kvtc_gguf.model_info import ModelInfo
+
+SHOWN_BITS = (2, 4)
+NOTHING = 1.0  # relative error of a code that says nothing
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors (amplitudes) of one layer, by bits asked for: of the logits, and of attention's output."""
+
+    layer: int
+    keys: dict[int, float]
+    values: dict[int, float]
+
+
+def find(model: Path, calibration: Path | None) -> Path:
+    """The file that llama.cpp would take the calibration from. Raises FormatError if there is none."""
+    beside = model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
+    if calibration is None:
+        calibration = model if "kvtc.version" in Reader(model).fields else beside
+    if not calibration.is_file():
+        raise FormatError(f"{calibration}: no such calibration; make one with `python -m kvtc_gguf.calibrate {model}`")
+    return calibration
+
+
+def verify(model: Path, source: Path, text: Path | None, tokens: int, threads: int) -> list[Errors]:
+    """Errors of every layer on a text, `tokens` long. Raises FormatError if the calibration is not of this model."""
+    calibration, mark, info = read(source), fingerprint(model), ModelInfo(model)
+    if mark != calibration.fingerprint:
+        raise FormatError(f"{source}: is a calibration of model {calibration.fingerprint}, {model} is {mark}")
+    if calibration.block_count != info.block_count:
+        raise FormatError(f"{source}: is for {calibration.block_count} layers, {model} has {info.block_count}")
+    found: list[Errors] = []
+    with LlamaCapture(model, tokens, threads) as capture:
+        if text:
+            chunk = corpus.file_chunks(capture, text, 1, tokens, least=1)[0]
+        else:  # from the end of what calibrations begin with
+            chunk = corpus.split(capture.tokenize(corpus.prose())[-tokens:], tokens, 1, capture)[0]
+
+        def look(sample: LayerSample) -> None:
+            check_layer(sample, calibration, source)
+            pairs = info.pairs(sample.k.shape[2], capture.interleaved)
+            gram = info.gram(sample.layer, sample.q.shape[1], sample.v.shape[2])
+            found.append(layer_errors(sample, calibration, pairs, gram, info.softcap))
+
+        capture.run(chunk, look)
+    idle = sorted(set(calibration.layers) - {errors.layer for errors in found})
+    if idle:
+        raise FormatError(f"{source}: holds layer {idle[0]}, which has no K/V cache in {model}")
+    return sorted(found, key=lambda errors: errors.layer)
+
+
+def check_layer(sample: LayerSample, calibration: Calibration, source: Path) -> None:
+    """Raises FormatError unless the calibration has this layer, in the model's shape."""
+    sides = calibration.layers.get(sample.layer)
+    if sides is None:
+        raise FormatError(f"{source}: lacks layer {sample.layer}, which has a K/V cache")
+    for name, x in (("k", sample.k), ("v", sample.v)):
+        own = (sides[name].n_head, sides[name].head_dim)
+        if own != x.shape[1:]:
+            raise FormatError(
+                f"{source}: layer {sample.layer} {name} has {own[0]} heads of {own[1]}, the model {x.shape[1:]}"
+            )
+
+
+def layer_errors(
+    sample: LayerSample, calibration: Calibration, pairs: np.ndarray, gram: np.ndarray, softcap: float
+) -> Errors:
+    """What coding the keys alone, or the values alone, does to attention outside sinks and window."""
+    attention = score.far_attention(sample, softcap)
+    turn = rotation(sample, pairs)
+    keys, values = {}, {}
+    for bits in [b for b in SHOWN_BITS if b in calibration.bits]:
+        coded = {}
+        for name, x in (("k", sample.k), ("v", sample.v)):
+            kept = calibration.kept_bits(sample.layer, name, bits)
+            coded[name] = decoded(calibration.layers[sample.layer][name], x, calibration.bits.index(kept), kept)
+        keys[bits] = logit_error(sample, attention, rotate(coded["k"] - sample.k, turn, pairs))
+        values[bits] = output_error(sample, attention, coded["v"] - sample.v, gram)
+    return Errors(sample.layer, keys, values)
+
+
+def decoded(side: SideCalibration, x: np.ndarray, budget_index: int, bits: int) -> np.ndarray:
+    """x f32 [T, H, d] after coding."""
+    rows = reference.encode_rows(side, budget_index, reference.transform(side, x), bits)
+    return reference.reconstruct(side, reference.decode_rows(side, budget_index, rows))
+
+
+def rotation(sample: LayerSample, pairs: np.ndarray) -> np.ndarray:
+    """What RoPE multiplies each pair of channels by, complex [T, n], as the sample's keys before and after it show."""
+    before, after = (x[..., pairs[:, 0]] + 1j * x[..., pairs[:, 1]] for x in (sample.k, sample.k_rope))
+    return (after * before.conj()).sum(axis=1) / np.maximum(np.square(np.abs(before)).sum(axis=1), 1e-30)
+
+
+def rotate(x: np.ndarray, turn: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """x [T, H, d] turned by complex [T, n]."""
+    out = x.copy()
+    turned = (x[..., pairs[:, 0]] + 1j * x[..., pairs[:, 1]]) * turn[:, None]
+    out[..., pairs[:, 0]], out[..., pairs[:, 1]] = turned.real, turned.imag
+    return out
+
+
+def logit_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray) -> float:
+    """Deviation of the error in q . k over that of q . k itself, over each query's keys, weighted by attention.
+
+    attention [n_head, R, T] of the query rows of `score.query_rows`, error [T, H, d] of keys after RoPE. What is the
+    same for all keys of a query is left out: softmax does not see it.
+    """
+    rows, n_head, heads = score.query_rows(len(sample.q)), len(attention), sample.k.shape[1]
+    power = np.zeros(2)
+    for i in range(n_head):
+        weight = attention[i] / np.maximum(attention[i].sum(axis=1, keepdims=True), 1e-30)
+        for j, keys in enumerate((error, sample.k_rope)):
+            logits = sample.q_rope[rows, i] @ keys[:, i * heads // n_head].T
+            centred = logits - (weight * logits).sum(axis=1, keepdims=True)
+            power[j] += (weight * centred**2).sum(dtype=np.float64)
+    return float(np.sqrt(power[0] / max(power[1], 1e-30)))
+
+
+def output_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray, gram: np.ndarray) -> float:
+    """Root mean square of the error of attention's output over that of the output, both through W_o."""
+    heads, total = sample.v.shape[1], np.zeros(2)
+    group = len(attention) // heads
+    for h in range(heads):
+        mine = slice(h * group, (h + 1) * group)
+        total += score.output_energy(attention[mine], np.stack([error[:, h], sample.v[:, h]], axis=1), gram[mine])
+    return float(np.sqrt(total[0] / max(total[1], 1e-30)))
+
+
+def table(found: list[Errors]) -> Table:
+    """One row a layer."""
+    out = Table(caption="relative errors of what attention sees: keys of the logits, values of attention's output")
+    out.add_column("layer", justify="right")
+    for side in ("K", "V"):
+        for bits in found[0].keys:
+            out.add_column(f"{side} error @{bits}", justify="right")
+    for errors in found:
+        cells = [*errors.keys.values(), *errors.values.values()]
+        out.add_row(str(errors.layer), *(f"{cell:.1%}" for cell in cells))
+    return out
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Argument(help="The model's GGUF.")],
+    calibration: Annotated[
+        Path | None, typer.Argument(help="Its calibration; else the one it embeds, else the one beside it.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Text to try, instead of our own.")] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens to try.")] = 1024,
+    threads: Annotated[int, typer.Option("-t", "--threads", min=1, help="Threads.")] = os.cpu_count() or 1,
+) -> None:
+    """Check a calibration against its model: fingerprint, shapes, and the error on a little text."""
+    with one_line_errors():
+        source = find(model, calibration)
+        found = verify(model, source, file, tokens, threads)
+        for errors in found:
+            worst = max(*errors.keys.values(), *errors.values.values(), 0.0)
+            if not worst < NOTHING:
+                raise FormatError(
+                    f"{source}: layer {errors.layer}: an error of {worst:.0%} says nothing of keys or values; "
+                    "calibrate the model again"
+                )
+    Console().print(table(found))
+    print(f"{source}: fits {model}")
+
+
+if __name__ == "__main__":
+    app()
