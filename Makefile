@@ -32,7 +32,7 @@ NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/
 
 .DEFAULT_GOAL := help
 .PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
-	bench bench-full bench-gpu wheel wheel-test test test-asan lint clean
+	bench bench-full bench-gpu wheel wheel-test examples-test test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -119,6 +119,11 @@ wheel: $(if $(CUDA),check-cuda) venv ## wheels of the patched llama-cpp-python a
 
 wheel-test: build wheel calibration ## install the wheels into an empty environment, and what a user does first
 	$(VPYTHON) -m pytest -m slow tests/wheel $(TEST_ARGS)
+
+examples-test: build ## install LangChain and LlamaIndex into .venv, and run every example
+	@ls dist/llama_cpp_python-*.whl >/dev/null 2>&1 || { echo "kvtc: run \`make wheel\` first: LlamaIndex would compile a llama-cpp-python of its own" >&2; exit 1; }
+	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
+	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
 
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)
