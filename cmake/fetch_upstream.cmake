@@ -106,7 +106,7 @@ function(kvtc_fetch_upstream directory)
     if(NOT unpacked STREQUAL KVTC_UPSTREAM_SHA256)
         message(NOTICE "-- kvtc: unpacking ${KVTC_UPSTREAM_ARCHIVE}")
         # Into a folder of its own, then renamed, so that an interrupted run leaves nothing that looks whole.
-        file(REMOVE_RECURSE "${tree}" "${directory}/unpacking" "${directory}/patched.stamp")
+        file(REMOVE_RECURSE "${tree}" "${directory}/unpacking" "${directory}/patched.stamp" "${directory}/patched-python.stamp")
         file(REMOVE "${stamp}")
         file(ARCHIVE_EXTRACT INPUT "${archive}" DESTINATION "${directory}/unpacking")
         # The sdist ships a gitfile that points outside itself; git refuses to work below it.

@@ -1,4 +1,4 @@
-"""Edit the patches as git commits, then write them back.
+"""Edit the patches as git commits, then write them back; with ``--python`` those on the package around llama.cpp.
 
 ``python patches/refresh.py open DIR`` makes DIR a git repository of the pinned llama.cpp: one commit for the pristine
 tree, then one for each patch of ``series``. Change them with git (``commit --amend``, ``rebase -i``, new commits).
@@ -21,6 +21,7 @@ import typer
 
 PATCHES = Path(__file__).resolve().parent
 ROOT = PATCHES.parent
+PYTHON = typer.Option(False, "--python", help="The series llama-cpp-python/, on the sdist without its llama.cpp.")
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
@@ -46,9 +47,13 @@ def stop(message: str) -> None:
     raise typer.Exit(1)
 
 
-def series() -> list[str]:
-    """The file names in ``series``, in order."""
-    lines = (PATCHES / "series").read_text(encoding="utf-8").splitlines()
+def folder_of(python: bool) -> Path:
+    return PATCHES / "llama-cpp-python" if python else PATCHES
+
+
+def series(folder: Path) -> list[str]:
+    """The file names in a folder's ``series``, in order."""
+    lines = (folder / "series").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -63,8 +68,9 @@ def sdist() -> Path:
 
 
 @app.command("open")
-def open_tree(directory: Path = typer.Argument(..., help="folder to create")) -> None:
+def open_tree(directory: Path = typer.Argument(..., help="folder to create"), python: bool = PYTHON) -> None:
     """Make DIRECTORY a repository with one commit for each patch."""
+    folder = folder_of(python)
     if directory.exists():
         stop(f"{directory} already exists")
     with tempfile.TemporaryDirectory(dir=directory.resolve().parent) as scratch:
@@ -75,21 +81,26 @@ def open_tree(directory: Path = typer.Argument(..., help="folder to create")) ->
         options = {"UPSTREAM_DIR": f"{scratch}/upstream", "UPSTREAM_SDIST": sdist(), "PATCH_DIR": pristine}
         defines = [f"-DKVTC_{name}={value}" for name, value in options.items()]
         run("cmake", *defines, "-P", ROOT / "cmake" / "prepare_upstream.cmake")
-        shutil.move(next(Path(scratch).glob("upstream/*/vendor/llama.cpp")), directory)
+        tree = next(path for path in Path(scratch).glob("upstream/*") if path.is_dir())
+        if python:
+            shutil.rmtree(tree / "vendor")
+            shutil.rmtree(tree / ".git", ignore_errors=True)
+        shutil.move(tree if python else tree / "vendor" / "llama.cpp", directory)
     git(directory, "init", "-q", ".")
     # Forced: upstream's own .gitignore must hide nothing.
     git(directory, "add", "-f", "-A", ".")
     git(directory, "commit", "-q", "-m", "pristine")
-    for name in series():
-        header = (PATCHES / name).read_text(encoding="utf-8").split("\n--- ", 1)[0].split("\ndiff --git ", 1)[0]
-        git(directory, "apply", "-p1", "--index", "--whitespace=nowarn", PATCHES / name)
+    for name in series(folder):
+        header = (folder / name).read_text(encoding="utf-8").split("\n--- ", 1)[0].split("\ndiff --git ", 1)[0]
+        git(directory, "apply", "-p1", "--index", "--whitespace=nowarn", folder / name)
         git(directory, "commit", "-q", "--cleanup=verbatim", "-m", f"{name}\n\n{header.strip()}\n")
-    print(f"{directory}: the pristine tree and {len(series())} patches, a commit each")
+    print(f"{directory}: the pristine tree and {len(series(folder))} patches, a commit each")
 
 
 @app.command()
-def save(directory: Path = typer.Argument(..., help="folder made by `open`")) -> None:
-    """Write the commits of DIRECTORY back to patches/ and series."""
+def save(directory: Path = typer.Argument(..., help="folder made by `open`"), python: bool = PYTHON) -> None:
+    """Write the commits of DIRECTORY back as patches and series."""
+    folder = folder_of(python)
     commits = git(directory, "rev-list", "--reverse", "HEAD").split()[1:]
     texts: dict[str, str] = {}
     for commit in commits:
@@ -98,13 +109,13 @@ def save(directory: Path = typer.Argument(..., help="folder made by `open`")) ->
             stop(f"commit {commit[:10]}: its message must start with a patch's file name of its own, not {name!r}")
         diff = git(directory, "-c", "core.abbrev=10", "diff", "--no-color", "--no-renames", f"{commit}^", commit)
         texts[name] = f"{header.strip()}\n\n{diff}"
-    comments = [line for line in (PATCHES / "series").read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    for old in set(series()) - set(texts):
-        (PATCHES / old).unlink()
+    comments = [line for line in (folder / "series").read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    for old in set(series(folder)) - set(texts):
+        (folder / old).unlink()
     for name, text in texts.items():
-        (PATCHES / name).write_text(text, encoding="utf-8", newline="\n")
-    (PATCHES / "series").write_text("\n".join([*comments, *texts]) + "\n", encoding="utf-8", newline="\n")
-    print(f"{PATCHES}: {len(texts)} patches written")
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    (folder / "series").write_text("\n".join([*comments, *texts]) + "\n", encoding="utf-8", newline="\n")
+    print(f"{folder}: {len(texts)} patches written")
 
 
 if __name__ == "__main__":

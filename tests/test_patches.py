@@ -13,12 +13,14 @@ import pytest
 from upstream import ROOT, prepare, said, tree_hash
 
 PATCHES = ROOT / "patches"
+PACKAGE = PATCHES / "llama-cpp-python"  # on the Python package around llama.cpp
+OURS = ROOT / "python" / "llama_cpp_python"  # modules placed beside upstream's
 MAX_ADDED = 60  # lines a patch may add, exclusive
 
 
-def series() -> list[Path]:
-    lines = (PATCHES / "series").read_text(encoding="utf-8").splitlines()
-    return [PATCHES / line.strip() for line in lines if line.strip() and not line.startswith("#")]
+def series(folder: Path = PATCHES) -> list[Path]:
+    lines = (folder / "series").read_text(encoding="utf-8").splitlines()
+    return [folder / line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def git_apply(directory: Path, patch: Path, *options: str) -> None:
@@ -66,6 +68,10 @@ def test_series_applies_and_reverses_to_the_pristine_tree(patched: tuple[Path, s
     shutil.copytree(llama_cpp.parents[1], copy)
     for patch in reversed(series()):
         git_apply(copy / "vendor" / "llama.cpp", patch, "-R")
+    for patch in reversed(series(PACKAGE)):
+        git_apply(copy, patch, "-R")
+    for module in OURS.glob("*.py"):
+        (copy / "llama_cpp" / module.name).unlink()
     assert tree_hash(copy) == before
 
 
@@ -88,14 +94,15 @@ def test_patch_without_fuzz_gives_the_same_tree_as_git(
     assert tree_hash(next(tmp_path.glob("llama_cpp_python-*"))) == patched[2]
 
 
-def test_every_patch_is_listed_once() -> None:
-    listed = series()
-    assert sorted(listed) == sorted(PATCHES.glob("*.patch"))
+@pytest.mark.parametrize("folder", [PATCHES, PACKAGE])
+def test_every_patch_is_listed_once(folder: Path) -> None:
+    listed = series(folder)
+    assert sorted(listed) == sorted(folder.glob("*.patch"))
     assert len(set(listed)) == len(listed)
 
 
 def test_every_patch_says_what_and_why_parses_and_is_small(tmp_path: Path) -> None:
-    for patch in series():
+    for patch in series() + series(PACKAGE):
         text = patch.read_bytes().decode("utf-8")
         head = text[: text.find("\n--- ")]
         for name in ("Subject", "Reason"):

@@ -20,9 +20,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvtc_gguf import native_rows
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.layout import FormatError
+from kvtc_gguf.native.rows import RowCodec
 from kvtc_gguf.state_file import MODEL, RANS, STORED, WHAT, Record, Section, StateFile, read
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -70,12 +70,12 @@ def rows_of(section: Section) -> Iterator[np.ndarray]:
     if section.model.coder != RANS:
         yield from (_stored(block, size) for block in blocks)
         return
-    with native_rows.reading(section.model.data, size) as codec:
-        for block in blocks:
-            try:
-                yield codec.decode(block.data, block.n_rows) if block.coder == RANS else _stored(block, size)
-            except FormatError:
-                raise FormatError(f"the state is damaged: {block.name}") from None
+    codec = RowCodec.read(section.model.data)
+    for block in blocks:
+        try:
+            yield codec.decode(block.data, block.n_rows) if block.coder == RANS else _stored(block, size)
+        except FormatError:
+            raise FormatError(f"the state is damaged: {block.name}") from None
 
 
 def _stored(block: Record, size: int) -> np.ndarray:
@@ -92,13 +92,13 @@ def recode(section: Section, coder: Coder) -> Section:
     if coder is Coder.stored:  # the model stays: it says how rows are made of fields
         kept = zip(section.blocks, blocks, strict=True)
         return Section(section.model, [replace(b, coder=STORED, data=rows.tobytes()) for b, rows in kept])
-    with native_rows.fitting(model.runs, np.concatenate(blocks)) as codec:
-        head = replace(section.model, kind=MODEL, coder=RANS, data=codec.to_bytes())
-        out = []
-        for block, rows in zip(section.blocks, blocks, strict=True):
-            data = codec.encode(rows)
-            coded = data is not None and len(data) < rows.nbytes
-            out.append(replace(block, coder=RANS if coded else STORED, data=data if coded else rows.tobytes()))
+    codec = RowCodec.fit(model.runs, np.concatenate(blocks))
+    head = replace(section.model, kind=MODEL, coder=RANS, data=codec.to_bytes())
+    out = []
+    for block, rows in zip(section.blocks, blocks, strict=True):
+        data = codec.encode(rows)
+        coded = data is not None and len(data) < rows.nbytes
+        out.append(replace(block, coder=RANS if coded else STORED, data=data if coded else rows.tobytes()))
     return Section(head, out)
 
 

@@ -1,0 +1,26 @@
+# What the wheel of llama-cpp-python carries (KVTC_WHEEL), as the install component "wheel": the patched libraries, the tools that the
+# console scripts start, and the headers that kvtc_gguf.native reads. `make wheel` hands this project to scikit-build-core.
+set(wheel_libraries ggml-base ggml-cpu ggml-cuda ggml llama llama-common mtmd
+    llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl)
+set(wheel_tools llama-server llama-cli llama-bench llama-perplexity)
+
+foreach(target ${wheel_libraries})
+    if(NOT TARGET ${target})
+        continue()
+    endif()
+    # A wheel holds no links: with versions in the names every library would be in it three times.
+    set_property(TARGET ${target} PROPERTY VERSION)
+    set_property(TARGET ${target} PROPERTY SOVERSION)
+    set_target_properties(${target} PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
+    install(TARGETS ${target} COMPONENT wheel
+        LIBRARY DESTINATION llama_cpp/lib RUNTIME DESTINATION llama_cpp/lib ARCHIVE DESTINATION llama_cpp/lib)
+endforeach()
+
+foreach(target ${wheel_tools})
+    set_target_properties(${target} PROPERTIES INSTALL_RPATH "$ORIGIN/../lib" BUILD_WITH_INSTALL_RPATH ON)
+    install(TARGETS ${target} COMPONENT wheel RUNTIME DESTINATION llama_cpp/bin)
+endforeach()
+
+install(FILES "${CMAKE_SOURCE_DIR}/ggml_kvtc/kvtc.h" "${CMAKE_SOURCE_DIR}/ggml_kvtc/kvtc-rows.h" "${CMAKE_SOURCE_DIR}/ggml_kvtc/cpu/kvtc-cpu.h"
+    COMPONENT wheel DESTINATION llama_cpp/include)
+install(FILES "${CMAKE_SOURCE_DIR}/LICENSE" COMPONENT wheel DESTINATION llama_cpp RENAME LICENSE.kvtc)

@@ -1,0 +1,99 @@
+"""A wheel that a user cannot install and run fails here. Slow: `make wheel-test` builds the wheels and runs this.
+
+They are installed into an empty environment, with what they ask for from the package index and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tools
+
+DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist")
+MODEL = tools.ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+LARGEST = 40 * 2**20  # bytes of the CPU's wheel
+TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity")
+SCRIPT = """
+from llama_cpp import Llama
+llm = Llama("embedded.gguf", cache_type="kvtc-k2v4", verbose=False)
+out = llm("The three most important ideas in data compression are", max_tokens=24, temperature=0)
+print(out["choices"][0]["text"])
+"""
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheels() -> list[Path]:
+    found = sorted(DIST.glob("*.whl"))
+    assert [wheel.name.split("-")[0] for wheel in found] == ["kvtc_gguf", "llama_cpp_python"], "run `make wheel`"
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheels."""
+    home = tmp_path_factory.mktemp("empty")
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels)
+    return home
+
+
+def run(home: Path, program: str, *arguments: object, cwd: Path | None = None) -> str:
+    """What a program of the environment prints; nothing of this repository is on its paths."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "KVTC_", "PYTHON"))}
+    command = [str(home / "bin" / program), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd or home, env=clean)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_wheel_holds_every_library_once_and_what_upstreams_holds(wheels) -> None:
+    with zipfile.ZipFile(wheels[1]) as archive:
+        names = [info.filename for info in archive.infolist()]
+        sums = [info.CRC for info in archive.infolist() if re.search(r"\.(so|dylib|dll)\b", info.filename)]
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+    assert len(sums) == len(set(sums)) >= 6
+    assert re.match(r"llama_cpp_python-0\.3\.36\+kvtc\.\d+-py3-none-", wheels[1].name)
+    assert wheels[1].stat().st_size < LARGEST
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not re.search(r"^llama_cpp$|\.(dist-info|libs)$", t)} == set()
+    assert "Requires-Dist: diskcache" in metadata and "Andrei Betlen" in metadata
+    assert any("LICENSE" in name for name in names)
+    assert {f"llama_cpp/bin/{tool}" for tool in TOOLS} <= set(names)
+
+
+def test_packages_are_consistent(home) -> None:
+    assert "No broken requirements" in run(home, "python", "-m", "pip", "check")
+
+
+def test_five_lines_generate_from_a_model_that_embeds_its_calibration(home, tmp_path) -> None:
+    sidecar = MODEL.with_name(MODEL.name.removesuffix(".gguf") + ".kvtc.gguf")
+    assert sidecar.is_file(), "run `make calibration`"
+    run(home, "python", "-m", "kvtc_gguf.embed", MODEL, sidecar, "-o", tmp_path / "embedded.gguf")
+    (tmp_path / "five.py").write_text(SCRIPT)
+    text = run(home, "python", "five.py", cwd=tmp_path)
+    assert len(re.findall(r"[A-Za-z]{3,}", text)) >= 8, text
+
+
+def test_console_scripts_are_the_tools(home) -> None:
+    for tool in TOOLS:
+        assert "--cache-type" in run(home, tool, "--help"), tool
+
+
+def test_upstreams_tests_that_need_no_download_pass(home, tmp_path) -> None:
+    (source,) = (path for path in (tools.ROOT / "build" / "upstream").glob("llama_cpp_python-*") if path.is_dir())
+    shutil.copytree(source / "tests", tmp_path / "tests")
+    models = Path("vendor/llama.cpp/models")
+    shutil.copytree(source / models, tmp_path / models)
+    shutil.copy(Path(__file__).with_name("upstream_conftest.py"), tmp_path / "tests" / "conftest.py")
+    run(home, "python", "-m", "pip", "install", "--quiet", "pytest", "scipy", "huggingface-hub")
+    out = run(home, "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path)
+    passed = re.search(r"(\d+) passed", out)
+    assert passed and int(passed[1]) >= 8 and "failed" not in out, out
