@@ -47,7 +47,7 @@ class NativeError(FormatError):
 
 @dataclass(frozen=True)
 class Library:
-    """ffi and the two libraries whose functions kvtc.h, kvtc-rows.h and kvtc-cpu.h declare. Nothing in it changes: share it."""
+    """ffi and the two libraries whose functions HEADERS declare. Nothing in it changes: share it."""
 
     ffi: FFI
     base: Any

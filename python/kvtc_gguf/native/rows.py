@@ -1,4 +1,4 @@
-"""The entropy coder of rows (ggml_kvtc/kvtc-rows.h), for states of real sizes; `reference_rows.py` is its numpy twin."""
+"""The entropy coder of rows (ggml_kvtc/kvtc-rows.h), for states of real sizes; `reference_rows.py` is its twin."""
 
 from __future__ import annotations
 
