@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +25,7 @@ from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
-from kvtc_gguf.run import Run, Stopped, check, stoppable
+from kvtc_gguf.run import Run, Stopped, stoppable
 from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
@@ -77,8 +76,7 @@ def fit_model(run: Run, request: Request) -> Calibration:
             f"kvtc: warning: the gguf package cannot decode {kind}, the type of attn_output.weight: values are scored "
             "without it; a calibration made from another quantization of this model scores them by it"
         )
-    # A model that cannot be served says so now, not after minutes of sampling.
-    run.capture.run(np.full(8, max(run.capture.bos, 0), np.int32), lambda sample: check(run.model, sample))
+    run.probe()
     with run.progress:
         if request.n_chunks:
             run.add_text(request.text, request.n_chunks, request.ctx_size)

@@ -22,6 +22,7 @@ from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.score import SINKS
 from kvtc_gguf.statistics_file import Statistics, Text
 
+PROBE_TOKENS = 8
 HELD_OUT = 4  # every fourth chunk only judges the competition
 DEFAULT_CORPUS = "half sampled by the model, half Python's documentation"
 DRAWN_BINS, DRAWN_REACH = 64, 4.0  # of the histograms that a report draws, in deviations
@@ -35,8 +36,12 @@ class Stopped(Exception):
 def stoppable() -> Iterator[Callable[[], None]]:
     """A function that raises Stopped once Ctrl-C was pressed; a second Ctrl-C kills as ever.
 
-    A chunk is never cut in the middle: some layers would have seen it and others not.
+    A chunk is never cut in the middle: some layers would have seen it and others not. Signals reach the main thread
+    alone; elsewhere nothing is asked.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     asked = threading.Event()
 
     def ask(number: int, frame: object) -> None:
@@ -89,6 +94,10 @@ class Run:
         )
         for layer, streams in statistics.moments.items():
             self.fitter.layers[layer] = {name: Side(name, streams[name]) for name in ("k", "v")}
+
+    def probe(self) -> None:
+        """Runs a few tokens: a model that cannot be served says so now, and the shapes of its heads are known."""
+        self.capture.run(np.full(PROBE_TOKENS, max(self.capture.bos, 0), np.int32), self._check)
 
     def add_text(self, file: Path | None, n_chunks: int, size: int) -> None:
         """Adds a text to the statistics, from a file or the default corpus: n_chunks chunks of `size` tokens."""

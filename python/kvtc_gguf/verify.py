@@ -105,7 +105,7 @@ def layer_errors(
         for name, x in (("k", sample.k), ("v", sample.v)):
             kept = calibration.kept_bits(sample.layer, name, bits)
             coded[name] = decoded(calibration.layers[sample.layer][name], x, calibration.bits.index(kept), kept)
-        keys[bits] = logit_error(sample, attention, rotate(coded["k"] - sample.k, turn, pairs))
+        keys[bits] = logit_error(sample, attention, rotate(coded["k"] - sample.k, turn[:, None], pairs))
         values[bits] = output_error(sample, attention, coded["v"] - sample.v, gram)
     return Errors(sample.layer, keys, values)
 

@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_to_the_same_calibration(
 
     def interrupt(self: Run, sample: object) -> None:
         seen.append(sample)
-        if len(seen) == 2 * after - 1:  # in the first of the two layers of a chunk
+        if len(seen) == 2 * after + 1:  # in the first of the two layers of a chunk, after those of the probe
             os.kill(os.getpid(), signal.SIGINT)
         consume(self, sample)
 

@@ -96,7 +96,7 @@ def test_errors_of_logits_and_output_are_measured_where_attention_looks() -> Non
     pairs = rope_pairs(d, d, interleaved=False)
     turn = np.exp(1j * np.arange(tokens)[:, None] * 0.1 ** np.arange(d // 2))
     q, k, v = (rng.standard_normal((tokens, h, d)).astype(np.float32) for h in (4, 2, 2))
-    k_rope, q_rope = verify.rotate(k, turn, pairs), verify.rotate(q, turn, pairs)
+    k_rope, q_rope = (verify.rotate(x, turn[:, None], pairs) for x in (k, q))
     sample = LayerSample(0, q, k, v, q_rope, k_rope)
     attention = verify.score.far_attention(sample)
     error = 0.1 * k_rope
