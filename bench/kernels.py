@@ -1,9 +1,9 @@
 """Times of the attention operation on a device: ``python -m bench.kernels llama-8b --depths 1024,131072 -o out.csv``.
 
 KVTC_ATTN and llama.cpp's FLASH_ATTN_EXT on caches of random content, several copies in turn so that no cache stays in
-the device's L2. Every row has the bytes that the operation must read, the operations that rebuild its keys, and its
-time over the floor that these set with the device's measured ceilings. The libraries are those of $KVTC_LIB_DIR, the
-device is $KVTC_TEST_DEVICE (CUDA0).
+the device's L2. Every row has the bytes that the operation must read, the operations that it must do (`count_products`
+and, for codes, `count_rebuild`), and its time over the floor that these set with the device's measured ceilings. The
+libraries are those of $KVTC_LIB_DIR, the device is $KVTC_TEST_DEVICE (CUDA0).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 STOCK = {"f16": (1, 1, 2), "q8_0": (8, 32, 34), "q4_0": (2, 32, 18)}  # ggml type, values and bytes of a block
 SINKS, WINDOW, SLOTS = 4, 128, 196
 BLOCK = 2048  # rows of random content, repeated
-COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "rebuild_tflop_per_s", "over_floor")
+COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "tflop_per_s", "over_floor")
 COLUMNS += ("ceiling_gb_per_s", "ceiling_tflop_per_s")
 FLASH = """struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context *, struct ggml_tensor * q,
     struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask, float scale, float max_bias,
@@ -45,6 +45,17 @@ def load_libraries() -> Any:
 
     ffi.ffi.cdef(FLASH + ceilings.DECLARATIONS)
     return ffi
+
+
+def count_products(shape: Shape, tokens: int, depth: int) -> int:
+    """Operations of attention's two products: a query head multiplies and adds head_dim numbers for the logit of each
+    cell that its token sees, and as many for the sum of values. The last `tokens` cells are the tokens' own."""
+    return 4 * shape.n_head * shape.head_dim * (tokens * depth - tokens * (tokens - 1) // 2)
+
+
+def count_rebuild(shape: Shape, depth: int) -> int:
+    """Operations that turn each cell's key components back into channels, once for each kv head."""
+    return 2 * shape.n_head_kv * shape.head_dim**2 * depth
 
 
 def causal(tokens: int, depth: int) -> np.ndarray:
@@ -168,17 +179,18 @@ def main(
             copies = 2 if n_tokens > 16 else max(2, min(16, (1 << 19) // depth))
             for name in types.split(","):
                 values = s.n_head_kv * s.head_dim * depth
-                rebuild = 0
+                operations = count_products(s, n_tokens, depth)
                 if name in STOCK:
                     seconds = time_stock(ffi, s, name, depth, n_tokens, copies)
                     size = 2 * values * STOCK[name][2] // STOCK[name][1]
                 else:
                     bits = int(name[1]), int(name[3])
                     seconds = time_kvtc(ffi, s, bits, depth, n_tokens, copies)
-                    size, rebuild = values * sum(bits) // 8, 2 * values * s.head_dim
-                floor = limits.floor(size, rebuild)
+                    size = values * sum(bits) // 8
+                    operations += count_rebuild(s, depth)
+                floor = limits.floor(size, operations)
                 rows.append((shape, name, n_tokens, depth, seconds * 1e6, size / seconds / 1e9,
-                             rebuild / seconds / 1e12, seconds / floor, limits.bandwidth, limits.rate))  # fmt: skip
+                             operations / seconds / 1e12, seconds / floor, limits.bandwidth, limits.rate))  # fmt: skip
                 times = f"{seconds * 1e6:.1f} µs, {seconds / floor:.1f} x floor"
                 Console().print(f"{name} {n_tokens} tokens, {depth} cells: {times}")
     if output:

@@ -9,6 +9,7 @@ from kvtc_gguf.dry_run import BESIDE, CACHE, COMPUTE
 
 TRACE = "4"  # the verbosity (-lv) at which the library says how large its caches are
 EXACT = re.compile(r"\((?P<sink>\d+) sinks, window (?P<window>\d+)")
+WEIGHTS = re.compile(r"\w+:\s+(\S+) model buffer size =\s*([\d.]+) MiB")
 ROTATION = re.compile(r"attn_rot_([kv]) = (\d)")
 
 
@@ -18,7 +19,8 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """One run's caches, in MiB: codes (a stock type's K and V), exact rows, bases; and llama.cpp's compute buffers.
+    """One run's caches, in MiB: codes (a stock type's K and V), exact rows, bases; and llama.cpp's compute buffers, of
+    which `host` lie in the host's memory, and the weights that lie in devices'.
 
     The rest is what the run really did, which need not be what it was asked for: types of K and V, exact tokens (None:
     it has none), bits per value (None: the log does not say), rotation ("k", "v", "k+v", "none", "" not said).
@@ -28,6 +30,8 @@ class Sizes:
     exact: float = 0.0
     bases: float = 0.0
     compute: float = 0.0
+    host: float = 0.0
+    weights: float = 0.0
     type_k: str = ""
     type_v: str = ""
     sink: int | None = None
@@ -66,6 +70,8 @@ def parse_sizes(log: str) -> Sizes:
         exact=sum(float(line["exact"]) for line in beside),
         bases=sum(float(line["bases"]) for line in beside),
         compute=sum(map(float, buffers.values())),
+        host=sum(float(mib) for name, mib in buffers.items() if _on_host(name)),
+        weights=sum(float(mib) for name, mib in WEIGHTS.findall(log) if not _on_host(name)),
         type_k=caches[-1]["k"] or "",
         type_v=caches[-1]["v"] or "",
         sink=int(exact["sink"]) if exact else None,
@@ -73,6 +79,10 @@ def parse_sizes(log: str) -> Sizes:
         bpv=sum(float(line["codes"]) for line in beside) / values if values else None,
         rotation=rotation,
     )
+
+
+def _on_host(buffer: str) -> bool:
+    return buffer.startswith("CPU") or buffer.endswith("_Host")
 
 
 def reason(log: str) -> str:

@@ -69,7 +69,8 @@ def _ask(bench: Bench, variant: Variant, test: Retrieval, depth: int, base: floa
     arguments = ["-m", variant.model.path, *variant.cache.arguments, "-t", bench.threads, "-c", ctx, "-np", 1]
     arguments += [*test.arguments, *bench.more(binary.stem)]
     log = bench.log(variant, f"{test.name} {depth}")
-    with serve(binary, arguments, variant.cache.environment, bench.matrix.limit, log) as server:
+    limit = bench.matrix.limit
+    with serve(Server, binary, arguments, log, start=limit, limit=limit, more=variant.cache.environment) as server:
         answers = _answers(server, bench, test, depth)
     share, n = sum(answers) / len(answers), len(answers)
     figures = [Figure("right", share, "share", math.sqrt(share * (1 - share) / n), n)]

@@ -12,18 +12,38 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bench.engine import environment
 from bench.logs import RunError, reason
 
-STOP = 30  # seconds
+STOP = 60  # seconds; sanitized servers are slow
 
 
 @dataclass(frozen=True)
-class Server:
+class Process:
+    """A running server; others ask it other things."""
+
     port: int
+    process: subprocess.Popen
+    log: Path
     limit: float  # seconds of one answer
 
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def check(self) -> None:
+        """Raises RunError if it has ended."""
+        if self.process.poll() is not None:
+            why = reason(self.log.read_text(errors="replace"))
+            raise RunError(f"llama-server ended with {self.process.returncode}: {why}")
+
+
+class Server(Process):
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """The tokens of a text; special: with those that begin a prompt."""
         return self._post("/tokenize", {"content": text, "add_special": special})["tokens"]
@@ -32,13 +52,6 @@ class Server:
         """The greedy continuation by `n` tokens; keep: what the last prompt began with alike need not be evaluated."""
         body = {"prompt": tokens, "n_predict": n, "temperature": 0, "cache_prompt": keep}
         return self._post("/completion", body)["content"]
-
-    def healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
 
     def _post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(
@@ -53,36 +66,63 @@ class Server:
             raise RunError(f"llama-server did not answer {path}: {error}") from error
 
 
+AnyServer = TypeVar("AnyServer", bound=Process)
+
+
 @contextlib.contextmanager
-def serve(binary: Path, arguments: Sequence[object], more: dict[str, str], limit: float, log: Path) -> Iterator[Server]:
-    """A server on a free port; leaving the block ends it.
+def serve(
+    kind: type[AnyServer],
+    binary: Path,
+    arguments: Sequence[object],
+    log: Path,
+    *,
+    start: float,
+    limit: float,
+    more: dict[str, str] | None = None,
+    clean: bool = False,
+) -> Iterator[AnyServer]:
+    """A server on a free port, of `kind`; leaving the block ends it.
+
+    Args:
+        start: seconds until it must be ready; limit: of one answer.
+        more: of its environment.
+        clean: it must still run when the block is left, and end without an error.
 
     Raises:
-        RunError: it does not start within `limit` seconds.
+        RunError: it does not start, or not in time; and what `clean` forbids.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = Server(port, limit)
     command = [str(x) for x in (binary, *arguments, "--host", "127.0.0.1", "--port", port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(more)
         )
+        server = kind(port, process, log, limit)
         try:
-            deadline = time.monotonic() + limit
+            deadline = time.monotonic() + start
             while not server.healthy():
-                if process.poll() is not None:
-                    raise RunError(f"llama-server failed: {reason(log.read_text(errors='replace'))}")
+                server.check()
                 if time.monotonic() > deadline:
-                    raise RunError(f"llama-server was not ready after {limit:.0f} s")
+                    raise RunError(f"llama-server was not ready after {start:.0f} s")
                 time.sleep(0.05)
             yield server
+            if clean:
+                server.check()
+                process.terminate()
+                try:
+                    code = process.wait(STOP)
+                except subprocess.TimeoutExpired:
+                    raise RunError(f"llama-server did not stop within {STOP} s") from None
+                if code != 0:
+                    raise RunError(f"llama-server ended with {code}: {reason(log.read_text(errors='replace'))}")
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(STOP)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()

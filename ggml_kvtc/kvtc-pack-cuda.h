@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define GGML_KVTC_CUDA_TURNS  128
+#define GGML_KVTC_CUDA_TURNS  256
 #define GGML_KVTC_CUDA_COLUMN 1024        // bytes from a group's table of pairs to its next one
 
 // How to read one group.

@@ -46,4 +46,40 @@ struct slab_ahead {
     }
 };
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Whether any cell of a slab is seen, and the range of positions, which its group must know alike. Each warp of one token finds it for
+// itself: a barrier would make all wait for the slowest. ranges: [4] of the warps, others in the next slab. Behind it the warp's keys
+// have arrived for all its threads
+template <bool ONE>
+__device__ __forceinline__ bool find_range(const slab_ahead<ONE> & x, int2 * ranges, int group, int part, int & lowest, int & highest) {
+    bool seen = is_seen(x.mask[0][0]) || is_seen(x.mask[0][1]);
+    lowest  = x.cell.x < 0 ? INT_MAX : x.cell.x; // empty cells are masked: any angle will do for them
+    highest = x.cell.x;
+    if constexpr (ONE) {
+        lowest  = min(lowest, x.pos < 0 ? INT_MAX : x.pos);
+        highest = max(highest, x.pos);
+    } else {
+        seen = seen || is_seen(x.mask[1][0]) || is_seen(x.mask[1][1]);
+    }
+    lowest  = warp_min(lowest);
+    highest = warp_max(highest);
+    copy_wait<0>(); // the keys
+    if constexpr (ONE) {
+        seen = __any_sync(0xffffffff, seen);
+    } else {
+        if (threadIdx.x % 32 == 0) {
+            ranges[part] = make_int2(lowest, highest);
+        }
+        seen = __any_sync(0xffffffff, meet(group, seen));
+#pragma unroll
+        for (int i = 0; i < GROUP_WARPS; i += 2) {
+            lowest  = min(lowest,  ranges[i].x);
+            highest = max(highest, ranges[i].y);
+        }
+    }
+    __syncwarp();
+    return seen;
+}
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
 } // namespace kvtc

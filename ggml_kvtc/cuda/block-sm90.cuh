@@ -2,6 +2,7 @@
 // decode-sm90-d256.cu has them too, and the warps' sums to one.
 #pragma once
 
+#include "merge.cuh"
 #include "pack-sm90.cuh"
 #include "pairs.cuh"
 #include "plan.h"
@@ -10,15 +11,20 @@
 namespace kvtc {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// what is large of the pack's part of a head, by one thread
-template <int D>
+// What is large of the pack's part of a head, by one thread; the block's barriers. FEW: for decode-sm90-few.cu
+template <int D, bool FEW = false>
 __device__ __forceinline__ void bring_block(const attn_args & a, const sm90_plan & p, uint8_t * smem, int head, const ggml_kvtc_cuda_head & kh, const ggml_kvtc_cuda_head & vh,
-                                            uint64_t & ready) {
-    init_bring(ready, 4);
-    bring_operand<D>(a, head, smem, ready);
-    bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
-    bring_tables(a, kh, smem + p.at_table[0], ready);
-    bring_tables(a, vh, smem + p.at_table[1], ready);
+                                            block_barriers & barriers) {
+    barrier_init(barriers.sums, blockDim.x);
+    init_bring(barriers.pack, 4);
+    bring_operand<D>(a, head, smem, barriers.pack);
+    if constexpr (FEW) {
+        bring_half_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
+    } else {
+        bring_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
+    }
+    bring_tables(a, kh, smem + p.at_table[0], barriers.pack);
+    bring_tables(a, vh, smem + p.at_table[1], barriers.pack);
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -51,43 +57,17 @@ __device__ __forceinline__ void load_queries(const attn_args & a, float * querie
     }
 }
 
-// Sums of sets of warps, with their largest logits and sums of weights (SHARE of each), to one of each for the block, and out, as the
-// row's sum number `split` of n_split
-template <int D, int N_SET, int ROWS, int SHARE>
-__device__ __forceinline__ void put_sums(const attn_args & a, const float * all_o, const float * all_top, const float * all_sum, int head, int stream, int split, int n_split,
-                                         float * values, float2 * meta) {
-    constexpr int LD = D + 8;
-    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += blockDim.x) {
-        const int r = i/D;
-        const int c = i%D;
-        const int place = (c/64*8 + c%8)*8 + c/8%8;
-        float most = -INFINITY;
-        for (int u = 0; u < N_SET; ++u) {
-            most = fmaxf(most, all_top[u*ROWS + r]);
-        }
-        float value = 0.0f;
-        float total = 0.0f;
-        for (int u = 0; u < N_SET && most != -INFINITY; ++u) {
-            const float f = exp2f(all_top[u*ROWS + r] - most);
-            value += f*all_o[(u*ROWS + r)*LD + place];
-#pragma unroll
-            for (int s = 0; s < SHARE; ++s) {
-                total += f*all_sum[(u*ROWS + r)*SHARE + s];
-            }
-        }
-        const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-        values[(row*n_split + split)*D + c] = value;
-        if (c == 0) {
-            meta[row*n_split + split] = make_float2(most, total);
-        }
-    }
-}
+// Where a row of sums has component c, as mma's tiles leave them: of 64, the first of each of eight groups, then the second of each ...
+struct tile_place {
+    __device__ __forceinline__ int operator()(int c) const { return (c/64*8 + c%8)*8 + c/8%8; }
+};
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
 // rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
 // each.
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
+__device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, uint64_t & barrier, const float (&o)[4][4], const float (&top)[2], const float (&sum)[2],
                                             int head, int stream, float * values, float2 * meta) {
     constexpr int LD    = D + 8;
     constexpr int SHARE = D/64;
@@ -115,8 +95,9 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, c
             all_o[row*LD + 64*own + 8*(t + 4) + r8] = o[t][x + 2];
         }
     }
-    __syncthreads();
-    put_sums<D, N_SET, 8, SHARE>(a, all_o, all_top, all_sum, head, stream, blockIdx.x, gridDim.x, values, meta);
+    meet_all(barrier);
+    put_sums<D, 8, SHARE>(a, all_o, all_top, all_sum, N_SET, head, 0, stream, blockIdx.x, gridDim.x, tile_place(), values, meta);
 }
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
 
 } // namespace kvtc

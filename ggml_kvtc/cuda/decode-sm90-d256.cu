@@ -41,13 +41,14 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     constexpr int THREADS = 32*WARPS*GROUPS;
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
-    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     if (threadIdx.x == 0) {
-        init_bring(ready, PAIRS ? 3 : 2);
-        bring_operand<D>(a, blockIdx.y, smem, ready);
-        bring_turns<D>(a, smem + p.at_fine, p.n_fine, ready);
+        barrier_init(barriers.sums, THREADS);
+        init_bring(barriers.pack, PAIRS ? 3 : 2);
+        bring_operand<D>(a, blockIdx.y, smem, barriers.pack);
+        bring_turns<D>(a, smem + p.at_fine, p.n_fine, barriers.pack);
         if constexpr (PAIRS) {
-            bring_tables(a, get_head(a.pack, GGML_KVTC_K, blockIdx.y), smem + p.at_pairs, ready);
+            bring_tables(a, get_head(a.pack, GGML_KVTC_K, blockIdx.y), smem + p.at_pairs, barriers.pack);
         }
     }
 
@@ -176,7 +177,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         ((uint32_t *) own)[threadIdx.x] = pack_half2(z.x, z.y); // as the store will have them
     }
     __syncthreads();
-    barrier_wait(ready, 0);
+    barrier_wait(barriers.pack, 0);
 
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
@@ -196,35 +197,8 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             next.load(a, mask, info, token, (slab + 1)*SLAB90, part);
         }
         now.hide(a, min_pos, query_pos, token, part);
-        // What the group does alike, each warp of one token finds for itself: a barrier would make all wait for the slowest.
-        // Empty cells are masked: any angle will do for them
-        bool seen    = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]);
-        int  lowest  = now.cell.x < 0 ? INT_MAX : now.cell.x;
-        int  highest = now.cell.x;
-        if constexpr (ONE) {
-            lowest  = min(lowest, now.pos < 0 ? INT_MAX : now.pos);
-            highest = max(highest, now.pos);
-        } else {
-            seen = seen || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
-        }
-        lowest  = warp_min(lowest);
-        highest = warp_max(highest);
-        copy_wait<0>(); // the keys
-        if constexpr (ONE) {
-            seen = __any_sync(0xffffffff, seen);
-        } else {
-            if (lane == 0) {
-                shared.range[slab%2][part] = make_int2(lowest, highest);
-            }
-            seen = __any_sync(0xffffffff, meet(group, seen));
-#pragma unroll
-            for (int i = 0; i < WARPS; i += 2) {
-                const int2 range = shared.range[slab%2][i];
-                lowest  = min(lowest, range.x);
-                highest = max(highest, range.y);
-            }
-        }
-        __syncwarp(); // the keys have arrived for all threads
+        int lowest, highest;
+        const bool seen = find_range(now, shared.range[slab%2], group, part, lowest, highest);
         if (!seen) {
             k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
             continue;
@@ -403,7 +377,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     //
     copy_wait<0>();
     __syncthreads();
-    sums.write<GROUPS>(a, smem, group, part, top, sum, head, stream, values, meta);
+    sums.write<GROUPS>(a, smem, barriers.sums, group, part, top, sum, head, stream, values, meta);
 #else
     GGML_UNUSED_VARS(a, p, values, meta);
     NO_DEVICE_CODE;

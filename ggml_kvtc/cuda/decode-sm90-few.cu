@@ -2,10 +2,10 @@
 // allow.
 //
 // Cells mostly come in the order of their positions, all seen, with codes only. A group of four warps asks this of stretches of up to
-// 128 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
+// 256 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
 //
-// mma's eight columns of queries hold each query twice. For logits, turned back by the anchor and by eight positions more: keys r and
-// r + 8 of a warp are so far apart, and both are rotated as key r is. For the sum of values, the even and the odd components: the
+// mma's eight columns of queries hold each query twice. For logits, turned back by the anchor and by eight positions more: of 16
+// positions from the anchor on, keys of the last eight are rotated as those of the first. For the sum of values, the even and the odd components: the
 // products' inner dimension is (key, parity), two neighbouring components of a key are one register, as they are looked up, and the
 // weights' operand has zeros for the other parity.
 //
@@ -38,7 +38,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     constexpr int N_WARP = WARPS*GROUPS;
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
-    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
     if constexpr (UNEVEN) {
         share = find_share(a, p.n_block, p.n_sum);
@@ -50,7 +50,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
-        bring_block<D>(a, p, smem, head, kh, vh, ready);
+        bring_block<D, true>(a, p, smem, head, kh, vh, barriers);
     }
 
     const int lane  = threadIdx.x % 32;
@@ -70,19 +70,18 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);   // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes); // [2][D/8]
-    half     * turned  = (half *) (smem + p.at_turned) + group*2*2*ROWS*LD; // [2] queries turned back by an anchor, and by eight positions more
-    few_cells * cells  = (few_cells *) (smem + p.at_cells) + group*2;       // of this stretch and the next
+    half     * turned  = (half *) (smem + p.at_turned) + group*p.n_turned*2*ROWS*LD; // [n_turned] queries turned back by an anchor, and by eight positions more
     uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
     few_gains & gains = *(few_gains *) (smem + p.at_gains);
     load_block<D>(p, smem, a.pack, kh, vh, n_rot);
     make_gains(gains, kh, vh, 32*N_WARP);
-    for (int i = threadIdx.x; i < GROUPS*2*2*ROWS*LD/8; i += 32*N_WARP) {
+    for (int i = threadIdx.x; i < GROUPS*p.n_turned*2*ROWS*LD/8; i += 32*N_WARP) {
         ((uint4 *) (smem + p.at_turned))[i] = make_uint4(0, 0, 0, 0); // rows without a query stay so
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
-    uint64_t * arrived = &ready + 1 + 2*warp; // the warp's keys and values
+    uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
         init_bring(arrived[1], 1);
@@ -113,17 +112,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             copy_box(stage[s], maps.side[s], from[s], slab*SLAB + 16*part, stream, arrived[s]);
         }
     };
-    // of a stretch, before it: the lane's cell of the warp's 32, and the first position
-    const int mine = 32*part + lane;
-    int2 next_cell;
-    half next_mask;
-    int  next_start;
-    const auto look = [&](int slab) {
-        const int cell = slab*SLAB + mine;
-        next_cell  = info[min(cell, a.n_kv - 1)];
-        next_mask  = read_mask(a, mask, 0, cell);
-        next_start = info[slab*SLAB].x;
-    };
+    stretch_cells of_stretch;
+    const auto look = [&](int slab) { of_stretch.look(a, mask, info, slab*SLAB, 32*part + lane); };
 
     // neighbouring slabs to one group
     const int2 slabs = get_slabs<UNEVEN>(p, share, group);
@@ -136,7 +126,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     __syncthreads();
-    barrier_wait(ready, 0);
+    barrier_wait(barriers.pack, 0);
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
@@ -149,21 +139,19 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     const uint32_t pick[2] = { r8 < 4 ? 0x4410u : 0x1044u, r8 < 4 ? 0x4432u : 0x3244u }; // a key's weight for the column's parity
 
-    for (int buffer = 0; slab < slab_end; buffer ^= 1) {
-        const int  n     = min(stretch, slab_end - slab);
-        const int2 cell  = next_cell;
-        const int  start = next_start;
-        const half seen  = hide_by_position(a, next_mask, query_pos, cell.x);
+    for (int buffer = 0; slab < slab_end; buffer ^= p.n_turned - 1) {
+        const int n     = min(stretch, slab_end - slab);
+        const int start = of_stretch.next_start;
+        if (p.n_turned == 1) {
+            meet(group, false); // those of the last stretch were read
+        }
+        half * anchored = turned + buffer*2*ROWS*LD;
+        uint8_t * cells = smem + p.at_cells + (group*p.n_turned + buffer)*p.n_fine*SM90_FEW_CELL;
+        const bool plain = of_stretch.start(a, cells, p.n_fine, n*SLAB, 32*part + lane, query_pos);
         if (slab + n < slab_end) {
             look(slab + n);
         }
-        half * anchored = turned + buffer*2*ROWS*LD;
-        few_cells & of_stretch = cells[buffer];
-        of_stretch.cell[mine] = cell;
-        of_stretch.mask[mine] = seen;
         turn_twice<D>(queries, anchored, freq, start, n_row);
-        const bool plain = mine >= n*SLAB || (cell.x == start + mine && __half_as_ushort(seen) == 0
-            && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES);
         const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 
@@ -188,7 +176,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 view.look<D>(a, slab_cell, part, head, query_pos, n_rot > 0, p.n_fine);
                 if (view.choose_anchor(anchor, p.n_fine)) {
                     meet(group, false); // the turned queries were read by all
-                    turn_queries<D, 32*WARPS>(queries, anchored, freq, anchor, n_row);
+                    turn_twice<D>(queries, anchored, freq, anchor, n_row);
                     meet(group, false);
                 }
             }
@@ -219,13 +207,14 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     put(s, i, decode_eight(row[i], code));
                 }
             };
-            const auto put_wide = [&](int s) {
-                for_wide(codes + 4*s, min(4, n_wide[0] - 4*s), stage[0] + skew[0], p.stride[0], wide, [&](int q) {
-                    if (q4 == q) {
-                        put(s, 0, wide[r8]);
-                        put(s, 1, wide[r8 + 8]);
+            const auto put_wide = [&](int s) { // groups of more than 4 bits, each by those that multiply them: all of a step together
+                if (4*s < n_wide[0]) {
+                    const pair_code code = load_code(codes + 4*s + q4);
+                    if (is_wide(code)) {
+                        put(s, 0, decode_wide(row[0], code));
+                        put(s, 1, decode_wide(row[1], code));
                     }
-                });
+                }
             };
             const bool any_small = __any_sync(0xffffffff, gain[0] <= 0.0f || gain[1] <= 0.0f);
             const bool odd       = any_small || n_wide[0] > 0;
@@ -354,11 +343,12 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
             float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             const uint32_t sign[2] = { 0, 0 }; // all keys have positions from the anchor's on
-            const half * row_of_query = anchored + lane%(PLAIN ? 2*ROWS : ROWS)*LD + lane/8*8;
+            const half * row_of_query = anchored + lane%(2*ROWS)*LD + lane/8*8;
             const uint32_t * turn[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                turn[i] = fine + (PLAIN ? s*SLAB + 16*part + r8 : max(0, view.row_pos[i] - anchor))*TURN_WORDS<D> + 4*q4;
+                const int at = max(0, view.row_pos[i] - anchor);
+                turn[i] = fine + (PLAIN ? s*SLAB/2 + 8*part + r8 : at/16*8 + at%8)*TURN_WORDS<D> + 4*q4;
             }
             if (PLAIN || view.near) {
                 multiply_turned<D, true,  PLAIN>(w, x, row_of_query, turn, sign, view.row_pos, freq);
@@ -372,7 +362,14 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             const float my_gain = q4 < 2 ? gain[0] : gain[1];
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                logit[x] = (q4 < 2 ? w[x] : w[2 + x])*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
+                float of_key = q4 < 2 ? w[x] : w[2 + x];
+                if constexpr (!PLAIN) { // of other positions, the lane that has the query's other column
+                    const float other = __shfl_xor_sync(0xffffffff, q4 < 2 ? w[2 + x] : w[x], 2);
+                    const int   pos   = q4 < 2 ? view.row_pos[0] : view.row_pos[1];
+                    const bool  later = view.near && (max(0, pos - anchor) & 8) != 0;
+                    of_key = later == (q4 >= 2) ? of_key : other;
+                }
+                logit[x] = of_key*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
                 if (a.softcap != 0.0f) {
                     logit[x] = a.softcap*LOG2E*tanhf(logit[x]);
                 }
@@ -429,19 +426,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     }
                 });
                 if (!PLAIN && view.any_chosen) {
-                    int   from[4];
-                    uint4 y[4];
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        from[n] = __shfl_sync(0xffffffff, view.chosen, 2*q4 + n%2 + n/2*8);
-                        y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8) : make_uint4(0, 0, 0, 0);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        if (from[n] != -1) {
-                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*h)*8);
-                        }
-                    }
+                    view.take_exact<D>(a, head, r8 + 8*h, z);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -468,7 +453,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     __syncthreads();
-    merge_few<D, N_WARP>(a, smem + p.at_merge, o, top, sum, share, stream, p.n_sum, values, meta);
+    merge_few<D, N_WARP>(a, smem + p.at_merge, barriers.sums, o, top, sum, share, stream, p.n_sum, values, meta);
     if (UNEVEN && share.split == 0) {
         clear_sums<D>(a, share, stream, p.n_sum, values, meta);
     }

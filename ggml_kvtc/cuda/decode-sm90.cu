@@ -46,12 +46,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     constexpr int SHARE  = D/64; // warps that share keys for the values' product
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
-    uint64_t & ready = *(uint64_t *) (smem + p.at_barrier);
+    block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     const int head = blockIdx.y;
     const ggml_kvtc_cuda_head & kh = get_head(a.pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(a.pack, GGML_KVTC_V, head);
     if (threadIdx.x == 0) {
-        bring_block<D>(a, p, smem, head, kh, vh, ready);
+        bring_block<D>(a, p, smem, head, kh, vh, barriers);
     }
 
     const int lane  = threadIdx.x % 32;
@@ -141,7 +141,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     }
     load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
     __syncthreads();
-    barrier_wait(ready, 0);
+    barrier_wait(barriers.pack, 0);
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
@@ -156,35 +156,8 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             look(slab + 1, next);
         }
         now.hide(a, min_pos, query_pos, token, part);
-        // What the group does alike, each warp of one token finds for itself: a barrier would make all wait for the slowest.
-        // Empty cells are masked: any angle will do for them
-        bool seen = is_seen(now.mask[0][0]) || is_seen(now.mask[0][1]);
-        int lowest  = now.cell.x < 0 ? INT_MAX : now.cell.x;
-        int highest = now.cell.x;
-        if constexpr (ONE) {
-            lowest  = min(lowest, now.pos < 0 ? INT_MAX : now.pos);
-            highest = max(highest, now.pos);
-        } else {
-            seen = seen || is_seen(now.mask[1][0]) || is_seen(now.mask[1][1]);
-        }
-        lowest  = warp_min(lowest);
-        highest = warp_max(highest);
-        copy_wait<0>(); // the keys
-        if constexpr (ONE) {
-            seen = __any_sync(0xffffffff, seen);
-        } else {
-            if (lane == 0) {
-                ranges[slab%2*WARPS + part] = make_int2(lowest, highest);
-            }
-            seen = __any_sync(0xffffffff, meet(group, seen));
-#pragma unroll
-            for (int i = 0; i < WARPS; i += 2) {
-                const int2 range = ranges[slab%2*WARPS + i];
-                lowest  = min(lowest, range.x);
-                highest = max(highest, range.y);
-            }
-        }
-        __syncwarp(); // the keys have arrived for all threads
+        int lowest, highest;
+        const bool seen = find_range(now, ranges + slab%2*WARPS, group, part, lowest, highest);
         if (!seen) {
             fetch(0, slab + 1, more);
             continue;
@@ -469,7 +442,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 
     copy_wait<0>();
     __syncthreads();
-    merge_warps<D, N_WARP>(a, smem + p.at_merge, o, top, sum, head, stream, values, meta);
+    merge_warps<D, N_WARP>(a, smem + p.at_merge, barriers.sums, o, top, sum, head, stream, values, meta);
 #else
     GGML_UNUSED_VARS(a, p, values, meta);
     NO_DEVICE_CODE;

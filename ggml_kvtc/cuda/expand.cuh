@@ -6,8 +6,6 @@
 
 namespace kvtc {
 
-constexpr int COUNT_CELLS = 1024; // cells whose keys of two kinds are counted together
-
 // The columns of a chunk. Of all columns, the first n_list are for a list of the cells whose keys are exact for some queries only,
 // which fills their end; the cells follow.
 struct columns {

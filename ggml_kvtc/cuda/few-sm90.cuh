@@ -12,19 +12,13 @@ namespace kvtc {
 
 constexpr int FEW_ROWS = SM90_FEW_ROWS;
 
-// of a stretch
-struct few_cells {
-    int2 cell[128]; // (position, slot)
-    half mask[128]; // as positions leave it
-};
-
 // of gains, by their codes
 struct few_gains {
     uint2 key[256];   // what the mean's components are, f16 twice; f32, what the logit is multiplied by; so that their product is 1
     float value[256];
 };
 
-static_assert(sizeof(few_cells) == SM90_FEW_CELLS && sizeof(few_gains) == SM90_FEW_GAINS, "the plan has another size");
+static_assert(sizeof(int2) + sizeof(half) == SM90_FEW_CELL && sizeof(few_gains) == SM90_FEW_GAINS, "the plan has another size");
 
 constexpr float MOST_OVER = 8.0f; // keys with a smaller gain than 1/8 are multiplied by it before the product: the mean over it may be large
 
@@ -41,14 +35,54 @@ __device__ __forceinline__ void make_gains(few_gains & gains, const ggml_kvtc_cu
     }
 }
 
+// The cells of a stretch, up to 256: a group's thread has one or two of them before it begins
+struct stretch_cells {
+    int2 next     [2]; // (position, slot)
+    half next_mask[2];
+    int  next_start;   // the first position
+
+    // in shared memory, of this one
+    int2 * cell;
+    half * mask; // as positions leave it
+
+    // first: cell; mine: the thread's, from it on, and 32*GROUP_WARPS more
+    __device__ __forceinline__ void look(const attn_args & a, const half * of_mask, const int2 * info, int first, int mine) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int i = first + mine + 32*GROUP_WARPS*j;
+            next     [j] = info[min(i, a.n_kv - 1)];
+            next_mask[j] = read_mask(a, of_mask, 0, i);
+        }
+        next_start = info[first].x;
+    }
+
+    // n of at most `most` cells; true where the thread's come in the order of their positions, all seen, with codes only
+    __device__ __forceinline__ bool start(const attn_args & a, uint8_t * to, int most, int n, int mine, int query_pos) {
+        cell = (int2 *) to;
+        mask = (half *) (cell + most);
+        bool plain = true;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int i = mine + 32*GROUP_WARPS*j;
+            if (i < n) {
+                const half seen = hide_by_position(a, next_mask[j], query_pos, next[j].x);
+                cell[i] = next[j];
+                mask[i] = seen;
+                plain = plain && next[j].x == next_start + i && __half_as_ushort(seen) == 0 && get_use(a, next[j].x, next[j].y, query_pos, query_pos) == USE_CODES;
+            }
+        }
+        return plain;
+    }
+};
+
 // a block's part of a head's cells
 struct block_share {
     int head, split, n_split;
 };
 
-// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have a path of their own
+// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have paths of their own, those of keys four together
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
-    return 100.0f + 9.0f*get_head(pack, GGML_KVTC_K, head).n_wide + 7.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
+    return 100.0f + 8.0f*((get_head(pack, GGML_KVTC_K, head).n_wide + 3)/4) + 5.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
 }
 
 // Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
@@ -103,9 +137,10 @@ __device__ __forceinline__ void clear_sums(const attn_args & a, const block_shar
     }
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Warps' sums, largest logits and sums of weights to one of each for the block, and out. o: [64 components][tile][row r8, + 8][query]
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
+__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
                                           const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
     constexpr int LD = D + 8;
     const int warp = threadIdx.x / 32;
@@ -133,9 +168,10 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, con
             }
         }
     }
-    __syncthreads();
-    put_sums<D, N_WARP, FEW_ROWS, 1>(a, all_o, all_top, all_sum, share.head, stream, share.split, n_sum, values, meta);
+    meet_all(barrier);
+    put_sums<D, FEW_ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
 }
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
 
 // The queries, f16, turned back by a position, and FEW_ROWS rows on by eight more; the threads of a group do it together
 template <int D>
@@ -145,11 +181,16 @@ __device__ __forceinline__ void turn_twice(const float * queries, half * turned,
     const int r = threadIdx.x%(32*GROUP_WARPS)/UNITS;
     if (r < n_row) {
         const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+        const ulonglong2 f = *(const ulonglong2 *) (freq + 2*i);
+        float2 c[2][2]; // both before the first is written
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const float2 c0 = get_rotation(pos + 8*e, freq[2*i]);
-            const float2 c1 = get_rotation(pos + 8*e, freq[2*i + 1]);
-            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c0, c1);
+            c[e][0] = get_rotation(pos + 8*e, f.x);
+            c[e][1] = get_rotation(pos + 8*e, f.y);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c[e][0], c[e][1]);
         }
     }
 }
@@ -186,6 +227,24 @@ struct slab_view {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             row_pos[i] = cells[16*part + lane/4 + 8*i].x;
+        }
+    }
+
+    // a group of the values of keys 2*(lane%4), + 1, + 8, + 9, where they count exactly
+    template <int D>
+    __device__ __forceinline__ void take_exact(const attn_args & a, int head, int group, uint4 (&z)[4]) const {
+        int   from[4];
+        uint4 y[4]; // all on their way before the first is needed
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            from[n] = __shfl_sync(0xffffffff, chosen, threadIdx.x%4*2 + n%2 + n/2*8);
+            y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            if (from[n] != -1) {
+                z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group);
+            }
         }
     }
 

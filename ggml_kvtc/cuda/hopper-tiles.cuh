@@ -135,6 +135,13 @@ __device__ __forceinline__ void barrier_wait(uint64_t & barrier, int parity) {
         :: "r"((uint32_t) __cvta_generic_to_shared(&barrier)), "r"(parity) : "memory");
 }
 
+// All threads of a block meet, once; barrier: counts them all. For __syncthreads() where warps have met at named barriers, some more
+// often than others: racecheck does not follow that (NOTES.md)
+__device__ __forceinline__ void meet_all(uint64_t & barrier) {
+    barrier_arrive(barrier);
+    barrier_wait(barrier, 0);
+}
+
 // a multiple of 16 bytes, by the copy engine
 __device__ __forceinline__ void copy_bulk(void * to, const void * from, uint32_t bytes, uint64_t & barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

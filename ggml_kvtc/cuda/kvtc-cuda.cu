@@ -177,10 +177,12 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
         return;
     }
     const auto decode_by = [&](int n_split, const auto & kernel) {
-        ggml_cuda_pool_alloc<float>  values(ctx.pool(), n_row*n_split*shape.d);
-        ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), n_row*n_split);
-        kernel(values.get(), meta.get());
-        combine(args, shape.d, values.get(), meta.get(), n_split, exact, out, ctx.stream());
+        const size_t n_sum = n_row*n_split;
+        ggml_cuda_pool_alloc<char> scratch(ctx.pool(), round_scratch(gpu, n_sum*(shape.d*sizeof(float) + sizeof(float2)), 0));
+        float  * values = (float *) scratch.get();
+        float2 * meta   = (float2 *) (values + n_sum*shape.d);
+        kernel(values, meta);
+        combine(args, shape.d, values, meta, n_split, exact, out, ctx.stream());
     };
 #ifdef KVTC_SM90
     sm90_plan plan90;

@@ -7,6 +7,14 @@
 
 namespace kvtc {
 
+// of a block that decodes, in shared memory
+struct block_barriers {
+    uint64_t pack; // its part of the pack is there
+    uint64_t sums; // those of all warps are
+};
+
+static_assert(sizeof(block_barriers) == SM90_BARRIERS, "the plan has another size");
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr uint32_t BRING_BYTES = 8192; // of one copy: several are under way together
@@ -37,6 +45,16 @@ __device__ __forceinline__ void bring_turns(const attn_args & a, uint8_t * to, i
     const uint32_t n = n_turn*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
     barrier_expect(barrier, n);
     bring_bytes(to, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D), n, barrier);
+}
+
+// those of the first eight of each 16 positions
+template <int D>
+__device__ __forceinline__ void bring_half_turns(const attn_args & a, uint8_t * to, int n_turn, uint64_t & barrier) {
+    constexpr uint32_t n = 8*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
+    barrier_expect(barrier, n_turn/16*n);
+    for (int i = 0; i < n_turn/16; ++i) {
+        copy_bulk(to + i*n, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D) + 2*i*n, n, barrier);
+    }
 }
 
 // a head's tables of pairs

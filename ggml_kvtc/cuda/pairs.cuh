@@ -44,16 +44,25 @@ __device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_co
     return decode_words(load_words(row, code), code);
 }
 
+// a level, of a table
+__device__ __forceinline__ uint32_t look_up_one(uint32_t address) {
+    uint16_t x;
+    asm("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address));
+    return x;
+}
+
 // eight codes of more than 4 bits
 __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
-    const uint64_t bits = (uint64_t) __funnelshift_r(word[1], word[2], code.shift) << 32 | __funnelshift_r(word[0], word[1], code.shift);
     const uint32_t w    = code.shift >> 9;
+    const uint32_t low  = __funnelshift_r (word[0], word[1], code.shift);
+    const uint32_t high = __funnelshift_rc(low, __funnelshift_r(word[1], word[2], code.shift), 4*w); // the last four
+    const uint32_t mask = (2u << w) - 2;
     uint32_t x[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-        const uint32_t at = code.table + 2*((c << w) + ((uint32_t) (bits >> c*w) & ((1u << w) - 1)));
-        x[c] = look_up(at & ~3u) >> 8*(at & 2) & 0xffff;
+        const uint32_t bits = c < 4 ? low : high;
+        x[c] = look_up_one(((c%4 == 0 ? bits << 1 : bits >> (c%4*w - 1)) & mask) | (code.table + (2*c << w))); // levels of one component are aligned to their size
     }
     return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
@@ -62,8 +71,7 @@ __device__ __forceinline__ bool is_wide(const pair_code & code) {
     return code.shift >> 8 > 8;
 }
 
-// A group of more than 4 bits of 16 rows, by a whole warp: a lane has one component of every fourth row. decode_wide() for the few
-// lanes that multiply it costs as many instructions for each row as this for all of them
+// A group of more than 4 bits of 16 rows, by a whole warp: a lane has one component of every fourth row
 __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
     const uint32_t lane  = threadIdx.x % 32;
     const uint32_t w     = code.shift >> 9;
@@ -71,13 +79,15 @@ __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int strid
     const uint32_t mask  = (2u << w) - 2;
     const uint32_t table = code.table + (2*(lane%8) << w);
     const uint8_t * from = rows + code.word + bit/32*4 + lane/8*stride;
+    uint32_t x[4]; // all are on their way before the first is written
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t * word = (const uint32_t *) (from + 4*i*stride);
-        const uint32_t   b    = __funnelshift_r(word[0], word[1], bit);
-        uint16_t x;
-        asm("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(table + (b << 1 & mask)));
-        ((uint16_t *) to)[32*i + lane] = x;
+        x[i] = look_up_one(table + (__funnelshift_r(word[0], word[1], bit) << 1 & mask));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        ((uint16_t *) to)[32*i + lane] = (uint16_t) x[i];
     }
 }
 

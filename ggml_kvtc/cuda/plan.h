@@ -23,7 +23,7 @@ constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // bytes of keys, values and m
 struct gpu_shape {
     int    n_sm;
     size_t shared;                    // bytes a block may use
-    size_t scratch = PREFILL_SCRATCH; // of a prompt's chunk; sums that wait to be merged may take half as much
+    size_t scratch = PREFILL_SCRATCH; // of a prompt's chunk; sums that wait to be merged may take 7/18 of that (scratch.h)
 };
 
 //
@@ -140,7 +140,8 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 constexpr int SM90_GROUPS    = 3;
 constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
-constexpr int SM90_FEW_CELLS = 128*10; // and of (position, slot) and mask of a stretch's cells
+constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
+constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
 struct sm90_plan {
@@ -153,7 +154,8 @@ struct sm90_plan {
     int unit;              // as in decode_plan
     int lanes[2];
     int stride[2];
-    int n_fine;            // positions in the table of rotations: slabs within them share an anchor
+    int n_fine;            // positions from an anchor on that slabs share; few: the table of rotations has the first eight of each 16
+    int n_turned;          // few: 2 where there is room for the next stretch's queries and cells beside this one's
     int at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
@@ -191,18 +193,24 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
         p.n_block = uneven ? n_block : 0;
         p.n_sum   = uneven ? n_block/s.n_head_kv + 3 : p.n_split;
-        for (p.n_fine = p.slabs_per_split < 4*SM90_GROUPS ? 64 : GGML_KVTC_CUDA_TURNS; p.n_fine >= 64; p.n_fine /= 2) {
+        const struct { int n_fine, n_turned; } options[] = { { 256, 2 }, { 256, 1 }, { 128, 2 }, { 128, 1 }, { 64, 2 }, { 64, 1 } };
+        for (const auto & o : options) {
+            if (o.n_fine > 64 && (p.slabs_per_split < o.n_fine/32*SM90_GROUPS || (o.n_fine > 128 && !few))) {
+                continue; // a block that short would not use them
+            }
+            p.n_fine   = o.n_fine;
+            p.n_turned = few ? o.n_turned : 1;
             int used = 0;
             const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
             take((s.d/8 + 1)*s.d*16);
             p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
             p.at_table[1] = take(s.pairs[1], 1024);
             p.at_queries  = take((few ? SM90_FEW_ROWS : 8)*(s.d + 8)*4);
-            p.at_turned   = take((few ? 2 : 1)*SM90_GROUPS*8*(s.d + 8)*2);
+            p.at_turned   = take(p.n_turned*SM90_GROUPS*8*(s.d + 8)*2);
             p.at_freq     = take(s.d/2*8);
-            p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
+            p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
             p.at_codes    = take(2*(s.d/8)*16);
-            p.at_cells    = take(few ? 2*SM90_GROUPS*SM90_FEW_CELLS : 0);
+            p.at_cells    = take(few ? p.n_turned*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
             p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
             p.at_ranges   = take(few ? 0 : 2*n_warp*8);
             p.at_weights  = take(few ? 0 : n_warp*32*8);
@@ -210,7 +218,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_wide     = take(n_warp*16*16);
             p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
             p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
-            p.at_barrier  = take(few ? 8 + 2*8*n_warp : 8);
+            p.at_barrier  = take(SM90_BARRIERS + (few ? 2*8*n_warp : 0));
             const int merge = few ? n_warp*SM90_FEW_ROWS*(s.d + 8 + 2)*4 : n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
             p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
             p.shared      = std::max(used, merge);
@@ -263,7 +271,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
         }
         p.slabs_per_split = ceil_div(p.n_slab, std::min(ceil_div(p.n_slab, p.split ? 1 : GROUPS), most));
         p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-        for (const int n_fine : { GGML_KVTC_CUDA_TURNS, 65, 33 }) {
+        for (const int n_fine : { 128, 65, 33 }) {
             if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
                 continue; // a block that short would not use them
             }
@@ -284,7 +292,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
             p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
             p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_parts    = take(p.split ? 4*32*GROUPS*16 : 0);
-            p.at_barrier  = take(8);
+            p.at_barrier  = take(SM90_BARRIERS);
             p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 8)*4);
             if ((size_t) p.shared <= gpu.shared) {
                 return true;
@@ -308,7 +316,8 @@ struct expand_plan {
 
 inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu) {
     expand_plan p;
-    p.stride = 4*(ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) | 1);
+    // groups of more than 4 bits are read a word past their end (tables.cuh): not from the next warp's rows, which may be on their way
+    p.stride = 4*((ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) + 1) | 1);
     for (p.in_shared = 1; ; p.in_shared = 0) {
         for (p.n_warp = 8; p.n_warp > 0; p.n_warp /= 2) {
             int used = 0;
@@ -347,7 +356,15 @@ struct prefill_plan {
 
 constexpr int    PREFILL_ALIGN   = 256;           // chunks and splits are multiples of this many cells
 constexpr int    PREFILL_MERGE   = 8;
+constexpr int    COUNT_CELLS     = 1024;          // cells whose keys of two kinds are counted together
 constexpr int    MAX_SINGLE_HEAD = 256;           // above, ggml has no kernel for one head at once, as ALiBi needs it
+
+// chunks whose sums are merged at once; sums: bytes of one's; folded: of what they are folded to where there are more
+inline int get_n_merge(const gpu_shape & gpu, int n_chunk, size_t sums, size_t folded) {
+    const size_t limit = gpu.scratch/18*7;
+    const size_t n     = std::min<size_t>(PREFILL_MERGE, limit/sums);
+    return (int) std::max<size_t>(1, n_chunk <= (int) n || limit < folded ? n : std::min(n, (limit - folded)/sums));
+}
 
 // n_exact: most exact rows of a stream
 inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
@@ -379,7 +396,7 @@ inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gp
     p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
     p.n_split = ceil_div(p.chunk, p.split);
     const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
-    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    p.n_merge = get_n_merge(gpu, p.n_chunk, sums, (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4);
     return p;
 }
 
@@ -433,8 +450,8 @@ inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_e
     p.tiles_per_split = ceil_div(n_tile, n_split);
     p.n_split         = ceil_div(n_tile, p.tiles_per_split);
     p.whole           = p.n_chunk == 1 && p.n_split == 1 && s.d <= TILE_MOST_WHOLE;
-    const size_t sums = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*p.n_split*(s.d + 2)*4;
-    p.n_merge = (int) std::max<size_t>(1, std::min<size_t>(PREFILL_MERGE, gpu.scratch/2/sums));
+    const size_t rows = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4;
+    p.n_merge         = get_n_merge(gpu, p.n_chunk, rows*p.n_split, rows);
     return true;
 }
 

@@ -114,29 +114,29 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
     const int     n_block = ceil_div(s.n_kv, COUNT_CELLS);
     const int     keys    = tile_keys(s.d);
     const int64_t n_row   = (int64_t) s.n_stream*s.n_tokens*a.n_head;
-    const int64_t n_meta  = (n_row*p.n_split + 1)/2*2; // sums behind them are read 16 bytes at once
-    const int64_t n_sums  = n_meta + n_row*p.n_split*s.d/2; // of 8 bytes
-    const int64_t n_keys  = (int64_t) s.n_stream*s.n_head_kv*p.chunk*s.d;
-    const bool    folds   = p.n_chunk > p.n_merge;
+    const int64_t n_meta  = (int64_t) count_meta(s, p);
+    const int64_t n_sums  = (int64_t) count_sums(s, p);
 
-    ggml_cuda_pool_alloc<half>    k      (ctx.pool(), n_keys);
-    ggml_cuda_pool_alloc<half>    v      (ctx.pool(), n_keys);
-    ggml_cuda_pool_alloc<half>    mask   (ctx.pool(), (int64_t) s.n_stream*s.n_tokens*p.chunk);
-    ggml_cuda_pool_alloc<uint8_t> classes(ctx.pool(), (int64_t) s.n_stream*p.n_row_block*(p.chunk/keys));
-    ggml_cuda_pool_alloc<int>     counts (ctx.pool(), s.n_stream*n_block);
-    ggml_cuda_pool_alloc<int>     list   (ctx.pool(), s.n_stream*(p.n_list + 1));
-    ggml_cuda_pool_alloc<int2>    ranges (ctx.pool(), s.n_stream);
-    ggml_cuda_pool_alloc<float2>  out    (ctx.pool(), p.whole ? 1 : n_sums*std::min(p.n_chunk, p.n_merge));
-    ggml_cuda_pool_alloc<float>   values (ctx.pool(), folds ? n_row*s.d : 1);
-    ggml_cuda_pool_alloc<float2>  meta   (ctx.pool(), folds ? n_row : 1);
-    int * list_end = list.get() + (int64_t) s.n_stream*p.n_list;
+    const prefill_scratch x = get_scratch(s, p);
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), get_scratch_size(s, gpu, x.size, count_exact(a, s), count_cells(a)));
+    half    * k        = (half    *) (scratch.get() + x.keys);
+    half    * v        = (half    *) (scratch.get() + x.values);
+    half    * mask     = (half    *) (scratch.get() + x.mask);
+    uint8_t * classes  = (uint8_t *) (scratch.get() + x.classes);
+    int     * counts   = (int     *) (scratch.get() + x.counts);
+    int     * list     = (int     *) (scratch.get() + x.list);
+    int2    * ranges   = (int2    *) (scratch.get() + x.ranges);
+    float2  * out      = (float2  *) (scratch.get() + x.sums);
+    float   * values   = (float   *) (scratch.get() + x.folded_values);
+    float2  * meta     = (float2  *) (scratch.get() + x.folded_meta);
+    int     * list_end = list + (int64_t) s.n_stream*p.n_list;
 
-    list_either(a, p.n_list, counts.get(), ranges.get(), list.get(), list_end, stream);
+    list_either(a, p.n_list, counts, ranges, list, list_end, stream);
     const bool aligned = !a.mask || (a.ne_m1 % 8 == 0 && a.ne_m3 % 8 == 0 && (uintptr_t) a.mask % 16 == 0);
 
     partial_sums sums = {};
-    sums.meta       = out.get();
-    sums.values     = (const float *) (out.get() + n_meta);
+    sums.meta       = out;
+    sums.values     = (const float *) (out + n_meta);
     sums.size       = n_sums;
     sums.n_split    = p.n_split;
     sums.split_step = 1;
@@ -144,25 +144,25 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
 
     for (int at = 0; at < p.n_column; at += p.chunk) {
         if (sums.n_chunk == p.n_merge) {
-            merge_sums(a, sums, s.d, n_row, values.get(), meta.get(), stream);
-            sums.old_meta   = meta.get();
-            sums.old_values = values.get();
+            merge_sums(a, sums, s.d, n_row, values, meta, stream);
+            sums.old_meta   = meta;
+            sums.old_values = values;
             sums.n_chunk    = 0;
         }
-        const columns c = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end, ranges.get() };
+        const columns c = { at, std::min(p.chunk, p.n_column - at), p.n_list, list, list_end, ranges };
         rebuild_plan rebuild;
         if (make_rebuild_plan(s, gpu, c.n_all, rebuild)) {
-            rebuild_tiles(a, s.d, c, rebuild, k.get(), v.get(), stream);
+            rebuild_tiles(a, s.d, c, rebuild, k, v, stream);
         } else {
-            expand_tiles(a, s, gpu, c, k.get(), v.get(), stream);
+            expand_tiles(a, s, gpu, c, k, v, stream);
         }
         // four blocks of rows each, or fewer where processors would have nothing to do
         const int  per = std::max(1, std::min(4, c.n_all/keys*p.n_row_block*s.n_stream/(2*gpu.n_sm)));
         const dim3 grid(c.n_all/keys, ceil_div(p.n_row_block, per), s.n_stream);
         const auto classify = s.d <= 128 ? classify_tiles<TILE_KEYS<128>> : classify_tiles<TILE_KEYS<256>>;
-        ggml_cuda_kernel_launch(classify, { grid, THREADS, 0, stream }, a, c, p.n_row_block, aligned, classes.get(), mask.get());
-        float2 * to = out.get() + sums.n_chunk*n_sums;
-        attend_tiles(a, s.d, { k.get(), v.get(), mask.get(), classes.get(), c.n_all/keys, p.n_row_block, p.n_split, p.tiles_per_split,
+        ggml_cuda_kernel_launch(classify, { grid, THREADS, 0, stream }, a, c, p.n_row_block, aligned, classes, mask);
+        float2 * to = out + sums.n_chunk*n_sums;
+        attend_tiles(a, s.d, { k, v, mask, classes, c.n_all/keys, p.n_row_block, p.n_split, p.tiles_per_split,
             (float *) (to + n_meta), to, p.whole, dst, c.at + c.n_all == p.n_column ? exact : exact_rows() }, stream);
         ++sums.n_chunk;
     }

@@ -100,22 +100,22 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     const int     n_grid  = p.n_split*p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream;
     const int     n_block = ceil_div(s.n_kv, COUNT_CELLS);
     const int64_t n_row   = (int64_t) s.n_stream*s.n_tokens*a.n_head;
-    const int64_t n_sums  = (int64_t) n_grid*p.n_cols*(2 + s.d/2);
-    const int64_t n_keys  = (int64_t) s.n_stream*s.n_head_kv*p.chunk*s.d;
-    const bool    folds   = p.n_chunk > p.n_merge;
+    const int64_t n_sums  = (int64_t) count_sums(s, p);
 
-    ggml_cuda_pool_alloc<half>   k     (ctx.pool(), n_keys);
-    ggml_cuda_pool_alloc<half>   v     (ctx.pool(), n_keys);
-    ggml_cuda_pool_alloc<half>   mask  (ctx.pool(), (int64_t) s.n_stream*s.n_tokens*p.chunk);
-    ggml_cuda_pool_alloc<int>    counts(ctx.pool(), s.n_stream*n_block);
-    ggml_cuda_pool_alloc<int>    list  (ctx.pool(), s.n_stream*(p.n_list + 1));
-    ggml_cuda_pool_alloc<int2>   ranges(ctx.pool(), s.n_stream);
-    ggml_cuda_pool_alloc<float2> out   (ctx.pool(), n_sums*std::min(p.n_chunk, p.n_merge));
-    ggml_cuda_pool_alloc<float>  values(ctx.pool(), folds ? n_row*s.d : 1);
-    ggml_cuda_pool_alloc<float2> meta  (ctx.pool(), folds ? n_row : 1);
-    int * list_end = list.get() + (int64_t) s.n_stream*p.n_list;
+    const prefill_scratch x = get_scratch(s, p);
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), get_scratch_size(s, gpu, x.size, count_exact(a, s), count_cells(a)));
+    half   * k        = (half   *) (scratch.get() + x.keys);
+    half   * v        = (half   *) (scratch.get() + x.values);
+    half   * mask     = (half   *) (scratch.get() + x.mask);
+    int    * counts   = (int    *) (scratch.get() + x.counts);
+    int    * list     = (int    *) (scratch.get() + x.list);
+    int2   * ranges   = (int2   *) (scratch.get() + x.ranges);
+    float2 * out      = (float2 *) (scratch.get() + x.sums);
+    float  * values   = (float  *) (scratch.get() + x.folded_values);
+    float2 * meta     = (float2 *) (scratch.get() + x.folded_meta);
+    int    * list_end = list + (int64_t) s.n_stream*p.n_list;
 
-    list_either(a, p.n_list, counts.get(), ranges.get(), list.get(), list_end, stream);
+    list_either(a, p.n_list, counts, ranges, list, list_end, stream);
 
     // 16-byte copies of the mask
     const bool plain_mask = a.mask && a.ne_m1 % 8 == 0 && a.ne_m3 % 8 == 0 && (uintptr_t) a.mask % 16 == 0;
@@ -124,14 +124,14 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     c.nb_q1      = a.nb_q1;
     c.nb_q2      = a.nb_q2;
     c.nb_q3      = a.nb_q3;
-    c.k          = k.get();
-    c.v          = v.get();
+    c.k          = k;
+    c.v          = v;
     c.mask       = plain_mask ? a.mask : nullptr;
     c.ne_m1      = a.ne_m1;
     c.ne_m3      = a.ne_m3;
     c.n_mask     = a.n_mask;
-    c.own_mask   = mask.get();
-    c.counts     = counts.get();
+    c.own_mask   = mask;
+    c.counts     = counts;
     c.n_block    = n_block;
     c.info       = a.info;
     c.query_pos  = a.query_pos;
@@ -154,8 +154,8 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
     c.log2_heads = (uint32_t) a.log2_heads;
 
     partial_sums sums = {};
-    sums.meta       = out.get() + (int64_t) n_grid*p.n_cols;
-    sums.values     = (const float *) (out.get() + (int64_t) n_grid*2*p.n_cols);
+    sums.meta       = out + (int64_t) n_grid*p.n_cols;
+    sums.values     = (const float *) (out + (int64_t) n_grid*2*p.n_cols);
     sums.size       = n_sums;
     sums.n_split    = p.n_split;
     sums.split_step = p.n_cols;
@@ -167,15 +167,15 @@ void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_sh
 
     for (int at = 0; at < p.n_column; at += p.chunk) {
         if (sums.n_chunk == p.n_merge) {
-            merge_sums(a, sums, s.d, n_row, values.get(), meta.get(), stream);
-            sums.old_meta   = meta.get();
-            sums.old_values = values.get();
+            merge_sums(a, sums, s.d, n_row, values, meta, stream);
+            sums.old_meta   = meta;
+            sums.old_values = values;
             sums.n_chunk    = 0;
         }
-        c.c   = { at, std::min(p.chunk, p.n_column - at), p.n_list, list.get(), list_end, ranges.get() };
-        c.out = out.get() + sums.n_chunk*n_sums;
-        expand_cells(a, s, gpu, c.c, k.get(), v.get(), stream);
-        expand_mask (a, c.c, counts.get(), p.split, plain_mask, mask.get(), stream);
+        c.c   = { at, std::min(p.chunk, p.n_column - at), p.n_list, list, list_end, ranges };
+        c.out = out + sums.n_chunk*n_sums;
+        expand_cells(a, s, gpu, c.c, k, v, stream);
+        expand_mask (a, c.c, counts, p.split, plain_mask, mask, stream);
         attend(c, s.d, p, n_grid, cc, stream);
         ++sums.n_chunk;
     }

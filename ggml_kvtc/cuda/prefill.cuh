@@ -2,7 +2,7 @@
 #pragma once
 
 #include "combine.cuh"
-#include "plan.h"
+#include "scratch.h"
 
 namespace kvtc {
 
@@ -17,6 +17,11 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
 // most exact rows that one stream has
 inline int count_exact(const attn_args & a, const attn_shape & s) {
     return a.n_slots > 0 || a.batch[0] ? a.n_slots + s.n_tokens*s.n_stream : 0;
+}
+
+// cells of the cache, of which a.n_kv are filled
+inline int count_cells(const attn_args & a) {
+    return (int) (a.nb_stream[GGML_KVTC_K]/a.nb_row[GGML_KVTC_K]);
 }
 
 // fold the ranges of these chunks, and the sums before, into one sum for each row

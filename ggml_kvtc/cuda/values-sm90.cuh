@@ -2,7 +2,8 @@
 // quarter of the components of all of them. A thread decodes the same eight components of every value.
 #pragma once
 
-#include "hopper.cuh"
+#include "hopper-tiles.cuh"
+#include "merge.cuh"
 #include "nibbles.cuh"
 #include "plan.h"
 
@@ -193,60 +194,34 @@ struct value_sums {
         }
     }
 
-    // The end of a block of D threads: the states of its groups' warps to one, and out. top, sum: of the thread's queries and its warp's
-    // cells
+    // The end of a block: the states of its groups' warps to one, and out. warp_top, sum: of the thread's queries and its warp's cells
     template <int GROUPS>
-    __device__ __forceinline__ void write(const attn_args & a, uint8_t * smem, int group, int part, const float (&warp_top)[2], const float (&sum)[2],
+    __device__ __forceinline__ void write(const attn_args & a, uint8_t * smem, uint64_t & barrier, int group, int part, const float (&warp_top)[2], const float (&sum)[2],
                                           int head, int stream, float * values, float2 * meta) const {
-        constexpr int LD     = D + 8;
-        constexpr int N_WARP = GROUPS*GROUP_WARPS;
-        static_assert(32*N_WARP == D, "a thread has a component");
-        const int n_row = a.n_tokens*a.group;
-        const int lane  = threadIdx.x % 32;
-        const int warp  = threadIdx.x / 32;
-        float * all_o     = (float *) smem;           // [group][row][LD]
-        float * all_o_top = all_o + GROUPS*8*LD;      // [group][row]
-        float * all_top   = all_o_top + GROUPS*8;     // [warp][row]
-        float * all_sum   = all_top + N_WARP*8;
+        constexpr int LD = D + 8;
+        const int lane = threadIdx.x % 32;
+        float * all_o   = (float *) smem;         // [group][row][LD]
+        float * all_top = all_o + GROUPS*8*LD;    // [group][row]
+        float * all_sum = all_top + GROUPS*8;     // [group][row][warp of it]
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
             const float s = column_sum(sum[x]);
-            const int row = lane%4*2 + x;
-            if (lane/4 == 0) {
-                all_top[warp*8 + row] = warp_top[x];
-                all_sum[warp*8 + row] = s;
+            const int row = group*8 + lane%4*2 + x;
+            if (lane/4 == 0) { // a group's largest logit is that of its warps
+                all_sum[row*GROUP_WARPS + part] = warp_top[x] == -INFINITY ? 0.0f : s*exp2f(warp_top[x] - top[x]);
                 if (part == 0) {
-                    all_o_top[group*8 + row] = top[x];
+                    all_top[row] = top[x];
                 }
             }
-            if (row < n_row) {
+            if (row%8 < a.n_tokens*a.group) {
 #pragma unroll
                 for (int t = 0; t < 4; ++t) {
-                    *(float2 *) (all_o + (group*8 + row)*LD + first + 2*t) = make_float2(o[t][x], o[t][x + 2]);
+                    *(float2 *) (all_o + row*LD + first + 2*t) = make_float2(o[t][x], o[t][x + 2]);
                 }
             }
         }
-        __syncthreads();
-#pragma unroll 1
-        for (int r = 0; r < n_row; ++r) {
-            float most = -INFINITY; // a group's is that of its warps
-            for (int u = 0; u < GROUPS; ++u) {
-                most = fmaxf(most, all_o_top[u*8 + r]);
-            }
-            const float base = most == -INFINITY ? 0.0f : most;
-            float value = 0.0f;
-            for (int u = 0; u < GROUPS; ++u) {
-                value += exp2f(all_o_top[u*8 + r] - base)*all_o[(u*8 + r)*LD + threadIdx.x];
-            }
-            const int64_t row = ((int64_t) stream*a.n_tokens + r/a.group)*a.n_head + head*a.group + r%a.group;
-            values[(row*gridDim.x + blockIdx.x)*D + threadIdx.x] = value;
-            if (warp == 0) {
-                const float total = warp_reduce_sum(lane < N_WARP ? exp2f(all_top[lane*8 + r] - base)*all_sum[lane*8 + r] : 0.0f);
-                if (lane == 0) {
-                    meta[row*gridDim.x + blockIdx.x] = make_float2(most, total);
-                }
-            }
-        }
+        meet_all(barrier);
+        put_sums<D, 8, GROUP_WARPS>(a, all_o, all_top, all_sum, GROUPS, head, 0, stream, blockIdx.x, gridDim.x, [](int c) { return c; }, values, meta);
     }
 };
 #endif // __CUDA_ARCH_FEAT_SM90_ALL

@@ -104,6 +104,14 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
             yield f"few {d}, one token k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1)
         long = replace(plain, k=3, tokens=1, n_kv=3000, exact="store", window=90)
         yield f"few {d}, one token k3v4, long", long
+    else:
+        for k in range(1, 5):
+            for v in range(1, 5):
+                yield f"few {d}, one token k{k}v{v}", replace(plain, k=k, v=v, heads=3, tokens=1)
+        for k, v in ((2, 4), (3, 4), (4, 4), (5, 5), (6, 6)):  # many slabs in order, seen and coded
+            long = replace(plain, k=k, v=v, tokens=1, n_kv=3000, exact="store", window=90)
+            yield f"few {d}, one token k{k}v{v}, long", long
+        yield f"few {d}, cells 20000 of 8 heads, k4v4", replace(plain, tokens=1, n_kv=20_000, heads=8, empty=0, k=4)
     for group, tokens in ((1, 1), (2, 4), (4, 1), (4, 2), (8, 1), (1, 7)):
         yield f"few {d}, group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, n_kv=1000)
     for n_kv in (1, 17, 64, 65, 129, 1024, 20_000):

@@ -141,8 +141,9 @@ def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
     return error
 
 
-def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
-    """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick every tenth."""
+def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str = "0/1") -> None:
+    """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick every tenth, --part I/N of these
+    every N-th from the I-th on."""
     os.environ["KVTC_TEST_DEVICE"] = device
     import ffi
 
@@ -180,9 +181,9 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False) -> None:
 
         case = Case(tokens=tokens, n_kv=n_kv, exact=exact, window=200)
         work.append((f"chunks tokens {tokens} exact {exact}", NMSE, lambda case=case: check_chunks(case)))
-    for i, (name, bound, run) in enumerate(work):
-        if only not in name or (quick and i % 10):
-            continue
+    first, step = map(int, part.split("/"))
+    chosen = [x for i, x in enumerate(work) if only in x[0] and not (quick and i % 10)]
+    for name, bound, run in chosen[first::step]:
         count += 1
         try:
             error = run()

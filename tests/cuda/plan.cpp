@@ -1,5 +1,5 @@
 // The CUDA kernels' planning as plain C, for tests/cuda/test_plan.py.
-#include "cuda/plan.h"
+#include "cuda/scratch.h"
 
 #include <iterator>
 
@@ -53,11 +53,7 @@ int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
 void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out) {
     const attn_shape s = get_shape(shape);
     const prefill_plan p = make_prefill_plan(s, { n_sm, 0, (size_t) scratch }, n_exact, false, n_cols);
-    const long rows  = (long) s.n_stream*s.n_tokens*s.group*s.n_head_kv;
-    const long cells = (long) s.n_stream*p.chunk*(s.n_head_kv*s.d*4 + s.n_tokens*2);
-    const long sums  = (long) p.n_split*p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream*p.n_cols*(2 + s.d/2)*8*std::min(p.n_chunk, p.n_merge);
-    const long folded = p.n_chunk > p.n_merge ? rows*(s.d*4 + 8) : 0;
-    const long values[] = { p.chunk, p.n_list, p.n_split, p.split, p.n_merge, p.n_token_block, p.n_head_block, p.n_cols2, p.n_column, p.n_chunk, folded + cells + sums };
+    const long values[] = { p.chunk, p.n_list, p.n_split, p.split, p.n_merge, p.n_token_block, p.n_head_block, p.n_cols2, p.n_column, p.n_chunk, (long) get_scratch(s, p).size };
     std::copy(std::begin(values), std::end(values), out);
 }
 
@@ -66,13 +62,23 @@ int plan_tiles(const int * shape, int n_sm, long scratch, int n_exact, long * ou
     const attn_shape s = get_shape(shape);
     tiles_plan p = {};
     const bool ok = make_tiles_plan(s, { n_sm, 0, (size_t) scratch }, n_exact, p);
-    const long rows  = (long) s.n_stream*s.n_tokens*s.group*s.n_head_kv;
-    const long cells = (long) s.n_stream*p.chunk*(s.n_head_kv*s.d*4 + s.n_tokens*2);
-    const long sums  = rows*p.n_split*(s.d*4 + 8)*std::min(p.n_chunk, p.n_merge);
-    const long folded = p.n_chunk > p.n_merge ? rows*(s.d*4 + 8) : 0;
-    const long values[] = { p.chunk, p.n_list, p.n_column, p.n_chunk, p.n_merge, p.n_row_block, p.n_split, p.tiles_per_split, tile_keys(s.d), folded + cells + sums };
+    const long values[] = { p.chunk, p.n_list, p.n_column, p.n_chunk, p.n_merge, p.n_row_block, p.n_split, p.tiles_per_split, tile_keys(s.d), (long) get_scratch(s, p).size };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
+}
+
+// What a prompt asks of the pool, of a cache of n_cells; tiles: by plan_tiles, else plan_prefill of 64 columns
+long scratch_size(const int * shape, int n_sm, long scratch, int n_exact, int n_cells, int tiles) {
+    const attn_shape s = get_shape(shape);
+    const gpu_shape gpu = { n_sm, 0, (size_t) scratch };
+    tiles_plan p = {};
+    const size_t need = tiles && make_tiles_plan(s, gpu, n_exact, p) ? get_scratch(s, p).size : get_scratch(s, make_prefill_plan(s, gpu, n_exact, false, 64)).size;
+    return (long) get_scratch_size(s, gpu, need, n_exact, n_cells);
+}
+
+// and a decoded token, of so many bytes of sums
+long decode_scratch_size(long scratch, long need) {
+    return (long) round_scratch({ 132, 0, (size_t) scratch }, (size_t) need, 0);
 }
 
 }

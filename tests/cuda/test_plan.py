@@ -39,6 +39,8 @@ def plans(tmp_path_factory):
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
         int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
+        long scratch_size(const int * shape, int n_sm, long scratch, int n_exact, int n_cells, int tiles);
+        long decode_scratch_size(long scratch, long need);
     """)
     return ffi, ffi.dlopen(str(library))
 
@@ -107,6 +109,18 @@ def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, grou
     for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
         shape = [128, n_kv, tokens, group, heads, 1, *rest]
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("v", [1, 2, 3, 4])
+def test_one_token_of_few_query_heads_has_that_kernel_at_all_usual_widths(plans, heads, k, v):
+    """Also where all groups have the same width, whose tables are the largest; heads may differ in their bytes."""
+    ffi, library = plans
+    pairs = [{1: 4096, 2: 4096, 3: 16384, 4: 65536}[b] for b in (k, v)]
+    for n_kv in (256, 16384, 131072):
+        shape = [128, n_kv, 1, 4, heads, 1, heads * 16 * k, heads * 16 * v, 16 * k + 2, 16 * v + 2, 0, 0, *pairs]
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == 2
 
 
 @pytest.mark.parametrize(
@@ -185,13 +199,63 @@ def test_wgmma_prefill_covers_all_cells_and_rows_in_whole_tiles(plans, shape, n_
         assert 1 <= n_merge <= 8
 
 
-@pytest.mark.parametrize("group, heads, d", [(4, 8, 128), (7, 4, 128), (4, 4, 256), (3, 3, 64)])
+SHAPES = pytest.mark.parametrize("group, heads, d", [(4, 8, 128), (7, 4, 128), (2, 4, 256), (4, 4, 256), (3, 3, 64)])
+
+
+def prompt(group: int, heads: int, d: int, n_kv: int, tokens: int) -> list[int]:
+    return [d, n_kv, tokens, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
+
+
+@SHAPES
 @pytest.mark.parametrize("n_kv", [512, 4096, 131072, 1 << 20])
 def test_prefill_scratch_stays_below_256_mib_at_any_context(plans, group, heads, d, n_kv):
     ffi, library = plans
     out = ffi.new("long[11]")
-    shape = [d, n_kv, 512, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
+    shape = prompt(group, heads, d, n_kv, 512)
     library.plan_prefill(shape, 132, 144 * MIB, 196 + 512, 64, out)
     assert out[10] <= 256 * MIB
     assert library.plan_tiles(shape, 132, 144 * MIB, 196 + 512, out)
     assert out[9] <= 256 * MIB
+
+
+class Pool:
+    """ggml's pool without virtual memory management: what fits best is used again, and nothing is given back."""
+
+    def __init__(self) -> None:
+        self.buffers: list[int] = []
+
+    def take(self, size: int) -> None:
+        if not any(buffer >= size for buffer in self.buffers):
+            self.buffers.append(int(1.05 * size))
+
+
+@SHAPES
+@pytest.mark.parametrize("tiles", [0, 1])
+@pytest.mark.parametrize("n_cells", [4096, 131072])
+def test_a_pool_that_keeps_every_size_stays_below_256_mib(plans, group, heads, d, tiles, n_cells):
+    ffi, library = plans
+    pool = Pool()
+    for i, n_kv in enumerate(range(256, n_cells + 1, 256)):  # short prompts, whole batches, and answers between them
+        tokens = (17, 512, 100, 333)[i % 4]
+        shape = prompt(group, heads, d, n_kv, tokens)
+        pool.take(library.scratch_size(shape, 132, 144 * MIB, 196 + tokens, n_cells, tiles))
+        pool.take(library.decode_scratch_size(144 * MIB, min(33, n_kv // 192 + 1) * heads * group * (d + 2) * 4))
+    assert sum(pool.buffers) <= 256 * MIB
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=shapes(st.integers(17, 2048)),
+    n_exact=st.integers(0, 2000),
+    mib=st.integers(1, 144),
+    tiles=st.integers(0, 1),
+    n_cells=st.integers(1, 200_000),
+)
+def test_what_is_asked_of_the_pool_is_enough(plans, shape, n_exact, mib, tiles, n_cells):
+    ffi, library = plans
+    out = ffi.new("long[11]")
+    if tiles and not library.plan_tiles(shape, 132, mib * MIB, n_exact, out):
+        return
+    if not tiles:
+        library.plan_prefill(shape, 132, mib * MIB, n_exact, 64, out)
+    assert out[9 if tiles else 10] <= library.scratch_size(shape, 132, mib * MIB, n_exact, n_cells, tiles)

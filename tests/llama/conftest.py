@@ -10,6 +10,11 @@ import tools
 from kvtc_gguf.format import write
 
 
+@pytest.fixture(autouse=True)
+def listening() -> None:
+    driver.listen()
+
+
 @pytest.fixture(scope="session")
 def one(tmp_path_factory) -> driver.Model:
     """One layer, heads of 64: upstream cannot shift quantised keys of heads that are no multiple of that."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import tools
 from kvtc_gguf.capture import library
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8, **{f"kvtc{bits}": 42 + bits for bits in range(1, 7)}}
@@ -17,13 +18,6 @@ HUGE = -1  # as the end of a range: to the end of the sequence
 api, _ = library.load()
 
 
-class _Params(ctypes.Structure):
-    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
-
-
-_set_params = api._lib.llama_kvtc_set_params
-_set_params.argtypes, _set_params.restype = [_Params], None
-
 log: list[str] = []  # what libllama has said since `log.clear()`
 
 
@@ -32,7 +26,12 @@ def _on_log(_level: int, text: bytes, _data: object) -> None:
     log.append(text.decode(errors="replace"))
 
 
-api.llama_log_set(_on_log, None)
+def listen() -> None:
+    """Fill `log` from now on. Others in this process listen too, and libllama tells the last one alone."""
+    api.llama_log_set(_on_log, None)
+
+
+listen()
 api.llama_backend_init()
 
 
@@ -63,7 +62,7 @@ class Context:
         swa_full: bool = True,
         n_ubatch: int = 512,
     ) -> None:
-        _set_params(_Params(None, sink, window))
+        tools.set_exact(api, sink, window)
         params = api.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq, unified
         params.n_batch, params.n_ubatch = 512, n_ubatch

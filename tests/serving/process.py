@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import tools
 from openai import OpenAI
 
+from bench import server
+
 KVTC = ("-ct", "kvtc-k2v4")
 EXACT = (*KVTC, *tools.EXACT)
 CODED = (*KVTC, "--kvtc-window", 16)  # most of a prompt is read from codes
-START, STOP = 60, 30  # seconds; sanitized servers are slow
+START = 60  # seconds; sanitized servers are slow
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. " * 4,
@@ -29,21 +27,17 @@ PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Server:
-    port: int
-    log: Path
-
+class Server(server.Process):
     @property
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=tools.LIMIT)
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=self.limit)
 
     def post(self, path: str, body: dict) -> dict:
         """The answer's body; an error of HTTP becomes {"status": its number, "message": ...}."""
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, kind)
         try:
-            with urllib.request.urlopen(request, timeout=tools.LIMIT) as answer:
+            with urllib.request.urlopen(request, timeout=self.limit) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             return {"status": error.code, "message": json.load(error)["error"]["message"]}
@@ -58,33 +52,11 @@ class Server:
     def slot(self, action: str, slot: int, filename: str = "slot.bin") -> dict:
         return self.post(f"/slots/{slot}?action={action}", {"filename": filename})
 
-    def healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
 
 @contextlib.contextmanager
 def serve(folder: Path, model: Path, *arguments: object) -> Iterator[Server]:
     """A server with two slots on a free port of loopback; leaving stops it and checks that it ended by itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(port, folder / "server.log")
-    fixed = ("--host", "127.0.0.1", "--port", port, "-c", 1024, "-t", 1, "-np", 2, "--slot-save-path", folder, "-lv", 4)
-    command = [str(part) for part in (tools.BIN / "llama-server", "-m", model, *fixed, *arguments)]
-    with server.log.open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + START
-            while not server.healthy():
-                assert process.poll() is None and time.monotonic() < deadline, server.log.read_text()
-                time.sleep(0.05)
-            yield server
-            process.terminate()
-            assert process.wait(STOP) == 0
-        finally:
-            process.kill()
-            process.wait(STOP)
+    fixed = ("-m", model, "-c", 1024, "-t", 1, "-np", 2, "--slot-save-path", folder, "-lv", 4)
+    binary, log = tools.BIN / "llama-server", folder / "server.log"
+    with server.serve(Server, binary, (*fixed, *arguments), log, start=START, limit=tools.LIMIT, clean=True) as running:
+        yield running

@@ -5,21 +5,16 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import server
+from bench.logs import RunError as ServerError
+from bench.logs import reason
 from tests.soak.workload import Request
 
-START, STOP, ANSWER = 120, 60, 600  # seconds; sanitized servers are slow, a hang must still end
-
-
-class ServerError(Exception):
-    """The server crashed, refused what it must take, or took what it must refuse."""
+START, ANSWER = 120, 600  # seconds; sanitized servers are slow, a hang must still end
 
 
 @dataclass(frozen=True)
@@ -31,12 +26,7 @@ class Answer:
     top: tuple[dict[int, float], ...] = field(default=(), repr=False)
 
 
-@dataclass(frozen=True)
-class Server:
-    port: int
-    process: subprocess.Popen
-    log: Path
-
+class Server(server.Process):
     def ask(self, request: Request, alone: bool = False) -> Answer:
         """Send a request and read its answer, or what is read of it before hanging up.
 
@@ -58,35 +48,20 @@ class Server:
         with self._post("/tokenize", {"content": text}) as connection:
             return json.load(connection.getresponse())["tokens"]
 
-    def check(self) -> None:
-        """Raise ServerError if the process has ended."""
-        if self.process.poll() is not None:
-            raise ServerError(f"the server ended with {self.process.returncode}: {tail(self.log)}")
-
     def memory(self) -> int:
         """Resident bytes of the process (VmRSS)."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
-    def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
     @contextlib.contextmanager
     def _post(self, path: str, body: dict) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.limit)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             yield connection
         except (OSError, http.client.HTTPException) as error:
             self.check()
-            raise ServerError(f"{path}: {error!r}; {tail(self.log)}") from error
+            raise ServerError(f"{path}: {error!r}; {reason(self.log.read_text(errors='replace'))}") from error
         finally:
             connection.close()
 
@@ -94,38 +69,12 @@ class Server:
 @contextlib.contextmanager
 def serve(binary: Path, model: Path, log: Path, arguments: Sequence[object]) -> Iterator[Server]:
     """A ready server; leaving asks it to stop. Raises ServerError where it does not start, or ends with an error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(part) for part in (binary, "-m", model, "--host", "127.0.0.1", "--port", port, *arguments)]
     # glibc gives every thread a heap of its own: with one for all, RSS settles in a minute instead of in an hour
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")} | {"MALLOC_ARENA_MAX": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
-        server = Server(port, process, log)
-        try:
-            deadline = time.monotonic() + START
-            while not server.healthy():
-                server.check()
-                if time.monotonic() > deadline:
-                    raise ServerError(f"the server is not ready after {START} s: {tail(log)}")
-                time.sleep(0.05)
-            yield server
-            server.check()
-            process.terminate()
-            try:
-                code = process.wait(STOP)
-            except subprocess.TimeoutExpired:
-                raise ServerError(f"the server does not stop within {STOP} s: {tail(log)}") from None
-            if code != 0:
-                raise ServerError(f"the server ended with {code}: {tail(log)}")
-        finally:
-            process.kill()
-            process.wait(STOP)
-
-
-def tail(log: Path, lines: int = 5) -> str:
-    return " | ".join(log.read_text(errors="replace").splitlines()[-lines:])
+    more = {"MALLOC_ARENA_MAX": "1"}
+    with server.serve(
+        Server, binary, ("-m", model, *arguments), log, start=START, limit=ANSWER, more=more, clean=True
+    ) as running:
+        yield running
 
 
 def _events(response: http.client.HTTPResponse, limit: int | None) -> list[dict]:

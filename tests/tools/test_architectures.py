@@ -4,7 +4,6 @@ that kvtc ignores, a dry run that counts too little, a calibration of other keys
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
@@ -27,12 +26,6 @@ KVTC = ("-ct", "kvtc-k2v4")
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 SPECIAL = ("lfm2", "qwen35", "qwen2vl", "qwen3vl", "qwen2vl-yarn", "qwen35-yarn", "gemma2")
 OPTIONS = [("--no-kv-offload",), ("-fit", "on"), ("-fit", "on", "--no-kv-offload", "-ngl", 99)]
-
-
-class Parameters(ctypes.Structure):
-    """llama_kvtc_params"""
-
-    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
 
 
 def model(folder: Path, name: str) -> Path:
@@ -154,8 +147,7 @@ def image_logits(path: Path, cache: str, window: int, n_ubatch: int) -> np.ndarr
     rng = np.random.default_rng(0)
     with LlamaCapture(path, 256, 1) as run:
         api = run.api
-        api._lib.llama_kvtc_set_params.argtypes = [Parameters]
-        api._lib.llama_kvtc_set_params(Parameters(None, 4, window))
+        tools.set_exact(api, 4, window)
         options = api.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch, options.n_threads = 256, 64, n_ubatch, 1
         options.type_k = options.type_v = {"f16": api.GGML_TYPE_F16, "kvtc6": 48}[cache]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -44,6 +46,20 @@ class Run:
     @property
     def log(self) -> str:
         return self.out + self.err
+
+
+class Parameters(ctypes.Structure):
+    """llama_kvtc_params"""
+
+    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
+
+
+def set_exact(api: Any, sink: int, window: int) -> None:
+    """Exact tokens of the contexts that are made from now on. api: as kvtc_gguf.capture.library loads it, which is once
+    for all tests of a process."""
+    function = api._lib["llama_kvtc_set_params"]  # another object than anyone else's, so the types are its own
+    function.argtypes, function.restype = [Parameters], None
+    function(Parameters(None, sink, window))
 
 
 def run(tool: str, *arguments: object, env: dict[str, str] | None = None) -> Run:
