@@ -104,7 +104,7 @@ def table(calibration: Calibration, fitter: Fitter) -> Table:
     """Per layer: the transforms chosen, the widths of the 2- and 4-bit budgets and the predicted error."""
     out = Table(
         title=f"{calibration.architecture}: {len(calibration.layers)} layers, {calibration.tokens} tokens",
-        caption=f"error: held out, {SCORE_BITS[0]} bits, relative, of the output of attention",
+        caption=f"error: held out, {SCORE_BITS[0]} bits, relative: keys of the logit, values of the attention output",
     )
     out.add_column("layer", justify="right")
     for side in ("K", "V"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtc_gguf import score
-from kvtc_gguf.codebook import distortion, lloyd_max, stretched, to_f16
+from kvtc_gguf.codebook import distortion, lloyd_max, to_f16
 from kvtc_gguf.layout import GROUP, WIDTHS
 from kvtc_gguf.statistics import Histogram
 
@@ -24,12 +24,10 @@ class Member:
         return self.transform + ("" if self.rule == score.UNBIASED else "+norm")
 
 
-# The first of each is the incumbent, measured end to end by KLD; the others must beat it clearly.
+# The first of each is the recipe that was measured end to end by KLD; the others must beat it clearly.
 MEMBERS: dict[str, tuple[Member, ...]] = {
     "k": (
-        Member("metric_pca", score.UNBIASED),
         Member("query_pca", score.UNBIASED),
-        Member("mixed_metric_pca", score.UNBIASED),
         Member("pca", score.UNBIASED),
         Member("hadamard_centred", score.UNBIASED),
     ),
@@ -37,11 +35,9 @@ MEMBERS: dict[str, tuple[Member, ...]] = {
         Member("hadamard", score.KEEP_NORM),
         Member("hadamard_centred", score.KEEP_NORM),
         Member("pca", score.KEEP_NORM),
-        Member("metric_pca", score.KEEP_NORM),
-        Member("mixed_metric_pca", score.KEEP_NORM),
+        Member("pca", score.UNBIASED),
     ),
 }
-STRETCH = {"k": 0.0, "v": 0.5}  # see `codebook.stretched`
 
 
 @dataclass
@@ -54,6 +50,7 @@ class Candidate:
 
     order: np.ndarray
     error: np.ndarray
+    signal: float
     levels: dict[int, np.ndarray]
 
     def books(self, widths: np.ndarray) -> list[np.ndarray | None]:
@@ -66,21 +63,19 @@ class Candidate:
         return books
 
 
-def candidates(
-    histogram: Histogram, heads: list[int], metric: np.ndarray, stretch: float, orders: list[np.ndarray] | None = None
-) -> list[Candidate]:
-    """Codebooks and measured errors of some heads under one transform, from its histograms; metric [H, d, d].
-
-    orders: of earlier candidates, to keep, one for each of `heads`. stretch: see `codebook.stretched`.
-    """
+def candidates(histogram: Histogram, heads: list[int], weight: np.ndarray) -> list[Candidate]:
+    """Codebooks and measured errors of some heads under one transform; weight [H, d] of channels."""
     decode = histogram.transforms.decode[heads].astype(np.float64)
-    cost = np.einsum("hic,hij,hjc->hc", decode, metric[heads], decode, optimize=True)
+    cost = ((weight[heads][:, :, None] * decode) ** 2).sum(axis=1)
     variance = histogram.square[heads] / np.maximum(histogram.weight[heads], 1e-30)[:, None]
-    order = np.argsort(-cost * variance, axis=1, kind="stable") if orders is None else np.stack(orders)
+    order = np.argsort(-cost * variance, axis=1, kind="stable")
     data, shape = histogram.cumulative(heads, order), order.shape
-    levels = {w: to_f16(stretched(data, lloyd_max(data, w), stretch)) for w in WIDTHS if w}
+    levels = {w: to_f16(lloyd_max(data, w)) for w in WIDTHS if w}
     scale = np.take_along_axis(cost, order, axis=1) * histogram.mean_norm_square()[heads, None]
     each = [distortion(data, levels[w].astype(np.float64) if w else None).reshape(shape) * scale for w in WIDTHS]
     error = np.stack(each, axis=2).reshape(len(heads), -1, GROUP, len(WIDTHS)).sum(axis=2)
     split = {w: book.reshape(*shape, -1) for w, book in levels.items()}
-    return [Candidate(order[i], error[i], {w: book[i] for w, book in split.items()}) for i in range(len(heads))]
+    return [
+        Candidate(order[i], error[i], float(error[i, :, 0].sum()), {w: book[i] for w, book in split.items()})
+        for i in range(len(heads))
+    ]

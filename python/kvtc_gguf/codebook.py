@@ -82,16 +82,6 @@ def distortion(data: Cumulative, levels: np.ndarray | None) -> np.ndarray:
     return np.maximum(data.square + ((count * levels - 2 * total) * levels).sum(axis=1) / data.samples, 0.0)
 
 
-def stretched(data: Cumulative, levels: np.ndarray, exponent: float) -> np.ndarray:
-    """Levels [C, L] made larger by (1 - D)^-exponent, D the relative distortion: 0.5 keeps a component's variance.
-
-    Means of cells are smaller than what they stand for, the more so the fewer there are. Where components of a vector
-    have different widths, its one gain cannot make up for that.
-    """
-    relative = distortion(data, levels) / np.maximum(data.square, 1e-30)
-    return levels * np.maximum(1 - relative, 0.05)[:, None] ** -exponent
-
-
 def to_f16(levels: np.ndarray) -> np.ndarray:
     """Levels as f16, strictly rising along the last axis: equal neighbours are moved apart by one f16 step."""
     out = np.clip(levels, -6e4, 6e4).astype(np.float16)

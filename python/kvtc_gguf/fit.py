@@ -13,17 +13,15 @@ import numpy as np
 
 from kvtc_gguf import score
 from kvtc_gguf.allocate import allocate
-from kvtc_gguf.candidate import MEMBERS, STRETCH, Candidate, Member, candidates
+from kvtc_gguf.candidate import MEMBERS, Candidate, Member, candidates
 from kvtc_gguf.capture import LayerSample
 from kvtc_gguf.format import SideCalibration
 from kvtc_gguf.layout import GROUP, WIDTHS, row_bytes
-from kvtc_gguf.rotation import rotate, rotation
-from kvtc_gguf.statistics import HeadTransforms, Histogram, Moments
+from kvtc_gguf.statistics import HeadTransforms, Histogram, Moments, query_weight
 from kvtc_gguf.transforms import build
 
 SCORE_BITS = (2, 3)  # budgets at which the members are compared
 CLEAR_WIN = 0.9  # a challenger must cut the incumbent's error to this, else the measured recipe stays
-MEASURED = 4  # widest width whose error of values is measured in attention's output; wider ones follow in proportion
 GAIN_HEADROOM = 16.0  # gain base = median norm / 16: codes 1 ... 255 reach from 1/16 to 16 times the median
 
 
@@ -33,10 +31,10 @@ class Side:
 
     name: str
     moments: Moments
-    metric: np.ndarray = field(default_factory=lambda: np.empty(0))  # f64 [H, d, d], see `HeadStatistics`
+    weights: np.ndarray = field(default_factory=lambda: np.empty(0))  # [H, d] square root of a channel error's cost
     histograms: dict[str, Histogram] = field(default_factory=dict)
     candidates: dict[tuple[str, int], Candidate] = field(default_factory=dict)
-    output: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # [G, widths]: values' errors, measured
+    books: dict[tuple[str, int, int], list[np.ndarray | None]] = field(default_factory=dict)
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))  # f64 [H, members, len(SCORE_BITS)]
     energy: np.ndarray = field(default_factory=lambda: np.zeros(0))  # f64 [H], of the exact signal, same metric
     cost: np.ndarray = field(default_factory=lambda: np.zeros(0))  # f64 [budgets], summed error after allocation
@@ -66,7 +64,7 @@ class Fitter:
         pairs: Callable[[int], np.ndarray],
         gram: Callable[[int], np.ndarray],
         softcap: float = 0.0,
-        weigh: Callable[[LayerSample, score.Attention, np.ndarray, np.ndarray], score.Importance] = score.importance,
+        weigh: Callable[[LayerSample, np.ndarray, np.ndarray], score.Importance] = score.importance,
     ) -> None:
         self.pairs, self.gram, self.softcap, self.weigh = pairs, gram, softcap, weigh
         self.layers: dict[int, dict[str, Side]] = {}
@@ -78,26 +76,29 @@ class Fitter:
                 name: Side(name, Moments(*x.shape[1:])) for name, x in (("k", sample.k), ("v", sample.v))
             }
         sides = self.layers[sample.layer]
-        weight = self.importance(sample, score.attend(sample, self.softcap))
-        sides["k"].moments.add(sample.k[score.SINKS :], weight.keys[score.SINKS :])
-        sides["v"].moments.add(sample.v[score.SINKS :], weight.values[score.SINKS :])
-        sides["k"].moments.add_metric(weight.metric)
+        weight = self.importance(sample, score.far_attention(sample, self.softcap))
+        sides["k"].moments.add(sample.k[score.SINKS :], weight.tokens[score.SINKS :])
+        sides["v"].moments.add(sample.v[score.SINKS :], np.ones_like(weight.tokens[score.SINKS :]))
+        sides["k"].moments.add_queries(weight.queries)
 
-    def importance(self, sample: LayerSample, attention: score.Attention) -> score.Importance:
-        """Weights of the chunk's tokens and the metric of its key errors."""
-        return self.weigh(sample, attention, self.gram(sample.layer), self.pairs(sample.k.shape[2]))
+    def importance(self, sample: LayerSample, attention: np.ndarray) -> score.Importance:
+        """Weights of the chunk's keys and queries."""
+        return self.weigh(sample, attention, self.gram(sample.layer))
 
     def end_moments(self) -> None:
         """Builds every member's transforms."""
-        for layer, sides in self.layers.items():
+        for sides in self.layers.values():
             for side in sides.values():
+                moments, pairs = side.moments, self.pairs(side.head_dim)
+                side.weights = np.ones((side.heads, side.head_dim))
                 if side.name == "k":
-                    metric, pairs = side.moments.mean_metric(), self.pairs(side.head_dim)
-                else:
-                    gram = self.gram(layer)
-                    metric, pairs = gram.reshape(side.heads, -1, *gram.shape[1:]).sum(axis=1, dtype=np.float64), None
-                statistics = [side.moments.head(h, metric[h], pairs) for h in range(side.heads)]
-                side.metric = np.stack([s.metric for s in statistics])
+                    side.weights = np.stack(
+                        [
+                            query_weight(square, pairs, np.diag(moments.head(h).covariance))
+                            for h, square in enumerate(moments.mean_query())
+                        ]
+                    )
+                statistics = [moments.head(h, side.weights[h]) for h in range(side.heads)]
                 for name in dict.fromkeys(m.transform for m in side.members):
                     side.histograms[name] = Histogram(HeadTransforms([build(name, s) for s in statistics]))
                 side.scores = np.zeros((side.heads, len(side.members), len(SCORE_BITS)))
@@ -107,24 +108,34 @@ class Fitter:
         """Fits every member on what pass 2 has seen so far; from here on `observe_histograms` also scores."""
         for sides in self.layers.values():
             for side in sides.values():
-                heads = list(range(side.heads))
-                for name, histogram in side.histograms.items():
-                    fitted = candidates(histogram, heads, side.metric, STRETCH[side.name])
-                    side.candidates |= {(name, h): fitted[h] for h in heads}
+                self._fit_candidates(side)
+                for (name, h), fitted in side.candidates.items():
+                    for bits in SCORE_BITS:
+                        widths = allocate(fitted.error[None], row_bytes(1, side.head_dim, bits))[0]
+                        side.books[name, h, bits] = fitted.books(widths)
 
     def observe_histograms(self, sample: LayerSample, scoring: bool = False) -> None:
         """Pass 2; with `scoring` the sample is held out: it is scored before it enters the histograms."""
-        attention = score.attend(sample, self.softcap)
-        importance = self.importance(sample, attention)
-        for name, x, weight in (("k", sample.k, importance.keys), ("v", sample.v, importance.values)):
+        attention = score.far_attention(sample, self.softcap)
+        weights = {"k": self.importance(sample, attention).tokens}
+        weights["v"] = np.ones_like(weights["k"])
+        for name, x in (("k", sample.k), ("v", sample.v)):
             side = self.layers[sample.layer][name]
             coordinates = {t: h.transforms.forward(x) for t, h in side.histograms.items()}
             if scoring and name == "k":
-                self._score_keys(side, sample, coordinates, attention)
+                self._score_keys(side, sample, coordinates, weights["k"])
             elif scoring:
                 self._score_values(side, sample, coordinates, attention)
             for transform, (z, norm) in coordinates.items():
-                side.histograms[transform].add(z[:, score.SINKS :], norm[:, score.SINKS :], weight[score.SINKS :])
+                side.histograms[transform].add(
+                    z[:, score.SINKS :], norm[:, score.SINKS :], weights[name][score.SINKS :]
+                )
+
+    def _fit_candidates(self, side: Side) -> None:
+        heads = list(range(side.heads))
+        for name, histogram in side.histograms.items():
+            fitted = candidates(histogram, heads, side.weights)
+            side.candidates |= {(name, h): fitted[h] for h in heads}
 
     def _errors(self, side: Side, h: int, coordinates: dict) -> np.ndarray:
         """x_hat - x of every member at every scored budget, f32 [T, members * len(SCORE_BITS), d]."""
@@ -133,84 +144,29 @@ class Fitter:
             z, norm = (a[h] for a in coordinates[member.transform])
             histogram = side.histograms[member.transform]
             base = histogram.median_norm()[h] / GAIN_HEADROOM
-            fitted, table = side.candidates[member.transform, h], self._table(side, member.transform, h)
             for bits in SCORE_BITS:
-                widths = allocate(table[None], row_bytes(1, side.head_dim, bits))[0]
-                back = score.reconstruct(z, norm, fitted.books(widths), member.rule, base)
+                back = score.reconstruct(z, norm, side.books[member.transform, h, bits], member.rule, base)
                 errors.append((back - z) @ histogram.transforms.decode[h].T)
         return np.stack(errors, axis=1)
 
-    def _table(self, side: Side, transform: str, h: int) -> np.ndarray:
-        """Cost f64 [G, len(WIDTHS)] of every group at every width, in units that heads of a side share."""
-        fitted, measured = side.candidates[transform, h], side.output.get((transform, h))
-        if measured is None:
-            return fitted.error
-        last = measured.shape[1] - 1
-        ratio = fitted.error[:, last:] / np.maximum(fitted.error[:, last : last + 1], 1e-30)
-        return np.hstack([measured[:, :last], measured[:, last:] * ratio])
-
-    def _score_keys(self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention) -> None:
-        rows, pairs, gram = score.query_rows(len(sample.k)), self.pairs(side.head_dim), self.gram(sample.layer)
-        turn = rotation(sample, pairs)[:, None]
-        group = len(gram) // side.heads
+    def _score_keys(self, side: Side, sample: LayerSample, coordinates: dict, weight: np.ndarray) -> None:
         for h in range(side.heads):
-            mine = slice(h * group, (h + 1) * group)
-            # The energy is that of keys replaced by their mean.
-            mean = (side.moments.head(h).mean - sample.k[:, h]).astype(np.float32)
-            error = rotate(np.concatenate([self._errors(side, h, coordinates), mean[:, None]], axis=1), turn, pairs)
-            total = score.key_cost(
-                sample.q_rope[rows, mine],
-                attention.probability[mine],
-                attention.coded,
-                error,
-                sample.v[:, h],
-                gram[mine],
-            )
-            side.scores[h] += total[:-1].reshape(side.scores.shape[1:])
-            side.energy[h] += total[-1]
+            cost = weight[score.SINKS :, h, None]
+            error = self._errors(side, h, coordinates)[score.SINKS :] * side.weights[h].astype(np.float32)
+            total = np.einsum("to,tmd,tmd->m", cost, error, error, dtype=np.float64)
+            side.scores[h] += total.reshape(side.scores.shape[1:])
+            centred = (sample.k[score.SINKS :, h] - side.moments.head(h).mean) * side.weights[h]
+            side.energy[h] += (cost * centred**2).sum()
 
-    def _score_values(self, side: Side, sample: LayerSample, coordinates: dict, attention: score.Attention) -> None:
+    def _score_values(self, side: Side, sample: LayerSample, coordinates: dict, attention: np.ndarray) -> None:
         gram = self.gram(sample.layer)
-        group = len(gram) // side.heads
+        group = len(attention) // side.heads
         for h in range(side.heads):
             mine = slice(h * group, (h + 1) * group)
-            far = np.stack([attention.far(i) for i in range(mine.start, mine.stop)])
-            for name, histogram in side.histograms.items():
-                z, norm = (a[h] for a in coordinates[name])
-                table = self._output_errors(
-                    side.candidates[name, h], z, norm, histogram.transforms.decode[h], far, gram[mine]
-                )
-                side.output[name, h] = side.output.get((name, h), 0.0) + table
             x = np.concatenate([self._errors(side, h, coordinates), sample.v[:, h, None]], axis=1)
-            total = score.value_cost(far, x, gram[mine])
+            total = score.output_energy(attention[mine], x, gram[mine])
             side.scores[h] += total[:-1].reshape(side.scores.shape[1:])
             side.energy[h] += total[-1]
-
-    @staticmethod
-    def _output_errors(
-        fitted: Candidate, z: np.ndarray, norm: np.ndarray, decode: np.ndarray, far: np.ndarray, gram: np.ndarray
-    ) -> np.ndarray:
-        """What coding each group alone does to attention's output, f64 [G, MEASURED + 1], at widths 0 ... MEASURED.
-
-        Unlike its mean square error this knows what averages out over the attended tokens: noise does, bias does not.
-        """
-        y, groups = z / norm, len(fitted.error)
-        errors = []
-        for width in range(MEASURED + 1):
-            coded = score.coded_directions(y, fitted.books(np.full(groups, width)))
-            errors.append((coded * norm - z)[:, fitted.order])
-        flat = np.stack(errors, axis=1)  # [T, widths, d], components in order
-        ordered = decode[:, fitted.order].astype(np.float32)
-        total = np.zeros((groups, MEASURED + 1))
-        for p, metric in zip(far, gram, strict=True):
-            out = (p @ flat.reshape(len(z), -1)).reshape(len(p), MEASURED + 1, groups, GROUP)
-            inner = ordered.T @ metric.astype(np.float32) @ ordered
-            for g in range(groups):
-                block = inner[g * GROUP : (g + 1) * GROUP, g * GROUP : (g + 1) * GROUP]
-                total[g] += np.einsum(
-                    "rwi,ij,rwj->w", out[:, :, g], block, out[:, :, g], dtype=np.float64, optimize=True
-                )
-        return total
 
     def finish(self, budgets: Sequence[int]) -> dict[int, dict[str, SideCalibration]]:
         """Calibrations of every layer that was seen, able to serve every budget (bits per value)."""
@@ -233,19 +189,20 @@ class Fitter:
 
     def _finish_side(self, side: Side, budgets: Sequence[int]) -> SideCalibration:
         winners = self.winners(side)
-        error = np.stack([self._table(side, m.transform, h) for h, m in enumerate(winners)])
+        fitted: list[Candidate] = [side.candidates[m.transform, h] for h, m in enumerate(winners)]
+        for name in {m.transform for m in winners}:  # once more: the histograms have seen the held-out text since
+            heads = [h for h, m in enumerate(winners) if m.transform == name]
+            for h, again in zip(heads, candidates(side.histograms[name], heads, side.weights), strict=True):
+                fitted[h] = again
+        error = np.stack([c.error for c in fitted])
+        if side.name == "v":
+            # A head's value error matters as much as what the head says outside sinks and window.
+            share = side.energy / max(side.energy.sum(), 1e-30)
+            error *= (np.maximum(share, 1e-6) / [max(c.signal, 1e-30) for c in fitted])[:, None, None]
         widths = np.stack([allocate(error, row_bytes(side.heads, side.head_dim, b)) for b in budgets], axis=1)
         index = np.searchsorted(WIDTHS, widths)
         chosen = np.take_along_axis(error[:, None].repeat(len(budgets), axis=1), index[..., None], axis=3)
         side.cost = chosen.sum(axis=(0, 2, 3))
-        # Once more, now that the histograms have seen the held-out text too; the order stays what `error` knows.
-        fitted: list[Candidate] = [side.candidates[m.transform, h] for h, m in enumerate(winners)]
-        for name in {m.transform for m in winners}:
-            heads = [h for h, m in enumerate(winners) if m.transform == name]
-            orders = [fitted[h].order for h in heads]
-            again = candidates(side.histograms[name], heads, side.metric, STRETCH[side.name], orders)
-            for h, c in zip(heads, again, strict=True):
-                fitted[h] = c
         codebooks = {}
         for h, c in enumerate(fitted):
             for g in range(side.head_dim // GROUP):

@@ -188,7 +188,7 @@ def kept(
     `blk.N.{k,v}.{mean,covariance}` [H, d], [H, d, d]; `.error` [len(fit.SCORE_BITS)], held out, relative (amplitudes);
     `error.{k,v}` [len(BUDGETS), block_count]: what coding a layer at a budget does to attention's output;
     `.histogram` [H, G, 64]: share of the unit-norm components of each group, over their scale, in bins from -4 to 4;
-    `blk.N.k.metric` [H, d, d]; `blk.N.k.spectra` [2, H, d]: eigenvalues of the keys' covariance before and after RoPE.
+    `blk.N.k.query` [H, d]; `blk.N.k.spectra` [2, H, d]: eigenvalues of the keys' covariance before and after RoPE.
     """
     result = {f"error.{name}": np.zeros((len(BUDGETS), block_count)) for name in ("k", "v")}
     for layer, sides in fitter.layers.items():
@@ -200,7 +200,7 @@ def kept(
             result[f"{prefix}.covariance"] = np.stack([h.covariance for h in heads])
             result[f"{prefix}.error"] = fitter.predicted(side)
             result[f"{prefix}.histogram"] = histograms(side, layers[layer][name])
-        result[f"blk.{layer}.k.metric"] = sides["k"].moments.mean_metric()
+        result[f"blk.{layer}.k.query"] = sides["k"].moments.mean_query()
         streams = [statistics.moments[layer][name] for name in ("k_plain", "k_rope")]
         covariances = [[m.head(h).covariance for h in range(len(m.total))] for m in streams]
         result[f"blk.{layer}.k.spectra"] = np.maximum(np.linalg.eigvalsh(covariances)[..., ::-1], 0.0)

@@ -10,24 +10,24 @@ import numpy as np
 from kvtc_gguf.codebook import BINS, REACH, Cumulative
 from kvtc_gguf.transforms import HeadStatistics, Transform
 
-METRIC_FLOOR = 1e-3
+WEIGHT_FLOOR = 1e-3
 NORM_BINS = 512  # of log2(norm) over [-8, 8): resolves the median to 1%
 
 
 class Moments:
-    """Weighted count, mean and covariance of vectors [T, H, d], in f64, and for keys the metric of errors [H, d, d].
+    """Weighted count, mean and covariance of vectors [T, H, d], in f64, and for keys the query weights [H, d].
 
     All that it holds are sums over the text, named in SUMS: those of two runs added are those of one run over both
     texts, which is what `statistics_file` stores and merges.
     """
 
-    SUMS = ("count", "total", "outer", "metric", "chunks")
+    SUMS = ("count", "total", "outer", "query", "chunks")
 
     def __init__(self, heads: int, d: int) -> None:
         self.count = np.zeros(heads)
         self.total = np.zeros((heads, d))
         self.outer = np.zeros((heads, d, d))
-        self.metric = np.zeros((heads, d, d))
+        self.query = np.zeros((heads, d))
         self.chunks = np.zeros(1)
 
     def add(self, x: np.ndarray, weight: np.ndarray) -> None:
@@ -38,14 +38,14 @@ class Moments:
         self.total += weighted.sum(axis=1)
         self.outer += x.transpose(0, 2, 1) @ weighted
 
-    def add_metric(self, metric: np.ndarray) -> None:
-        """Adds a chunk's metric f64 [H, d, d] (`score.importance`)."""
-        self.metric += metric
+    def add_queries(self, mean_square: np.ndarray) -> None:
+        """Adds the mean square f64 [H, d] of a chunk's pre-RoPE queries (`score.importance`)."""
+        self.query += mean_square
         self.chunks += 1
 
-    def mean_metric(self) -> np.ndarray:
-        """Metric f64 [H, d, d] over all chunks."""
-        return self.metric / max(float(self.chunks[0]), 1.0)
+    def mean_query(self) -> np.ndarray:
+        """Mean square f64 [H, d] of the queries over all chunks."""
+        return self.query / max(float(self.chunks[0]), 1.0)
 
     def merge(self, other: Moments) -> None:
         """Adds the sums of another run; both must be of the same shape (ValueError)."""
@@ -55,37 +55,27 @@ class Moments:
                 raise ValueError(f"{name} is {list(theirs.shape)}, not {list(mine.shape)}")
             mine += theirs
 
-    def head(self, h: int, metric: np.ndarray | None = None, pairs: np.ndarray | None = None) -> HeadStatistics:
-        """Statistics of kv head h; metric [d, d] defaults to the identity. pairs i64 [n, 2]: only of keys."""
+    def head(self, h: int, weight: np.ndarray | None = None) -> HeadStatistics:
+        """Statistics of kv head h; weight [d] defaults to ones."""
         count = max(self.count[h], 1e-30)
         mean = self.total[h] / count
         covariance = self.outer[h] / count - np.outer(mean, mean)
-        metric = np.eye(mean.size) if metric is None else floored(metric, np.diag(covariance))
-        weight = np.ones_like(mean) if pairs is None else channel_weight(metric, pairs)
-        return HeadStatistics(mean, (covariance + covariance.T) / 2, weight, metric)
+        return HeadStatistics(mean, (covariance + covariance.T) / 2, np.ones_like(mean) if weight is None else weight)
 
 
-def floored(metric: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """metric [d, d] made symmetric and definite: some models have channels that no query uses, or that never vary.
-
-    What each channel of variance [d] adds to the error of logits gets METRIC_FLOOR of the channels' mean. The floor
-    so follows a channel's own scale: keys times s and queries by s give the same codes.
-    """
-    cost, variance = np.diag(metric), np.maximum(variance, 1e-30)
-    floor = METRIC_FLOOR * (cost * variance).mean() / variance
-    floor = np.clip(floor, 1e-9 * cost.max() + 1e-30, max(cost.max(), 1e-20))
-    return (metric + metric.T) / 2 + np.diag(floor)
-
-
-def channel_weight(metric: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Square root of what an error of each channel costs, [d], from a metric [d, d].
+def query_weight(mean_square: np.ndarray, pairs: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Square root of the query weight of each channel, [d], from the mean square of pre-RoPE queries [d].
 
     Averaged over each RoPE pair, pairs i64 [n, 2]: the relative rotation mixes the two channels. Channels that RoPE
-    leaves alone keep their own weight.
+    leaves alone keep their own weight. Floored, as some models have channels that no query uses: by what a channel of
+    this variance [d] of keys adds to the logits, not by the weight itself, so that keys times s and queries by s give
+    the same codes, whatever the scale s of a pair.
     """
-    weight = np.diag(metric).copy()
-    weight[pairs] = weight[pairs].mean(axis=1, keepdims=True)
-    return np.sqrt(weight)
+    weight, variance = mean_square.astype(np.float64).copy(), np.maximum(variance, 1e-30)
+    for each in (weight, variance):
+        each[pairs] = each[pairs].mean(axis=1, keepdims=True)
+    floor = WEIGHT_FLOOR * (weight * variance).mean() / variance
+    return np.sqrt(np.maximum(weight, np.clip(floor, 1e-20, max(weight.max(), 1e-20))))
 
 
 class HeadTransforms:

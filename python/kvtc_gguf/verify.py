@@ -95,8 +95,7 @@ def layer_errors(
     sample: LayerSample, calibration: Calibration, pairs: np.ndarray, gram: np.ndarray, softcap: float
 ) -> Errors:
     """What coding the keys alone, or the values alone, does to attention outside sinks and window."""
-    seen = score.attend(sample, softcap)
-    attention = np.stack([seen.far(i) for i in range(sample.q.shape[1])])
+    attention = score.far_attention(sample, softcap)
     # keys grow by YaRN's magnitude where RoPE turns them, and so do their errors
     size = [np.linalg.norm(x[..., pairs]) for x in (sample.k_rope, sample.k)]
     turn = rotation(sample, pairs) * (size[0] / max(size[1], 1e-30))
@@ -140,7 +139,7 @@ def output_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray, 
     group = len(attention) // heads
     for h in range(heads):
         mine = slice(h * group, (h + 1) * group)
-        total += score.value_cost(attention[mine], np.stack([error[:, h], sample.v[:, h]], axis=1), gram[mine])
+        total += score.output_energy(attention[mine], np.stack([error[:, h], sample.v[:, h]], axis=1), gram[mine])
     return float(np.sqrt(total[0] / max(total[1], 1e-30)))
 
 

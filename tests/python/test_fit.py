@@ -177,10 +177,10 @@ def test_scored_coding_is_the_reference_coding(samples: list[LayerSample], sides
         assert np.mean(np.abs(mine - theirs) > 1e-4 * np.abs(theirs).max()) < 1e-3
 
 
-def test_attention_to_codes_is_beyond_sinks_window_and_inside_the_sliding_window(samples: list[LayerSample]) -> None:
+def test_far_attention_drops_sinks_window_and_tokens_out_of_the_sliding_window(samples: list[LayerSample]) -> None:
     sample = samples[0]
     sliding = LayerSample(0, sample.q, sample.k, sample.v, sample.q_rope, sample.k_rope, window=200)
-    full, cut = (np.stack([a.far(i) for i in range(H * G)]) for a in map(score.attend, (sample, sliding)))
+    full, cut = score.far_attention(sample), score.far_attention(sliding)
     rows = np.arange(score.SINKS + score.WINDOW, T, score.ROW_STEP)
     for r, row in enumerate(rows):
         assert not full[:, r, : score.SINKS].any() and not full[:, r, row - score.WINDOW + 1 :].any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kvtc_gguf.capture import rope_pairs
 from kvtc_gguf.codebook import BINS, REACH
-from kvtc_gguf.statistics import HeadTransforms, Histogram, Moments, channel_weight, floored
+from kvtc_gguf.statistics import HeadTransforms, Histogram, Moments, query_weight
 from kvtc_gguf.transforms import build
 
 H, D, T = 2, 16, 3000
@@ -50,27 +50,28 @@ def test_weights_count_like_repeated_vectors(x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_channel_weight_is_averaged_over_rope_pairs_only(interleaved: bool) -> None:
+def test_query_weight_is_averaged_over_rope_pairs_only(interleaved: bool) -> None:
     square = np.arange(1.0, 17.0)
-    weight = channel_weight(np.diag(square), rope_pairs(16, 8, interleaved)) ** 2
+    weight = query_weight(square, rope_pairs(16, 8, interleaved), np.ones(16)) ** 2
     first, second = (0, 1) if interleaved else (0, 4)
     assert weight[first] == pytest.approx(weight[second]) == pytest.approx((square[first] + square[second]) / 2)
     np.testing.assert_allclose(weight[8:], square[8:])
 
 
-def test_metric_of_unused_and_still_channels_is_floored() -> None:
-    cost, variance = np.ones(16), np.ones(16)
-    cost[:4], variance[2:6] = 0, 0
-    assert (np.linalg.eigvalsh(floored(np.diag(cost), variance)) > 4e-4).all()
+def test_query_weight_of_unused_and_still_channels_is_floored() -> None:
+    square, variance = np.ones(16), np.ones(16)
+    square[:4], variance[2:6] = 0, 0
+    weight = query_weight(square, rope_pairs(16, 16, True), variance)
+    assert (weight > 0.02).all() and (weight <= 1).all()
 
 
-def test_floor_follows_the_scale_of_a_channel() -> None:
-    """Keys times s and queries divided by s: the metric of what queries see stays what it was."""
+def test_floor_follows_the_scale_of_a_pair() -> None:
+    """Keys times s and queries divided by s: what queries see of a key stays what it was."""
     rng = np.random.default_rng(0)
-    mix, scale = rng.standard_normal((16, 16)), 2.0 ** rng.integers(0, 7, 16)
-    metric, variance = mix @ mix.T, rng.uniform(0.1, 10, 16)
-    other = floored(metric / np.outer(scale, scale), variance * scale**2)
-    np.testing.assert_allclose(other * np.outer(scale, scale), floored(metric, variance), rtol=1e-6)
+    pairs, scale = rope_pairs(16, 16, False), np.tile(2.0 ** rng.integers(0, 7, 8), 2)
+    square, variance = 10.0 ** rng.uniform(-6, 0, 16), rng.uniform(0.1, 10, 16)
+    other = query_weight(square / scale**2, pairs, variance * scale**2)
+    np.testing.assert_allclose(other * scale, query_weight(square, pairs, variance), rtol=1e-9)
 
 
 def test_histogram_keeps_exact_sums_and_norms(x: np.ndarray) -> None:

@@ -34,7 +34,7 @@ def statistics(seed: int, mark: str = "0123456789abcdef") -> Statistics:
         for stream in STREAMS:
             moments = result.of(layer, stream, H, D)
             moments.add(rng.standard_normal((50, H, D)).astype(np.float32), rng.random((50, H)).astype(np.float32))
-            moments.add_metric(rng.random((H, D, D)))
+            moments.add_queries(rng.random((H, D)))
     return result
 
 

@@ -8,19 +8,12 @@ from kvtc_gguf.transforms import REGISTRY, HeadStatistics, build
 from kvtc_gguf.transforms.hadamard import rotation
 
 
-def statistics_of(x: np.ndarray, weight: np.ndarray) -> HeadStatistics:
-    """weight [d]: of channels; the metric has these and some correlation between channels."""
-    mix = np.random.default_rng(1).standard_normal((weight.size, weight.size)) / np.sqrt(weight.size)
-    metric = weight[:, None] * (0.5 * np.eye(weight.size) + 0.5 * mix @ mix.T) * weight
-    return HeadStatistics(x.mean(axis=0), np.cov(x.T, bias=True), weight, metric)
-
-
 def samples(d: int, tokens: int = 3000, seed: int = 0) -> tuple[np.ndarray, HeadStatistics]:
     rng = np.random.default_rng(seed)
     mix = rng.standard_normal((d, d)) * 0.8 ** np.arange(d)[:, None]
     x = rng.standard_normal((tokens, d)) @ mix * 5 + 3 * rng.standard_normal(d)
     weight = np.exp(rng.standard_normal(d))
-    return x, statistics_of(x, weight)
+    return x, HeadStatistics(x.mean(axis=0), np.cov(x.T, bias=True), weight)
 
 
 @pytest.mark.parametrize("d", [8, 64, 80, 96, 256])
@@ -41,7 +34,7 @@ def test_transform_survives_channels_that_never_vary_and_no_query_uses(name: str
     x[:, 5:9] = 0.25
     weight = np.full(64, 1.0)
     weight[:5] = np.sqrt(1e-3)
-    transform = build(name, statistics_of(x, weight))
+    transform = build(name, HeadStatistics(x.mean(axis=0), np.cov(x.T, bias=True), weight))
     assert np.isfinite(transform.encode).all() and np.isfinite(transform.scale).all()
     assert transform.scale.min() >= 0.99e-3 * transform.scale.max()
 
@@ -63,29 +56,3 @@ def test_query_pca_leaves_less_logit_error_than_pca_in_the_dropped_components() 
         z[:, 16:] = 0
         errors[name] = (((z @ transform.decode.T + transform.mean - x) * statistics.weight) ** 2).mean()
     assert errors["query_pca"] < 0.9 * errors["pca"]
-
-
-def test_metric_pca_leaves_the_least_error_of_the_metric_in_the_dropped_components() -> None:
-    x, statistics = samples(64)
-    errors = {}
-    for name in ("pca", "query_pca", "metric_pca"):
-        transform = build(name, statistics)
-        z = (x - transform.mean) @ transform.encode.T
-        z[:, 16:] = 0
-        error = z @ transform.decode.T + transform.mean - x
-        errors[name] = np.einsum("ti,ij,tj->", error, statistics.metric, error)
-    assert errors["metric_pca"] < 0.95 * errors["query_pca"]
-
-
-def test_mixing_evens_out_the_variance_inside_groups_only() -> None:
-    x, statistics = samples(64)
-    variance = {}
-    for name in ("metric_pca", "mixed_metric_pca"):
-        transform = build(name, statistics)
-        z = (x - transform.mean) @ transform.encode.T
-        variance[name] = z.var(axis=0).reshape(-1, 8)
-    # the last groups hold 1e-7 of the variance, which the f16 decode matrix does not resolve
-    mixed, plain = (variance[name][:4].sum(axis=1) for name in ("mixed_metric_pca", "metric_pca"))
-    np.testing.assert_allclose(mixed, plain, rtol=0.02)
-    spread = {name: (v[:4].max(axis=1) / v[:4].min(axis=1)).mean() for name, v in variance.items()}
-    assert spread["mixed_metric_pca"] < 1.2 < spread["metric_pca"]

@@ -98,8 +98,7 @@ def test_errors_of_logits_and_output_are_measured_where_attention_looks() -> Non
     q, k, v = (rng.standard_normal((tokens, h, d)).astype(np.float32) for h in (4, 2, 2))
     k_rope, q_rope = (verify.rotate(x, turn[:, None], pairs) for x in (k, q))
     sample = LayerSample(0, q, k, v, q_rope, k_rope)
-    seen = verify.score.attend(sample)
-    attention = np.stack([seen.far(i) for i in range(4)])
+    attention = verify.score.far_attention(sample)
     error = 0.1 * k_rope
     assert verify.logit_error(sample, attention, error) == pytest.approx(0.1, rel=1e-5)
     constant = np.broadcast_to(rng.standard_normal((1, 2, d)), k.shape).astype(np.float32)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtc_gguf.transforms.hadamard import centred_hadamard, hadamard
-from kvtc_gguf.transforms.metric_pca import metric_pca
-from kvtc_gguf.transforms.mixed import mixed_metric_pca
 from kvtc_gguf.transforms.pca import pca
 from kvtc_gguf.transforms.query_pca import query_pca
 from kvtc_gguf.transforms.types import Basis, HeadStatistics
@@ -23,8 +21,6 @@ __all__ = ["REGISTRY", "Basis", "HeadStatistics", "Transform", "build"]
 REGISTRY: dict[str, Callable[[HeadStatistics], Basis]] = {
     "pca": pca,
     "query_pca": query_pca,
-    "metric_pca": metric_pca,
-    "mixed_metric_pca": mixed_metric_pca,
     "hadamard": hadamard,
     "hadamard_centred": centred_hadamard,
 }
