@@ -56,7 +56,7 @@ std::string type_name(int32_t type) {
 }
 
 [[noreturn]] void refuse(const std::string & what) {
-    throw std::runtime_error("kvtc: " + what);
+    throw std::runtime_error(what);
 }
 
 template <typename T>
@@ -161,30 +161,32 @@ std::vector<int32_t> llama_kvtc::slots_for(uint32_t stream, size_t n) const {
         slots.push_back(found.second);
     }
     if (slots.size() < n) {
-        refuse("no room for the " + std::to_string(n) + " exact rows of the state");
+        refuse("the state's " + std::to_string(n) + " exact rows have no room here");
     }
     std::sort(slots.begin(), slots.end()); // longer runs
     return slots;
 }
 
-void llama_kvtc::state_write(llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & idxs, llama_seq_id seq_id) {
+void llama_kvtc::cells_write(llama_io_write_i & io, uint32_t stream, const std::vector<std::pair<uint32_t, uint32_t>> & ranges, llama_seq_id seq_id) {
     commit();
     std::vector<int32_t> positions;
     std::vector<int32_t> keys;
     std::vector<int32_t> slots;
-    for (uint32_t cell : idxs) {
-        const int32_t slot = slot_of[stream][cell];
-        if (slot >= 0 && must_keep(stream, cell, seq_id)) {
-            keys .push_back((int32_t) positions.size());
-            slots.push_back(slot);
+    for (const auto & range : ranges) {
+        for (uint32_t cell = range.first; cell < range.second; ++cell) {
+            const int32_t slot = slot_of[stream][cell];
+            if (slot >= 0 && must_keep(stream, cell, seq_id)) {
+                keys .push_back((int32_t) positions.size());
+                slots.push_back(slot);
+            }
+            positions.push_back(cells[stream].pos_get(cell));
         }
-        positions.push_back(cells[stream].pos_get(cell));
     }
     write_head(io, keys, positions);
     write_rows(io, slots);
 }
 
-bool llama_kvtc::state_read(llama_io_read_i & io, uint32_t stream, const std::vector<uint32_t> & idxs) {
+bool llama_kvtc::cells_read(llama_io_read_i & io, uint32_t stream, const std::vector<uint32_t> & idxs) {
     commit();
     std::vector<int32_t> positions;
     for (uint32_t cell : idxs) {
@@ -204,7 +206,7 @@ bool llama_kvtc::state_read(llama_io_read_i & io, uint32_t stream, const std::ve
             set_owner(slots[i], stream, idxs[keys[i]]);
         }
     } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s\n", err.what());
+        refusal = err.what();
         return false;
     }
     return true;

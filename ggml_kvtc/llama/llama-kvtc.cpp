@@ -48,6 +48,7 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kvtc_layer> &
             calibrated = calibrated || (coded[s] && !turbo[s]);
         }
     }
+    sliding = cfg.n_swa > 0;
     params.n_sink   = params.n_sink   == LLAMA_KVTC_BY_TYPE ? (calibrated ?   4 : 0) : params.n_sink;
     params.n_window = params.n_window == LLAMA_KVTC_BY_TYPE ? (calibrated ? 128 : 0) : params.n_window;
     slot_of.resize(cells.size());
@@ -333,6 +334,7 @@ void llama_kvtc::commit() {
 
 void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, const llama_ubatch & ubatch, uint32_t n_kv) {
     commit();
+    packed.clear();
 
     n_tokens_cur = ubatch.n_tokens;
     n_kv_cur     = n_kv;

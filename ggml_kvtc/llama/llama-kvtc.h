@@ -38,6 +38,7 @@ LLAMA_API llama_pos llama_kvtc_recompute_from(struct llama_context * ctx, llama_
 
 #include "ggml-cpp.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -73,6 +74,29 @@ bool llama_kvtc_check_flash_attn(llama_context_params & params);
 
 // "kvtc-k<a>v<b>" to two types; false if it is no such name
 LLAMA_API bool llama_kvtc_parse_cache_type(const std::string & name, ggml_type & type_k, ggml_type & type_v);
+
+// A file that is there whole or not at all: write(path) writes one beside it, which then takes its place. What write gives comes back,
+// 0 or false for a failure.
+std::string llama_kvtc_part_file   (const char * path);
+void        llama_kvtc_replace_file(const std::string & part, const char * path); // throws
+void        llama_kvtc_remove_file (const std::string & part);
+
+template <typename F>
+auto llama_kvtc_write_file(const char * path, F && write) -> decltype(write(path)) {
+    const std::string part = llama_kvtc_part_file(path);
+    try {
+        const auto result = write(part.c_str());
+        if (result) {
+            llama_kvtc_replace_file(part, path);
+        } else {
+            llama_kvtc_remove_file(part);
+        }
+        return result;
+    } catch (...) {
+        llama_kvtc_remove_file(part);
+        throw;
+    }
+}
 
 struct llama_kvtc_layer {
     uint32_t      il;
@@ -115,15 +139,17 @@ public:
     void copy_cells(uint32_t src, uint32_t dst);
     void copy_rows (uint32_t src, uint32_t dst);
 
-    // The kvtc section of a saved state, for cells of a stream in the order they are saved in. Reading says what is
-    // wrong in one line and gives false; the cells then hold codes only.
-    void state_write(llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & idxs, llama_seq_id seq_id);
-    bool state_read (llama_io_read_i  & io, uint32_t stream, const std::vector<uint32_t> & idxs);
+    // The state of the cache, or of one sequence, in its container (llama-kvtc-io.cpp): write or read is called with what packs or
+    // unpacks, and is to do what it always does. Writing: false, and nothing done, where that is what is going on already, or where the
+    // state stays on its device. Reading says what is wrong in one line, calls clear and throws.
+    bool state_write(llama_io_write_i & io, llama_seq_id seq_id, uint32_t flags, const std::function<void(llama_io_write_i &)> & write);
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id, uint32_t flags, const std::function<void(llama_io_read_i  &)> & read,
+                     const std::function<void()> & clear);
 
-    // The exact rows alone of a sequence whose codes stay in the cache: what a rollback beyond LLAMA_KVTC_ROLLBACK loses.
-    // Reading takes the sequence back to when they were written; later tokens keep codes only.
-    void state_write_partial(llama_io_write_i & io, llama_seq_id seq_id);
-    void state_read_partial (llama_io_read_i  & io, llama_seq_id seq_id);
+    // The kvtc section of a saved state, for cells of a stream in the order they are saved in. Reading gives false if something is
+    // wrong; the cells then hold codes only.
+    void cells_write(llama_io_write_i & io, uint32_t stream, const std::vector<std::pair<uint32_t, uint32_t>> & ranges, llama_seq_id seq_id);
+    bool cells_read (llama_io_read_i  & io, uint32_t stream, const std::vector<uint32_t> & idxs);
 
     // has the sequence lost exact rows of the window that ends before position pos?
     bool is_lost(llama_seq_id seq_id, llama_pos pos);
@@ -190,6 +216,14 @@ private:
     void set_owner    (int32_t slot, uint32_t stream, uint32_t cell);
     void commit       ();
     std::vector<std::pair<int32_t, int32_t>> find_slots(uint32_t stream, size_t n) const;
+    // The exact rows alone of a sequence whose codes stay in the cache: what a rollback beyond LLAMA_KVTC_ROLLBACK loses.
+    // Reading takes the sequence back to when they were written; later tokens keep codes only.
+    void state_write_partial(llama_io_write_i & io, llama_seq_id seq_id);
+    void state_read_partial (llama_io_read_i  & io, llama_seq_id seq_id);
+
+    friend class llama_kvtc_packer;
+    bool find_place   (const ggml_tensor * t, size_t offset, struct llama_kvtc_rows_place & place) const;
+
     void write_head   (llama_io_write_i & io, const std::vector<int32_t> & keys, const std::vector<int32_t> & positions) const;
     void write_rows   (llama_io_write_i & io, const std::vector<int32_t> & slots) const;
     std::vector<int32_t> slots_for(uint32_t stream, size_t n) const;
@@ -214,6 +248,16 @@ private:
     uint64_t calibration_hash = 0; // taken once: it reads every byte of the calibration, and a server saves states all the time
 
     std::vector<layer> layers;
+
+    // What asking for a state's size has packed, for the call that writes it; until the next tokens come.
+    struct packed_item {
+        uint64_t             hash; // of what was packed
+        std::vector<uint8_t> bytes;
+    };
+    std::vector<packed_item> packed;
+    std::string refusal; // why a state is not read
+    bool sliding = false; // the cache drops tokens behind a window of its own, so that a part of its state is not the exact rows alone
+
     // The keys that the graph in the making wrote last. The values' write names them as a source that it does not read, so that their
     // memory is not given to the values' components: else no kernel could write both sides at once.
     ggml_tensor * keys_x = nullptr;

@@ -84,6 +84,7 @@ def declarations(header: Path) -> str:
 ffi = FFI()
 ffi.cdef(GGML)
 ffi.cdef(declarations(ROOT / "ggml_kvtc" / "kvtc.h"))
+ffi.cdef(declarations(ROOT / "ggml_kvtc" / "kvtc-rows.h"))
 ffi.cdef(declarations(ROOT / "ggml_kvtc" / "cpu" / "kvtc-cpu.h"))
 
 

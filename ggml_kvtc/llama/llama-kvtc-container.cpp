@@ -1,0 +1,313 @@
+#include "llama-kvtc-container.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+namespace {
+
+using rows_ptr = std::unique_ptr<ggml_kvtc_rows, decltype(&ggml_kvtc_rows_free)>;
+
+constexpr size_t MAX_THREADS = 8;
+
+[[noreturn]] void refuse(const std::string & what) {
+    throw std::runtime_error(what);
+}
+
+// f(i) for i < n on several threads; the blocks of a section are independent
+template <typename F>
+void for_each(size_t n, F && f) {
+    const size_t n_threads = std::min({ n, MAX_THREADS, (size_t) std::max(1u, std::thread::hardware_concurrency()) });
+    std::atomic<size_t> next(0);
+    const auto work = [&] {
+        for (size_t i; (i = next++) < n;) {
+            f(i);
+        }
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < n_threads; ++i) {
+        threads.emplace_back(work);
+    }
+    work();
+    for (auto & thread : threads) {
+        thread.join();
+    }
+}
+
+std::string block_name(const kvtc_record & r) {
+    switch (r.kind) {
+        case KVTC_RECORD_PLAIN: return "what goes with the cells";
+        case KVTC_RECORD_END:   return "the end";
+        default: break;
+    }
+    const std::string place = kvtc_place { (kvtc_what) r.what, r.layer, r.head }.name();
+    if (r.kind == KVTC_RECORD_MODEL) {
+        return place + ", the model";
+    }
+    return place + ", rows " + std::to_string(r.first) + " to " + std::to_string((uint64_t) r.first + r.n_rows - 1);
+}
+
+uint32_t checksum(const kvtc_record & r) {
+    return ggml_kvtc_crc32(0, (const uint8_t *) &r, offsetof(kvtc_record, head_crc));
+}
+
+void append(std::vector<uint8_t> & out, kvtc_record r, const std::vector<uint8_t> & data) {
+    r.size     = (uint32_t) data.size();
+    r.crc      = r.kind == KVTC_RECORD_END ? r.crc : ggml_kvtc_crc32(0, data.data(), data.size());
+    r.head_crc = checksum(r);
+    out.insert(out.end(), (const uint8_t *) &r, (const uint8_t *) &r + sizeof(r));
+    out.insert(out.end(), data.begin(), data.end());
+}
+
+bool in_range(const kvtc_record & r) {
+    if (r.zero != 0 || r.size > KVTC_MAX_BYTES || r.coder > KVTC_CODER_RANS || r.what > KVTC_WHAT_EXACT_V) {
+        return false;
+    }
+    switch (r.kind) {
+        case KVTC_RECORD_PLAIN:
+        case KVTC_RECORD_MODEL: return r.n_rows == 0 && r.first == 0;
+        case KVTC_RECORD_BLOCK: return r.n_rows > 0 && r.n_rows <= KVTC_MAX_ROWS && (uint64_t) r.first + r.n_rows <= UINT32_MAX;
+        case KVTC_RECORD_END:   return r.size == 0;
+        default:                return false;
+    }
+}
+
+rows_ptr read_model(const kvtc_item & section) {
+    const auto & data = section.model.data;
+    rows_ptr model(section.model.record.coder == KVTC_CODER_RANS ? ggml_kvtc_rows_read(data.data(), data.size()) : nullptr, ggml_kvtc_rows_free);
+    if (section.model.record.coder == KVTC_CODER_RANS ? !model : data.size() != sizeof(uint32_t)) {
+        refuse(block_name(section.model.record));
+    }
+    return model;
+}
+
+size_t row_bytes(const kvtc_item & section, const ggml_kvtc_rows * model) {
+    if (model) {
+        return ggml_kvtc_row_bytes(model);
+    }
+    uint32_t size;
+    memcpy(&size, section.model.data.data(), sizeof(size));
+    return size;
+}
+
+bool decode_block(const kvtc_block & block, const ggml_kvtc_rows * model, size_t stride, uint8_t * rows) {
+    if (block.record.coder == KVTC_CODER_STORED) {
+        if (block.data.size() != block.record.n_rows*stride) {
+            return false;
+        }
+        memcpy(rows, block.data.data(), block.data.size());
+        return true;
+    }
+    return model && ggml_kvtc_rows_decode(model, block.data.data(), block.data.size(), rows, block.record.n_rows);
+}
+
+} // namespace
+
+std::string kvtc_place::name() const {
+    static const char * const names[] = { "keys", "values", "exact keys", "exact values" };
+    std::string result = "layer " + std::to_string(layer) + " " + names[what];
+    if (what == KVTC_WHAT_EXACT_K || what == KVTC_WHAT_EXACT_V) {
+        result += " of head " + std::to_string(head);
+    }
+    return result;
+}
+
+std::vector<uint8_t> kvtc_write_plain(const uint8_t * data, size_t size) {
+    std::vector<uint8_t> out;
+    for (size_t at = 0; at < size; at += KVTC_MAX_BYTES) {
+        kvtc_record r;
+        r.kind = KVTC_RECORD_PLAIN;
+        append(out, r, { data + at, data + std::min(size, at + KVTC_MAX_BYTES) });
+    }
+    return out;
+}
+
+std::vector<uint8_t> kvtc_write_section(kvtc_place place, const std::vector<ggml_kvtc_run> & runs, size_t row_bytes, const uint8_t * rows, size_t n_rows) {
+    kvtc_record r;
+    r.kind  = KVTC_RECORD_MODEL;
+    r.what  = place.what;
+    r.layer = place.layer;
+    r.head  = place.head;
+
+    rows_ptr model(runs.empty() ? nullptr : ggml_kvtc_rows_fit(runs.data(), (int) runs.size(), rows, (int64_t) n_rows), ggml_kvtc_rows_free);
+    std::vector<uint8_t> bytes;
+    if (model) {
+        r.coder = KVTC_CODER_RANS;
+        bytes.resize(ggml_kvtc_rows_write(model.get(), nullptr, 0));
+        ggml_kvtc_rows_write(model.get(), bytes.data(), bytes.size());
+    } else {
+        const uint32_t size = (uint32_t) row_bytes;
+        bytes.assign((const uint8_t *) &size, (const uint8_t *) (&size + 1));
+    }
+
+    const size_t step = std::max<size_t>(1, std::min<size_t>(KVTC_BLOCK_ROWS, KVTC_MAX_BYTES/row_bytes));
+    std::vector<kvtc_block> blocks((n_rows + step - 1)/step);
+    for_each(blocks.size(), [&](size_t i) {
+        kvtc_record          & b    = blocks[i].record;
+        std::vector<uint8_t> & data = blocks[i].data;
+        b = r;
+        b.kind   = KVTC_RECORD_BLOCK;
+        b.first  = (uint32_t) (i*step);
+        b.n_rows = (uint32_t) std::min(step, n_rows - i*step);
+        const uint8_t * from = rows + i*step*row_bytes;
+        if (model) {
+            data.resize(ggml_kvtc_rows_bound(model.get(), b.n_rows));
+            data.resize(ggml_kvtc_rows_encode(model.get(), from, b.n_rows, data.data()));
+        }
+        if (data.empty() || data.size() >= b.n_rows*row_bytes) { // the smaller of the two
+            b.coder = KVTC_CODER_STORED;
+            data.assign(from, from + b.n_rows*row_bytes);
+        }
+    });
+
+    std::vector<uint8_t> out;
+    append(out, r, bytes);
+    for (const kvtc_block & block : blocks) {
+        append(out, block.record, block.data);
+    }
+    return out;
+}
+
+void kvtc_end::add(const std::vector<uint8_t> & item) {
+    for (size_t at = 0; at < item.size();) {
+        kvtc_record r;
+        memcpy(&r, &item[at], sizeof(r));
+        crc = ggml_kvtc_crc32(crc, (const uint8_t *) &r.head_crc, sizeof(r.head_crc));
+        ++n_records;
+        at += sizeof(r) + r.size;
+    }
+}
+
+std::vector<uint8_t> kvtc_end::bytes() const {
+    kvtc_record r;
+    r.kind   = KVTC_RECORD_END;
+    r.n_rows = n_records;
+    r.crc    = crc;
+    std::vector<uint8_t> out;
+    append(out, r, {});
+    return out;
+}
+
+std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data, size_t size)> & pull) {
+    uint32_t head[2];
+    pull(head, sizeof(head));
+    if (head[0] != KVTC_CONTAINER_MAGIC) {
+        refuse("the state was not saved from a kvtc cache, or it is damaged");
+    }
+    if (head[1] != KVTC_CONTAINER_VERSION) {
+        refuse("the state is of version " + std::to_string(head[1]) + ", this program reads version " + std::to_string(KVTC_CONTAINER_VERSION));
+    }
+    std::vector<kvtc_item> items;
+    uint32_t n_records = 0;
+    uint32_t crc       = 0;
+    std::string after  = "the head";
+    for (;; ++n_records) {
+        kvtc_block block;
+        kvtc_record & r = block.record;
+        try {
+            pull(&r, sizeof(r));
+        } catch (const std::exception &) {
+            refuse("the state is damaged: it ends after " + after);
+        }
+        if (r.head_crc != checksum(r) || !in_range(r)) {
+            refuse("the state is damaged: the block after " + after);
+        }
+        if (r.kind == KVTC_RECORD_END) {
+            if (r.n_rows != n_records || r.crc != crc) {
+                refuse("the state is damaged: blocks are missing or in another order");
+            }
+            return items;
+        }
+        after = block_name(r);
+        try {
+            block.data.resize(r.size);
+            pull(block.data.data(), r.size);
+        } catch (const std::exception &) {
+            refuse("the state is damaged: it ends in " + after);
+        }
+        if (ggml_kvtc_crc32(0, block.data.data(), block.data.size()) != r.crc) {
+            refuse("the state is damaged: " + after);
+        }
+        crc = ggml_kvtc_crc32(crc, (const uint8_t *) &r.head_crc, sizeof(r.head_crc));
+        const kvtc_place place = { (kvtc_what) r.what, r.layer, r.head };
+        if (r.kind == KVTC_RECORD_BLOCK) {
+            if (items.empty() || items.back().plain || !(items.back().place == place) || r.first != items.back().n_rows) {
+                refuse("the state is damaged: " + after + " belong elsewhere");
+            }
+            items.back().n_rows += r.n_rows;
+            items.back().blocks.push_back(std::move(block));
+            continue;
+        }
+        items.emplace_back();
+        items.back().place = place;
+        items.back().plain = r.kind == KVTC_RECORD_PLAIN;
+        if (items.back().plain) {
+            items.back().blocks.push_back(std::move(block));
+        } else {
+            items.back().model = std::move(block);
+        }
+    }
+}
+
+size_t kvtc_section_row_bytes(const kvtc_item & section) {
+    try {
+        return row_bytes(section, read_model(section).get());
+    } catch (const std::exception & err) {
+        refuse(std::string("the state is damaged: ") + err.what());
+    }
+}
+
+void kvtc_decode_section(const kvtc_item & section, uint8_t * rows) {
+    const rows_ptr model  = read_model(section);
+    const size_t   stride = row_bytes(section, model.get());
+    std::atomic<size_t> bad(section.blocks.size());
+    for_each(section.blocks.size(), [&](size_t i) {
+        const kvtc_block & block = section.blocks[i];
+        if (!decode_block(block, model.get(), stride, rows + block.record.first*stride)) {
+            bad = i;
+        }
+    });
+    if (bad < section.blocks.size()) {
+        refuse("the state is damaged: " + block_name(section.blocks[bad].record));
+    }
+}
+
+bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, size_t err_size) {
+    size_t at = 0;
+    try {
+        const auto items = kvtc_read_container([&](void * to, size_t n) {
+            if (n > size - at) {
+                refuse("the state is truncated");
+            }
+            if (n > 0) {
+                memcpy(to, data + at, n);
+            }
+            at += n;
+        });
+        for (const kvtc_item & item : items) {
+            if (item.plain) {
+                continue;
+            }
+            const rows_ptr model  = read_model(item);
+            const size_t   stride = row_bytes(item, model.get());
+            for (const kvtc_block & block : item.blocks) {
+                if (stride*block.record.n_rows > KVTC_MAX_BYTES) {
+                    refuse(block_name(block.record) + " are too many");
+                }
+                std::vector<uint8_t> rows(stride*block.record.n_rows);
+                if (!decode_block(block, model.get(), stride, rows.data())) {
+                    refuse("the state is damaged: " + block_name(block.record));
+                }
+            }
+        }
+        if (at != size) {
+            refuse("the state is damaged: bytes after its end");
+        }
+        return true;
+    } catch (const std::exception & e) {
+        snprintf(err, err_size, "%s", e.what());
+        return false;
+    }
+}

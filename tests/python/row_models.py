@@ -1,0 +1,51 @@
+"""Random row models and rows for the tests of the entropy coder, as hypothesis strategies."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+from kvtc_gguf.reference_rows import CODE, HALF, MAX_TABLES, PROB_SUM, ZERO, RowModel, Run
+
+
+def runs() -> st.SearchStrategy[list[Run]]:
+    code = st.tuples(st.sampled_from((1, 2, 3, 4, 5, 6, 8)), st.integers(1, 4)).map(
+        lambda c: Run(c[0], CODE, c[1] if c[0] == 8 else 8 * c[1])
+    )
+    half = st.integers(1, 9).map(lambda n: Run(16, HALF, n))
+    zero = st.integers(1, 5).map(lambda n: Run(8, ZERO, n))
+    return st.lists(st.one_of(code, half, zero), min_size=1, max_size=6)
+
+
+def table(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Frequencies i64 [2**width], some of them zero, one sometimes everything."""
+    n = 1 << width
+    used = rng.permutation(n)[: rng.integers(1, n + 1)]
+    cuts = np.sort(rng.choice(np.arange(1, PROB_SUM), len(used) - 1, replace=False))
+    out = np.zeros(n, np.int64)
+    out[used] = np.diff(np.r_[0, cuts, PROB_SUM])
+    return out
+
+
+def model(runs: list[Run], seed: int) -> RowModel:
+    rng = np.random.default_rng(seed)
+    widths = [run.table_bits for run in runs if run.table_bits for _ in range(run.count)]
+    tables = {w: [table(rng, w) for _ in range(rng.integers(1, MAX_TABLES + 1))] for w in set(widths)}
+    return RowModel(runs, tables, [int(rng.integers(len(tables[w]))) for w in widths])
+
+
+def rows(model: RowModel, n: int, seed: int) -> np.ndarray:
+    """Rows u8 [n, row_bytes] that the model can code, each field as likely as its table says."""
+    rng = np.random.default_rng(seed)
+    planes = np.zeros((n, 8 * model.row_bytes), np.uint8)
+    bit, field = 0, 0
+    for run in model.runs:
+        for _ in range(run.count):
+            if run.table_bits:
+                own = model.tables[run.table_bits][model.index[field]]
+                values = rng.choice(len(own), n, p=own / PROB_SUM)
+                if run.kind == HALF:
+                    values = values << 8 | rng.integers(0, 256, n)
+                planes[:, bit : bit + run.bits] = values[:, None] >> np.arange(run.bits) & 1
+                field += 1
+            bit += run.bits
+    return np.packbits(planes, axis=1, bitorder="little")

@@ -1,0 +1,96 @@
+"""The entropy coder in numpy. Failures caught: rows that do not come back, a code longer than the model's entropy, a damaged
+model or block that is taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import row_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvtc_gguf.layout import FormatError
+from kvtc_gguf.reference_rows import CODE, HALF, LANES, PROB_SUM, ZERO, RowModel, Run, multiply, uniform
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(row_models.runs(), st.integers(1, 40), SEEDS)
+def test_rows_and_models_come_back(runs, n, seed):
+    model = row_models.model(runs, seed)
+    again = RowModel.from_bytes(model.to_bytes())
+    assert again.to_bytes() == model.to_bytes()
+    rows = row_models.rows(model, n, seed)
+    block = model.encode(rows)
+    assert block is not None
+    np.testing.assert_array_equal(again.decode(block, n), rows)
+
+
+def test_code_is_as_long_as_the_entropy():
+    """Fields of the same table: what joining them and rounding frequencies costs is below 0.5%."""
+    for width, scale in ((1, 1.0), (2, 0.7), (3, 1.5), (4, 3.0), (6, 9.0)):
+        values = np.arange(1 << width) - ((1 << width) - 1) / 2
+        p = np.exp(-0.5 * (values / scale) ** 2)
+        table = np.maximum(1, np.rint(p / p.sum() * PROB_SUM)).astype(np.int64)
+        table[table.argmax()] += PROB_SUM - table.sum()
+        model = RowModel([Run(width, CODE, 32)], {width: [table]}, [0] * 32)
+        rows = row_models.rows(model, 512, 1)
+        q = table / PROB_SUM
+        values = np.unpackbits(rows, axis=1, bitorder="little").reshape(512, 32, width) @ (1 << np.arange(width))
+        ideal = -np.log2(q)[values].sum() / 8
+        assert len(model.encode(rows)) - 4 * LANES <= 1.005 * ideal + 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from((1, 2, 4)), SEEDS)
+def test_products_of_frequencies_add_up(width, seed):
+    rng = np.random.default_rng(seed)
+    low, high = row_models.table(rng, width), row_models.table(rng, min(8 - width, 4))
+    product = multiply(low, high)
+    assert product.sum() == PROB_SUM
+    np.testing.assert_array_equal(product > 0, np.outer(high, low).reshape(-1) > 0)
+
+
+def test_value_without_a_frequency_and_padding_are_refused():
+    table = np.array([PROB_SUM, 0, 0, 0], np.int64)
+    model = RowModel([Run(2, CODE, 4), Run(8, ZERO, 1)], {2: [table]}, [0] * 4)
+    assert model.encode(np.array([[0, 0]], np.uint8)) is not None
+    assert model.encode(np.array([[1, 0]], np.uint8)) is None
+    assert model.encode(np.array([[0, 1]], np.uint8)) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(row_models.runs(), SEEDS, st.data())
+def test_damaged_models_and_blocks_are_refused_or_read_whole(runs, seed, data):
+    model = row_models.model(runs, seed)
+    rows = row_models.rows(model, 20, seed)
+    block = bytearray(model.encode(rows))
+    at = data.draw(st.integers(0, len(block) - 1))
+    block[at] ^= data.draw(st.integers(1, 255))
+    try:
+        assert model.decode(bytes(block), 20).shape == rows.shape
+    except FormatError:
+        pass
+    for cut in (0, len(block) // 2, len(block) - 1):
+        with pytest.raises(FormatError):
+            model.decode(bytes(block[:cut]), 20)
+    raw = bytearray(model.to_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        assert RowModel.from_bytes(bytes(raw)).row_bytes > 0
+    except FormatError:
+        pass
+    with pytest.raises(FormatError):
+        RowModel.from_bytes(model.to_bytes()[:-1])
+
+
+def test_runs_out_of_range_are_refused():
+    for run in (Run(7, CODE, 8), Run(3, CODE, 4), Run(8, HALF, 1), Run(8, 3, 1), Run(8, ZERO, 0)):
+        with pytest.raises(FormatError):
+            run.check()
+        data = b"\1\0" + bytes((run.bits, run.kind)) + run.count.to_bytes(2, "little")
+        with pytest.raises(FormatError):
+            RowModel.from_bytes(data)
+    huge = uniform([Run(8, CODE, 40000)]).to_bytes()
+    with pytest.raises(FormatError):
+        RowModel.from_bytes(huge)
