@@ -7,8 +7,10 @@ entropy on the same rows, a core each (zstd needs the package zstandard).
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import lzma
+import os
 import tempfile
 import time
 import zlib
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pandas as pd
 import typer
 from kvtc_gguf import native_rows, state
 from kvtc_gguf.capture import library
@@ -150,28 +151,36 @@ def coders(sections: list[Section], what: tuple[int, ...]) -> dict[str, float]:
                 codec.encode(r[:1024])
                 out["encode s"] = out.get("encode s", 0.0) + (time.perf_counter() - start) * len(r) / len(r[:1024])
     out["encode MB/s"] = raw / out.pop("encode s") / 1e6
-    columns = [np.ascontiguousarray(r.T) for r in rows]  # bytes of one place of all rows side by side: kinder to them
-    others: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    return out
+
+
+def packers() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
+    """Pack and unpack, by name."""
+    found: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
         "zlib 6": (lambda b: zlib.compress(b, 6), zlib.decompress),
         "lzma 6": (lambda b: lzma.compress(b, preset=6), lzma.decompress),
     }
     try:
         import zstandard
     except ImportError:
-        pass
-    else:
-        for level in (3, 19):
-            name, packer = f"zstd {level}", zstandard.ZstdCompressor(level=level)
-            others[name] = (packer.compress, zstandard.ZstdDecompressor().decompress)
-    for name, (pack, unpack) in others.items():
-        for kind, parts in (("rows", rows), ("columns", columns)):
+        return found
+    for level in (3, 19):
+        found[f"zstd {level}"] = zstandard.ZstdCompressor(level=level).compress, zstandard.ZstdDecompressor().decompress
+    return found
+
+
+def others(sections: list[Section], what: tuple[int, ...]) -> dict[str, float]:
+    """What general coders make of the same rows, and of their columns: bytes of one place of all rows side by side."""
+    rows = [np.concatenate(list(state.rows_of(s))) for s in sections if s.model.what in what]
+    raw, out = sum(r.nbytes for r in rows), {}
+    for name, (pack, unpack) in packers().items():
+        for kind, parts in (("rows", rows), ("columns", [np.ascontiguousarray(r.T) for r in rows])):
             packed = [pack(part.tobytes()) for part in parts]
+            start = time.perf_counter()
+            for part in packed:
+                unpack(part)
             out[f"{name} {kind}"] = sum(map(len, packed))
-            if kind == "columns":
-                start = time.perf_counter()
-                for part in packed:
-                    unpack(part)
-                out[f"{name} MB/s"] = raw / (time.perf_counter() - start) / 1e6
+            out[f"{name} {kind} MB/s"] = raw / (time.perf_counter() - start) / 1e6
     return out
 
 
@@ -179,12 +188,10 @@ def measure(engine: Engine, caches: list[str], tokens: list[int], lengths: list[
     """Rows (cache, tokens, metric, value) of one model."""
     n_ctx = max(lengths) + CONTINUE + 2
     for cache in caches:
-        types = (
-            tuple(f"kvtc{part}" for part in cache.removeprefix("kvtc-k").split("v"))
-            if "kvtc" in cache
-            else (cache,) * 2
+        sides = (
+            [f"kvtc{bits}" for bits in cache.removeprefix("kvtc-k").split("v")] if "kvtc" in cache else [cache, cache]
         )
-        with engine.context(types, n_ctx) as context:
+        with engine.context((sides[0], sides[1]), n_ctx) as context:
             spent = 0.0
             for at in range(0, max(lengths), BATCH):
                 start = time.perf_counter()
@@ -203,7 +210,12 @@ def measure(engine: Engine, caches: list[str], tokens: list[int], lengths: list[
                 if with_coders and "kvtc" in cache:
                     sections = read(path).sections
                     for name, what in (("codes", (0, 1)), ("exact", (2, 3))):
-                        row |= {f"{name}: {key}": value for key, value in coders(sections, what).items()}
+                        found = coders(sections, what)
+                        if n in (2048, max(lengths)):
+                            found |= others(sections, what)
+                        row |= {f"{name}: {key}": value for key, value in found.items()}
+                elif with_coders and "zstd 3" in packers():
+                    row["zstd 3"] = len(packers()["zstd 3"][0](path.read_bytes()))
                 for metric, value in row.items():
                     yield {"cache": cache, "tokens": n, "metric": metric, "value": float(value)}
 
@@ -219,16 +231,21 @@ def main(
 ) -> None:
     """Measure saved states and write one figure a row."""
     sizes = [int(n) for n in lengths.split(",")]
-    frames = []
+    figures, cpu = [], machine.find().cpu
     with tempfile.TemporaryDirectory() as scratch:
         source = heldout.find(Path(scratch), text)
         for path in models:
             engine = Engine(path, threads)
             tokens = engine.tokenize(source.path.read_bytes()[: 12 * max(sizes)], max(sizes) + 1)
             for row in measure(engine, caches.split(","), tokens, sizes, with_coders, Path(scratch)):
-                frames.append({"cpu": machine.find().cpu, "threads": threads, "model": path.name, **row})
+                figures.append({"cpu": cpu, "threads": threads, "model": path.name, **row})
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)
-                pd.DataFrame(frames).to_csv(output, index=False)
+    part = output.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        table = csv.DictWriter(file, figures[0])
+        table.writeheader()
+        table.writerows(figures)
+    os.replace(part, output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The numpy twin of `ggml_kvtc/kvtc-rows*.cpp`: entropy coding of rows that are all laid out alike.
 
-The format is stated in `ggml_kvtc/README.md`, "Stored states"; the coder is static rANS (Duda, arXiv 1311.2540). From the
-same model both give the same bytes. Written for reading: eight values a step, not for states of real sizes.
+The format is stated in `ggml_kvtc/README.md`, "Stored states"; the coder is static rANS (Duda, arXiv 1311.2540).
+From the same model both give the same bytes. Written for reading: eight values a step, not for states of real sizes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
@@ -24,7 +23,6 @@ from rich.table import Table
 from kvtc_gguf import native_rows
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.layout import FormatError
-
 from kvtc_gguf.state_file import MODEL, RANS, STORED, WHAT, Record, Section, StateFile, read
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -65,7 +63,7 @@ def describe(state: StateFile) -> dict[str, Any]:
 
 
 def rows_of(section: Section) -> Iterator[np.ndarray]:
-    """The rows of each block of a section, u8 [n, row_bytes]. Raises FormatError with the block that does not decode."""
+    """The rows u8 [n, row_bytes] of each block of a section. Raises FormatError naming a block that does not."""
     size, blocks = section.row_bytes(), section.blocks
     if any(block.coder == RANS for block in blocks) and section.model.coder != RANS:
         raise FormatError(f"the state is damaged: {section.model.name}")
@@ -156,14 +154,12 @@ def convert(
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
     data = replace(state, containers=containers).to_bytes()
-    part = tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        with part:
-            part.write(data)
-        os.replace(part.name, out)
-    except BaseException:
-        Path(part.name).unlink(missing_ok=True)
-        raise
+        part.write_bytes(data)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"{out}: {len(data)} bytes, {len(state.to_bytes())} before")
 
 

@@ -1,7 +1,8 @@
 """Saved states as files: what llama.cpp puts around the containers of kvtc caches, and their records.
 
-The layout is stated in `ggml_kvtc/README.md`, "Stored states"; `ggml_kvtc/llama/llama-kvtc-container.cpp` is its other reader.
-Everything is checked before it is used, and nothing is allocated that the file's own size does not cover.
+The layout is stated in `ggml_kvtc/README.md`, "Stored states"; the other reader is
+`ggml_kvtc/llama/llama-kvtc-container.cpp`. Everything is checked before it is used, and nothing is allocated that
+the file's own size does not cover.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ Item = Section | Record  # a record: plain bytes
 
 @dataclass
 class StateFile:
-    """A state: what llama.cpp writes before and after, and the containers of its caches (sliding layers have their own)."""
+    """A state: the containers of its caches (sliding layers have their own), and what llama.cpp writes around them."""
 
     kind: str  # "sequence", "context", "sequence data", "context data"
     tokens: int  # saved with it; 0 where only data are

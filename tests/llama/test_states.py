@@ -1,16 +1,21 @@
 """Saved states of a kvtc cache. Failures caught: a restored text that goes on as another one, rows or positions that
-land in the wrong sequence, a state of another calibration, type or window that is taken, a context that a
-bad state breaks.
+land in the wrong sequence, a state of another calibration, type or window that is taken, damage that is taken or not
+named, a context that a bad state breaks, a size that is not what is written, a file that is half there, another
+format of plain caches.
 """
 
 from __future__ import annotations
+
+import struct
 
 import driver
 import pytest
 import synthetic
 import tools
 from driver import HUGE, Context, kld, text
+from kvtc_gguf import state
 from kvtc_gguf.format import write
+from kvtc_gguf.state_file import parse, read
 
 LIMIT = 1e-4  # nats a token: the order of sums
 N, NEXT = 150, 64
@@ -151,3 +156,83 @@ def test_damaged_state_is_refused_and_the_context_goes_on(make, seq):
         context.clear()
     context.decode(PROMPT, 0)
     assert kld(expected, context.decode(PROMPT[:20], N)) <= LIMIT
+
+
+def test_flipped_byte_is_refused_with_the_block_that_has_it(make):
+    """Anywhere in the state; what the checksums cover is told by the reader in Python, which names blocks alike."""
+    saved, context, fresh = make(), make(filled=False), make(filled=False)
+    whole = saved.save(0)
+    fresh.decode(PROMPT, 0)
+    expected = fresh.decode(PROMPT[:20], N)
+    for at in range(8, len(whole), len(whole) // 60):
+        damaged = whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]
+        with pytest.raises(ValueError) as error:
+            parse(damaged)
+        driver.log.clear()
+        assert not context.restore(damaged, 0), at
+        assert [line.strip() for line in driver.log if line.startswith("kvtc:")] == [f"kvtc: {error.value}"]
+        assert context.range(0) == (-1, -1)
+    context.decode(PROMPT, 0)
+    assert kld(expected, context.decode(PROMPT[:20], N)) <= LIMIT
+
+
+@MODELS
+def test_size_asked_for_is_what_is_written(make, name):
+    """Also when tokens came, went or changed in between: what was packed for the size is of other rows then."""
+    context = make(name)
+    for change in (
+        lambda: None,
+        lambda: context.decode(PROMPT[:9], N),
+        lambda: context.rm(0, N, HUGE),
+        lambda: context.decode(OTHER[:9], N),
+        lambda: context.shift(4, 3),
+    ):
+        driver.api.llama_state_seq_get_size(context.pointer, 0)
+        change()
+        whole = context.save(0)
+        assert len(whole) == driver.api.llama_state_seq_get_size(context.pointer, 0)
+        restored = make(name, filled=False)
+        assert restored.restore(whole, 0) and restored.save(0) == whole
+
+
+def test_files_are_there_whole_or_not_at_all(make, tmp_path):
+    context, path = make(), tmp_path / "slot.bin"
+    path.write_bytes(b"an older state")
+    context.save_file(path, PROMPT, seq=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["slot.bin"] and read(path).tokens == N
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()  # cannot be replaced
+    for target in (tmp_path / "none" / "slot.bin", tmp_path / "folder"):
+        with pytest.raises(AssertionError):
+            context.save_file(target, PROMPT, seq=0)
+        with pytest.raises(AssertionError):
+            context.save_file(target, PROMPT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "slot.bin"]
+
+
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+def test_plain_caches_keep_llama_cpps_format(make, cache):
+    """Byte for byte: magic, sequence, cells, then each layer's type, row size and rows."""
+    context = make("two", cache=(cache, cache))
+    whole, row = context.save(0), {"f16": 2 * 64, "q8_0": 34 * 2}[cache]
+    cells = b"".join(struct.pack("<iIi", i, 1, 0) for i in range(N))
+    head = struct.pack("<IiII", 0xAF143CD8, 0, 1, N) + cells + struct.pack("<II", 0, 2)
+    assert whole.startswith(head)
+    side = struct.pack("<iQ", driver.TYPES[cache], row)
+    assert len(whole) == len(head) + 4 * (len(side) + N * row)
+    assert all(whole[len(head) + i * (len(side) + N * row) :].startswith(side) for i in range(4))
+
+
+@MODELS
+def test_tools_read_what_was_saved(make, tmp_path, name):
+    """Rows stored as they are, and coded anew, restore to the same."""
+    saved, path = make(name), tmp_path / "slot.bin"
+    saved.save_file(path, PROMPT, seq=0)
+    state.verify(path)
+    for coder in state.Coder:
+        state.convert(path, out := tmp_path / coder.value, coder)
+        state.verify(out)
+        restored = make(name, filled=False)
+        assert restored.restore_file(out, seq=0) == PROMPT
+        assert restored.save(0) == saved.save(0)
+    assert (tmp_path / "rans").stat().st_size < (tmp_path / "stored").stat().st_size

@@ -1,7 +1,9 @@
-"""The entropy coder in numpy. Failures caught: rows that do not come back, a code longer than the model's entropy, a damaged
-model or block that is taken."""
+"""The entropy coder in numpy. Failures caught: rows that do not come back, a code longer than the model's
+entropy, a damaged model or block that is taken."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import pytest
@@ -67,19 +69,15 @@ def test_damaged_models_and_blocks_are_refused_or_read_whole(runs, seed, data):
     block = bytearray(model.encode(rows))
     at = data.draw(st.integers(0, len(block) - 1))
     block[at] ^= data.draw(st.integers(1, 255))
-    try:
+    with contextlib.suppress(FormatError):
         assert model.decode(bytes(block), 20).shape == rows.shape
-    except FormatError:
-        pass
     for cut in (0, len(block) // 2, len(block) - 1):
         with pytest.raises(FormatError):
             model.decode(bytes(block[:cut]), 20)
     raw = bytearray(model.to_bytes())
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
-    try:
+    with contextlib.suppress(FormatError):
         assert RowModel.from_bytes(bytes(raw)).row_bytes > 0
-    except FormatError:
-        pass
     with pytest.raises(FormatError):
         RowModel.from_bytes(model.to_bytes()[:-1])
 

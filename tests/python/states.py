@@ -1,0 +1,49 @@
+"""Containers of made-up rows, as a kvtc cache would save them: for the tests of both their readers."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import row_models
+from kvtc_gguf.reference_rows import CODE, HALF, Run
+from kvtc_gguf.state_file import BLOCK, MODEL, PLAIN, RANS, STORED, Item, Record, Section, container_bytes
+
+RUNS = [Run(8, CODE, 1), Run(4, CODE, 8), Run(2, CODE, 8)]
+
+
+def section(n_rows: int, layer: int = 0, what: int = 0, head: int = 0, seed: int = 0, block: int = 16) -> Section:
+    """Rows of a small cache in blocks of `block`; exact rows are f16."""
+    model = row_models.model(RUNS if what < 2 else [Run(16, HALF, 4)], seed)
+    rows = row_models.rows(model, n_rows, seed)
+    place = {"what": what, "layer": layer, "head": head}
+    blocks = [
+        Record(BLOCK, RANS, first=i, n_rows=len(part), data=model.encode(part) or b"", **place)
+        for i in range(0, n_rows, block)
+        for part in [rows[i : i + block]]
+    ]
+    return Section(Record(MODEL, RANS, data=model.to_bytes(), **place), blocks)
+
+
+def stored(n_rows: int, row_bytes: int, **place: int) -> Section:
+    """Rows that nothing codes, as those of a q8_0 side."""
+    rows = np.random.default_rng(n_rows).integers(0, 256, (n_rows, row_bytes)).astype(np.uint8)
+    model = Record(MODEL, STORED, data=struct.pack("<I", row_bytes), **place)
+    return Section(model, [Record(BLOCK, STORED, n_rows=n_rows, data=rows.tobytes(), **place)])
+
+
+def items() -> list[Item]:
+    return [
+        Record(PLAIN, data=b"positions of the cells"),
+        section(9, what=2, seed=1),
+        section(40, seed=2),
+        Record(PLAIN, data=b"type and row size"),
+        section(40, layer=1, what=1, seed=3),
+        stored(40, 6, layer=2, what=1),
+    ]
+
+
+def sequence_file(tokens: int = 5, containers: int = 1) -> bytes:
+    """A file as `llama_state_seq_save_file` writes it."""
+    head = b"qsgg" + struct.pack("<II", 2, tokens) + bytes(4 * tokens)
+    return head + container_bytes(items()) * containers
