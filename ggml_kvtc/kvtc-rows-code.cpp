@@ -74,9 +74,7 @@ inline uint32_t decode_one(uint32_t & x, const place_table & places, const uint3
 }
 
 // The values of a column, row by row. False if the words end too early.
-bool decode_column(lanes & in, const uint32_t * steps, int bits, uint8_t * values, int64_t n) {
-    place_table places;
-    fill_places(places, steps, bits);
+bool decode_column(lanes & in, const place_table & places, const uint32_t * steps, uint8_t * values, int64_t n) {
     int64_t t = 0;
     lanes cur = in; // values are bytes, which the compiler takes for aliases of anything but locals
     for (; t + LANES <= n && cur.end - cur.p >= 2*LANES; t += LANES) {
@@ -245,6 +243,8 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
         at += n;
     }
     std::vector<uint8_t> values(8*(size_t) n_rows);
+    place_table places;
+    const uint32_t * filled = nullptr; // neighbours often share their table
     for (const kvtc_unit & unit : model->units) {
         const kvtc_column * columns = &model->columns[unit.first];
         for (int c = 0; c < unit.n_columns; ++c) {
@@ -252,7 +252,14 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
             if (columns[c].stored) {
                 memcpy(column, data, (size_t) n_rows);
                 data += n_rows;
-            } else if (!decode_column(in, &model->steps[columns[c].steps], columns[c].bits, column, n_rows)) {
+                continue;
+            }
+            const uint32_t * steps = &model->steps[columns[c].steps];
+            if (steps != filled) {
+                fill_places(places, steps, columns[c].bits);
+                filled = steps;
+            }
+            if (!decode_column(in, places, steps, column, n_rows)) {
                 return false;
             }
         }
