@@ -104,49 +104,59 @@ bool decode_column(lanes & in, const place_table & places, const uint32_t * step
     return true;
 }
 
-// Blocks are processed in strips of rows: what a strip needs stays in the nearest cache.
-constexpr int STRIP = 64;
+// Units are eight columns of B bits in B bytes, but for the last of a run. values: [n_columns][n].
 
-// values [n_columns][n] from the rows, and back
-void take_apart(const kvtc_unit & unit, const kvtc_column * columns, const uint8_t * rows, size_t stride, int64_t n, uint8_t * values) {
-    uint64_t words[STRIP];
-    for (int64_t t0 = 0; t0 < n; t0 += STRIP) {
-        const int m = (int) std::min<int64_t>(STRIP, n - t0);
-        const uint8_t * p = rows + (size_t) t0*stride + unit.byte;
-        for (int t = 0; t < m; ++t, p += stride) {
-            words[t] = unit.n_bytes == 8 ? load_bytes(p, 8) : load_bytes(p, unit.n_bytes);
+template <int B>
+void take_eight(const uint8_t * rows, size_t stride, int64_t n, uint8_t * values) {
+    for (int64_t t = 0; t < n; ++t, rows += stride) {
+        const uint64_t word = load_bytes(rows, B);
+        for (int c = 0; c < 8; ++c) {
+            values[c*n + t] = (uint8_t) (word >> B*c & ((1u << B) - 1));
         }
+    }
+}
+
+template <int B>
+void put_eight(const uint8_t * values, uint8_t * rows, size_t stride, int64_t n) {
+    for (int64_t t = 0; t < n; ++t, rows += stride) {
+        uint64_t word = 0;
+        for (int c = 0; c < 8; ++c) {
+            word |= (uint64_t) values[c*n + t] << B*c;
+        }
+        store_bytes(rows, word, B);
+    }
+}
+
+void take_apart(const kvtc_unit & unit, const kvtc_column * columns, const uint8_t * rows, size_t stride, int64_t n, uint8_t * values) {
+    rows += unit.byte;
+    switch (unit.n_columns == 8 ? unit.n_bytes : 0) {
+        case 5: return take_eight<5>(rows, stride, n, values);
+        case 6: return take_eight<6>(rows, stride, n, values);
+        case 8: return take_eight<8>(rows, stride, n, values);
+        default: break;
+    }
+    for (int64_t t = 0; t < n; ++t, rows += stride) {
+        const uint64_t word = load_bytes(rows, unit.n_bytes);
         for (int c = 0; c < unit.n_columns; ++c) {
-            uint8_t * out = values + c*n + t0;
-            const int      shift = columns[c].shift;
-            const uint32_t mask  = (1u << columns[c].bits) - 1;
-            for (int t = 0; t < m; ++t) {
-                out[t] = (uint8_t) (words[t] >> shift & mask);
-            }
+            values[c*n + t] = (uint8_t) (word >> columns[c].shift & ((1u << columns[c].bits) - 1));
         }
     }
 }
 
 void put_together(const kvtc_unit & unit, const kvtc_column * columns, const uint8_t * values, uint8_t * rows, size_t stride, int64_t n) {
-    uint64_t words[STRIP];
-    for (int64_t t0 = 0; t0 < n; t0 += STRIP) {
-        const int m = (int) std::min<int64_t>(STRIP, n - t0);
-        memset(words, 0, sizeof(words));
+    rows += unit.byte;
+    switch (unit.n_columns == 8 ? unit.n_bytes : 0) {
+        case 5: return put_eight<5>(values, rows, stride, n);
+        case 6: return put_eight<6>(values, rows, stride, n);
+        case 8: return put_eight<8>(values, rows, stride, n);
+        default: break;
+    }
+    for (int64_t t = 0; t < n; ++t, rows += stride) {
+        uint64_t word = 0;
         for (int c = 0; c < unit.n_columns; ++c) {
-            const uint8_t * in = values + c*n + t0;
-            const int shift = columns[c].shift;
-            for (int t = 0; t < m; ++t) {
-                words[t] |= (uint64_t) in[t] << shift;
-            }
+            word |= (uint64_t) values[c*n + t] << columns[c].shift;
         }
-        uint8_t * p = rows + (size_t) t0*stride + unit.byte;
-        for (int t = 0; t < m; ++t, p += stride) {
-            if (unit.n_bytes == 8) {
-                store_bytes(p, words[t], 8);
-            } else {
-                store_bytes(p, words[t], unit.n_bytes);
-            }
-        }
+        store_bytes(rows, word, unit.n_bytes);
     }
 }
 
