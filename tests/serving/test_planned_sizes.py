@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import tools
 from kvtc_gguf.dry_run import BESIDE, CACHE, COMPUTE, OUTPUT, DryRun
 from process import serve
 
-WEIGHTS = re.compile(r"model buffer size =\s*([\d.]+) MiB")
+from bench.logs import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_sizes_are_what_the_server_allocates(
     with serve(tmp_path, gemma2, *arguments) as server:
         log = server.log.read_text()
     taken = {
-        "weights": sum(map(float, WEIGHTS.findall(log))),
+        "weights": sum(float(mib) for _, mib in WEIGHTS.findall(log)),
         "codes": sum(float(line["mib"]) for line in CACHE.finditer(log)),
         "exact": sum(float(line["exact"]) for line in BESIDE.finditer(log)),
         "bases": sum(float(line["bases"]) for line in BESIDE.finditer(log)),
