@@ -155,7 +155,7 @@ def spend(
     """Measures the sensitivities where the calibration does not hold them, and gives its layers the best bits.
 
     chunks i32 [n, T] that fitting held out; step is called after each run of `sensitivity.measure`. Returns what to
-    tell: predicted and measured KLD, beside those of the uniform preset that takes as much, or the next that takes more.
+    tell: predicted and measured KLD, beside those of the uniform preset that takes as much, or the next larger one.
     """
     with Prober(model, calibration, chunks, threads) as prober:
         if "kld.k" not in calibration.stats:
