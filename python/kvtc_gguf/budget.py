@@ -31,10 +31,11 @@ class Choice:
     bpv: float
 
 
-def costs(measured: np.ndarray, error: np.ndarray) -> np.ndarray:
+def costs(measured: np.ndarray, error: np.ndarray, curve: np.ndarray | None = None) -> np.ndarray:
     """KLD f64 [len(bits), layers] of one side: measured where it was (>= 0), else in proportion to error, same shape.
 
-    Raises ValueError for a layer without any measurement.
+    curve [len(bits)]: measured KLD of the whole side at each budget (-1: not measured), which the layers then share:
+    from 2 bits to 1 the KLD grows twice as much as the error does. Raises ValueError for a layer without measurement.
     """
     out = np.full(measured.shape, np.nan)
     for layer in range(measured.shape[1]):
@@ -44,6 +45,10 @@ def costs(measured: np.ndarray, error: np.ndarray) -> np.ndarray:
         scale = measured[known, layer].sum() / max(error[known, layer].sum(), 1e-30)
         out[:, layer] = scale * error[:, layer]
         out[known, layer] = measured[known, layer]
+    if curve is not None:
+        known = curve >= 0
+        total = np.maximum(out.sum(axis=1), 1e-30)
+        out[known] *= (curve[known] / total[known])[:, None]
     floor = SHARE_FLOOR * np.median(out, axis=1, keepdims=True)
     return np.minimum.accumulate(np.maximum(out, floor), axis=0)
 
@@ -108,7 +113,12 @@ def tables(calibration: Calibration) -> tuple[np.ndarray, np.ndarray, list[int]]
     missing = [n for s in SIDES for n in (f"kld.{s}", f"error.{s}") if n not in stats]
     if missing:
         raise FormatError(f"holds no kvtc.stats.{missing[0]}, so layers cannot be compared: calibrate with --bpv")
-    each = [costs(stats[f"kld.{s}"][:, layers], stats[f"error.{s}"][:, layers].astype(np.float64)) for s in SIDES]
+    each = [
+        costs(
+            stats[f"kld.{s}"][:, layers], stats[f"error.{s}"][:, layers].astype(np.float64), stats.get(f"kld.curve.{s}")
+        )
+        for s in SIDES
+    ]
     sides = [[calibration.layers[layer][s] for layer in layers] for s in SIDES]
     values = np.array([[x.n_head * x.head_dim for x in row] for row in sides])
     return np.stack(each, axis=2).reshape(len(calibration.bits), -1), values.T.reshape(-1), layers
@@ -144,8 +154,8 @@ def spend(
 ) -> str:
     """Measures the sensitivities where the calibration does not hold them, and gives its layers the best bits.
 
-    chunks i32 [n, T] that fitting held out; step is called after each of the 2 L runs. Returns what to tell: predicted
-    and measured KLD, beside those of the uniform preset that takes as much, or the next that takes more.
+    chunks i32 [n, T] that fitting held out; step is called after each run of `sensitivity.measure`. Returns what to
+    tell: predicted and measured KLD, beside those of the uniform preset that takes as much, or the next larger one.
     """
     with Prober(model, calibration, chunks, threads) as prober:
         if "kld.k" not in calibration.stats:

@@ -211,7 +211,7 @@ def spend_bits(request: Request, calibration: Calibration, run: Run, console: Co
     assert bpv is not None
     chunks = run.statistics.texts[0].chunks[-SENSITIVITY_CHUNKS:]  # held out by `Run.fit`
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring layers", total=2 * len(calibration.layers))
+        task = progress.add_task("measuring layers", total=2 * (len(calibration.layers) + len(BUDGETS) - 1))
         told = budget.spend(request.model, calibration, chunks, bpv, request.threads, lambda: progress.advance(task))
     console.print(told, highlight=False, soft_wrap=True)
 

@@ -122,7 +122,8 @@ def uniform(calibration: Calibration, k: int, v: int) -> LayerBits:
 
 
 def measure(prober: Prober, step: Callable[[], None] | None = None) -> tuple[dict[str, np.ndarray], float]:
-    """(side -> KLD f32 [len(bits), block_count] of that side of one layer alone, -1 where not measured; background).
+    """(side -> KLD f32 [len(bits), block_count] of that side of one layer alone, and of all layers in `curve.<side>`
+    [len(bits)]; background). -1 where not measured.
 
     step is called after each run. The background is the KLD with all layers at the widest budget; it is taken off.
     """
@@ -132,6 +133,13 @@ def measure(prober: Prober, step: Callable[[], None] | None = None) -> tuple[dic
     perturbed = next(b for b in calibration.bits if b >= (1 if background > NOISY else 2) or b == widest)
     result = {s: np.full((len(calibration.bits), calibration.block_count), -1.0, np.float32) for s in SIDES}
     for side in SIDES:
+        curve = np.full(len(calibration.bits), -1.0, np.float32)
+        for i, b in enumerate(calibration.bits[:-1]):
+            k, v = (b, widest) if side == "k" else (widest, b)
+            curve[i] = max(prober.kld(uniform(calibration, k, v)) - background, 0.0)
+            if step:
+                step()
+        result[f"curve.{side}"] = curve
         for layer in sorted(calibration.layers):
             bits = uniform(calibration, widest, widest)
             bits[side][layer] = perturbed

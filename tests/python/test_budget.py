@@ -52,6 +52,13 @@ def test_what_was_not_measured_follows_the_error_and_never_rises() -> None:
         budget.costs(np.array([[1.0, -1.0]]), np.ones((1, 2)))
 
 
+def test_layers_share_what_their_side_costs_as_a_whole() -> None:
+    measured = np.array([[-1, -1], [4, 2], [-1, -1]])
+    error = np.array([[8, 8], [2, 2], [1, 3]])
+    cost = budget.costs(measured, error, np.array([48.0, 6.0, -1.0]))
+    np.testing.assert_allclose(cost, [[32, 16], [4, 2], [2, 2]])
+
+
 def test_a_layer_measured_as_free_still_costs_something() -> None:
     cost = budget.costs(np.array([[1.0, 0.0, 1.0]]), np.ones((1, 3)))
     assert cost[0, 1] == pytest.approx(budget.SHARE_FLOOR)

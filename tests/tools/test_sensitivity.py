@@ -38,6 +38,7 @@ def test_fewer_bits_of_one_layer_cost_less_than_of_all(prober: Prober) -> None:
     assert len(each) == 2 * tools.N_LAYER and (each > 0).all()
     at = calibration.bits[int((tables["k"] >= 0).any(axis=1).argmax())]
     together = prober.kld(uniform(calibration, at, at)) - background
+    assert (np.diff(tables["curve.k"][:5]) < 0).all() and tables["curve.k"][5] == -1
     assert each.max() < together and 0.3 * together < each.sum() < 3 * together
 
 
