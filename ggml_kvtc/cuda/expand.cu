@@ -1,4 +1,4 @@
-// Keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode.cu, but rotated to
+// Keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode-kernel.cuh, but rotated to
 // their positions, in f32, and written out.
 #include "expand.cuh"
 #include "tables.cuh"
