@@ -8,7 +8,8 @@ namespace kvtc {
 namespace {
 
 template <int D> constexpr int WARPS = D <= 128 ? 4 : 2;
-constexpr int MAX_TABLE = 1024; // bytes of a turbo side's table
+constexpr int   MAX_TABLE = 1024;     // bytes of a turbo side's table
+constexpr float MAX_GAIN  = 23'820.0f; // times any level this is below f16's largest number: infinity, even in a cell that nobody sees, is NaN in a sum
 
 // A warp has 16 columns. tiled: in the order that attend-sm90.cuh states, else column after column.
 template <int D, bool tiled>
@@ -45,7 +46,7 @@ __global__ void copy_side(const attn_args a, const columns c, const side_rows s,
         const uint8_t * from = rows + (int64_t) __shfl_sync(0xffffffff, mine.cell, j)*a.nb_row[side] + head*s.n_bytes;
         copy_pieces(stage + j*stride, get_pieces(from, s.n_bytes), lane%8, 8);
     }
-    const float gain = s.kind == SIDE_TURBO ? load_gain(s, start - head*s.n_bytes, head) : 1.0f;
+    const float gain = s.kind == SIDE_TURBO ? fmaxf(-MAX_GAIN, fminf(MAX_GAIN, load_gain(s, start - head*s.n_bytes, head))) : 1.0f;
     copy_commit();
     copy_wait<0>();
     __syncthreads();

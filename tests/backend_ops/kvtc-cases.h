@@ -391,7 +391,13 @@ struct test_kvtc_attn : public kvtc_test_case {
         for (int i = 0; i < 2; ++i) {
             const size_t n = (size_t) (c.n_kv + SPARE)*c.streams;
             const int    kind = i == GGML_KVTC_K ? c.k : c.v;
-            put(i == GGML_KVTC_K ? "k" : "v", is_coded(i) ? pack->random_rows(rng, (ggml_kvtc_side) i, n) : kvtc_test::plain_rows(rng, kind, c.heads, c.d, n));
+            auto rows = is_coded(i) ? pack->random_rows(rng, (ggml_kvtc_side) i, n) : kvtc_test::plain_rows(rng, kind, c.heads, c.d, n);
+            for (size_t j = 0; is_coded(i) && j < pos.size(); ++j) {
+                if (pos[j] < 0 && c.mask != KVTC_ALL) {
+                    pack->set_largest_gains((ggml_kvtc_side) i, j/c.n_kv*(c.n_kv + SPARE) + j%c.n_kv, rows);
+                }
+            }
+            put(i == GGML_KVTC_K ? "k" : "v", rows);
         }
         put("mask",  mask);
         put("sinks", sinks);

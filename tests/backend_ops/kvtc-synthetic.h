@@ -200,6 +200,19 @@ struct universal_pack {
         ggml_kvtc_cuda_pack_limits(bytes.data(), limits);
     }
 
+    // The largest gains in row i of a turbo side: what nobody sees must not become infinity.
+    void set_largest_gains(ggml_kvtc_side side, size_t i, std::vector<uint8_t> & rows) const {
+        const void * pack   = ggml_kvtc_pack_find(bytes.data());
+        const auto & layout = ((const ggml_kvtc_pack_header *) pack)->side[side];
+        for (uint32_t h = 0; h < layout.n_head; ++h) {
+            const ggml_kvtc_pack_head & head = *ggml_kvtc_pack_get_head(pack, side, (int) h);
+            const ggml_fp16_t largest = 0x7bff;
+            if (head.f16_gain) {
+                memcpy(&rows[i*layout.row_bytes + head.payload], &largest, sizeof(largest));
+            }
+        }
+    }
+
     // Rows of random codes. Gains stay near 1 or are 0, so that no single token takes all of the attention; the bytes that no
     // head owns are random as well. Turbo gains may be what only a damaged state holds.
     std::vector<uint8_t> random_rows(rng_t & rng, ggml_kvtc_side side, size_t n) const {

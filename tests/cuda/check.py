@@ -96,7 +96,8 @@ def check_rows(n_head: int, d: int, kind: int | str) -> float:
         different = max(different, float((rows != right).mean()))
         exact = np.full((n_head, n_rows, d), -1.0, np.float16)
         right = exact.copy()
-        right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
+        with np.errstate(over="ignore"):  # f16 has no numbers as large
+            right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
         with ggml_graph.graph(64) as g:
             tensors = g.tensor(exact), g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
             stored = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, *tensors, side), 1, poison=False)
