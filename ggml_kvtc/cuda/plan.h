@@ -12,20 +12,6 @@
 
 namespace kvtc {
 
-struct attn_shape {
-    int d, n_kv, n_tokens, group, n_head_kv, n_stream;
-    int row_bytes[2]; // K, V
-    int bytes    [2]; // most of a head's payload
-    int tables   [2]; // of its tables, in bytes
-    int pairs    [2]; // of the tables of pairs made of them
-    side_kind kind[2] = {};
-};
-
-// sides of another kind than kvtc's: kernels for sm_90a serve none
-inline bool has_others(const attn_shape & s) {
-    return has_others(s.kind);
-}
-
 constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // bytes of keys, values and masks of a chunk
 
 struct gpu_shape {

@@ -1,4 +1,4 @@
-// What a side's rows may be besides kvtc's. No CUDA in here: tests run it anywhere.
+// The shape of an attention, and what a side's rows may be besides kvtc's. No CUDA in here: tests run it anywhere.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,20 @@ constexpr bool is_coded(side_kind kind) {
     return kind == SIDE_KVTC || kind == SIDE_TURBO;
 }
 
+struct attn_shape {
+    int d, n_kv, n_tokens, group, n_head_kv, n_stream;
+    int row_bytes[2]; // K, V
+    int bytes    [2]; // most of a head's payload
+    int tables   [2]; // of its tables, in bytes
+    int pairs    [2]; // of the tables of pairs made of them
+    side_kind kind[2] = {};
+};
+
+// sides of another kind than kvtc's: kernels for sm_90a serve none
+inline bool has_others(const attn_shape & s) {
+    return s.kind[0] != SIDE_KVTC || s.kind[1] != SIDE_KVTC;
+}
+
 // How the rows of a side of another kind than SIDE_KVTC lie: the heads' n_bytes one after the other, then, of SIDE_TURBO, their gains.
 struct side_rows {
     side_kind kind;
@@ -20,14 +34,8 @@ struct side_rows {
     int       gains;   // where in a row these begin, f16
 };
 
-// shape: plan.h's attn_shape
-template <typename shape>
-side_rows make_side_rows(const shape & s, int side) {
+inline side_rows make_side_rows(const attn_shape & s, int side) {
     return { s.kind[side], s.bytes[side], 8*s.bytes[side]/s.d, s.n_head_kv*s.bytes[side] };
-}
-
-inline bool has_others(const side_kind (&kind)[2]) {
-    return kind[0] != SIDE_KVTC || kind[1] != SIDE_KVTC;
 }
 
 // Rows begin at any byte. They are copied in pieces of memory's 16 bytes, the first of which holds a row's first byte.
