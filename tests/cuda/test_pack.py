@@ -105,7 +105,7 @@ def test_values_of_an_ordinary_type_have_a_matrix_of_ones(coded):
 def test_limits_are_those_of_coded_sides():
     native, _ = coded_sides(2, (("turbo3", 128), ("turbo4", 128)))
     limits = ffi.ffi.new("int32_t[6]")
-    ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(write_pack(native, 3, 4)), limits)
-    assert list(limits) == [48, 64, 1024, 256, 0, 0]
-    ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(write_pack(native, 3, 0)), limits)
-    assert list(limits) == [48, 0, 1024, 0, 0, 0]
+    for bits_v, right in ((4, [48, 64, 1024, 256, 0, 0]), (0, [48, 0, 1024, 0, 0, 0])):
+        pack = write_pack(native, 3, bits_v)
+        ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(pack), limits)
+        assert list(limits) == right
