@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from kvtc_gguf.format import Calibration
-from kvtc_gguf.layout import row_bytes
 from kvtc_gguf.reference_rope import Rope
 from rich.console import Console
 
@@ -28,6 +27,7 @@ from bench.random_model import BITS, SHAPES, Shape, make_side
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 STOCK = {"f16": (1, 1, 2), "q8_0": (8, 32, 34), "q4_0": (2, 32, 18)}  # ggml type, values and bytes of a block
+TYPES = "f16,q8_0,q4_0,k2v4,k3v4,k1v3,k4v4"
 SINKS, WINDOW, SLOTS = 4, 128, 196
 BLOCK = 2048  # rows of random content, repeated
 COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "tflop_per_s", "over_floor")
@@ -87,10 +87,19 @@ def time_nodes(ffi: Any, graph: Any, nodes: list[Any], repeats: int = 20) -> flo
         ffi.base.ggml_backend_buffer_free(buffer)
 
 
-def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens: int, copies: int) -> float:
-    """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact."""
+def parse_kinds(name: str) -> tuple[int | str, int | str]:
+    """K and V of "k<a>v<b>" or "turbo<b>"."""
+    return (name, name) if name.startswith("turbo") else (int(name[1]), int(name[3]))
+
+
+def time_kvtc(
+    ffi: Any, shape: Shape, kinds: tuple[int | str, int | str], depth: int, tokens: int, copies: int
+) -> float:
+    """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact, as kvtc types have them."""
     import ggml_graph
     import synthetic
+    from kvtc_gguf import reference_turbo
+    from sides import bits_of, is_turbo, size_of, type_of
 
     rng = np.random.default_rng(0)
     d, heads = shape.head_dim, shape.n_head_kv
@@ -99,31 +108,36 @@ def time_kvtc(ffi: Any, shape: Shape, bits: tuple[int, int], depth: int, tokens:
         "0" * 16, shape.architecture, 1, list(BITS), {0: sides}, "random", 0, "bench", "2026-01-01"
     )
     with tempfile.TemporaryDirectory() as folder:
-        pack = ffi.native(calibration, Path(folder)).pack(0, *bits)
-    ffi.set_rope(pack, Rope(d, neox=shape.architecture != "llama", freq_base=shape.rope_base), d)
+        native = ffi.native(calibration, Path(folder))
+    for side, kind in enumerate(kinds):
+        if is_turbo(kind):
+            native = native.with_turbo(side, bits_of(kind), heads, d)
+            sides["kv"[side]] = reference_turbo.side(heads, d, bits_of(kind))
+    pack = native.pack(0, *map(bits_of, kinds))
+    if not is_turbo(kinds[0]):
+        ffi.set_rope(pack, Rope(d, neox=shape.architecture != "llama", freq_base=shape.rope_base), d)
     cells = np.stack([np.arange(depth), np.full(depth, -1)], axis=1).astype(np.int32)
     old = max(SINKS, depth - tokens - WINDOW)
     cells[:SINKS, 1] = np.arange(SINKS)
     cells[old : depth - tokens, 1] = SINKS + np.arange(depth - tokens - old)
     cells[depth - tokens :, 1] = -2 - np.arange(tokens)
     rows = []
-    for side, b in enumerate(bits):
+    for side, kind in enumerate(kinds):
         z = synthetic.draw(rng, sides["kv"[side]], BLOCK)
-        block = ffi.encode_rows(pack, side, z, row_bytes(heads, d, b))
+        block = ffi.encode_rows(pack, side, z, size_of(kind, heads, d))
         rows.append(np.tile(block, (-(-depth // BLOCK), 1))[:depth])
     with ggml_graph.graph(4) as g:
         mask, packed = g.tensor(causal(tokens, depth)), g.pack(pack)
         info = g.tensor(np.concatenate([cells.reshape(-1), np.arange(depth - tokens, depth, dtype=np.int32)]))
         exact = g.tensor(rng.standard_normal(2 * SLOTS * heads * d).astype(np.float16))
-        batch = [g.tensor(rng.standard_normal((heads, tokens, d)).astype(np.float32)) for _ in bits]
+        batch = [g.tensor(rng.standard_normal((heads, tokens, d)).astype(np.float32)) for _ in kinds]
         numbers = {"scale": d**-0.5, "n_sink": SINKS, "n_window": WINDOW, "n_slots": SLOTS, "limits": ffi.limits(pack)}
         params = ffi.ffi.new("struct ggml_kvtc_attn_params *", numbers)
         nodes = []
         for _ in range(copies):
             views = []
-            for content, b in zip(rows, bits, strict=True):
-                kind = ffi.kvtc_type(b)
-                cache = g.rows(kind, heads * d, content)
+            for content, kind in zip(rows, map(type_of, kinds), strict=True):
+                cache = g.rows(kind, ffi.base.ggml_kvtc_row_values(kind, heads, d), content)
                 strides = content.shape[1], ffi.base.ggml_row_size(kind, d), content.size
                 views.append(ffi.base.ggml_view_4d(g.ctx, cache, d, depth, heads, 1, *strides, 0))
             q = g.tensor(rng.standard_normal((1, shape.n_head, tokens, d)).astype(np.float32))
@@ -160,7 +174,7 @@ def main(
     shape: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")],
     depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072,524288",
     tokens: Annotated[str, typer.Option(help="Tokens of a batch, separated by commas.")] = "1,512",
-    types: Annotated[str, typer.Option(help="f16, q8_0, q4_0 or k<a>v<b>.")] = "f16,q8_0,q4_0,k2v4,k3v4,k1v3,k4v4",
+    types: Annotated[str, typer.Option(help="f16, q8_0, q4_0, turbo<b> or k<a>v<b>.")] = TYPES,
     bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory for the floor; 0: measured.")] = 0.0,
     rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products for the floor; 0: measured.")] = 0.0,
     output: Annotated[Path | None, typer.Option("-o", help="CSV to write.")] = None,
@@ -169,6 +183,8 @@ def main(
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape}: use one of {', '.join(SHAPES)}")
     ffi, s, rows = load_libraries(), SHAPES[shape], []
+    from sides import is_turbo, size_of
+
     limits = ceilings.Ceilings(bandwidth, rate)
     if not (bandwidth and rate):
         found = ceilings.measure(ffi, time_nodes)
@@ -184,10 +200,10 @@ def main(
                     seconds = time_stock(ffi, s, name, depth, n_tokens, copies)
                     size = 2 * values * STOCK[name][2] // STOCK[name][1]
                 else:
-                    bits = int(name[1]), int(name[3])
-                    seconds = time_kvtc(ffi, s, bits, depth, n_tokens, copies)
-                    size = values * sum(bits) // 8
-                    operations += count_rebuild(s, depth)
+                    kinds = parse_kinds(name)
+                    seconds = time_kvtc(ffi, s, kinds, depth, n_tokens, copies)
+                    size = depth * sum(size_of(kind, s.n_head_kv, s.head_dim) for kind in kinds)
+                    operations += 0 if is_turbo(kinds[0]) else count_rebuild(s, depth)  # turbo's keys are not rebuilt
                 floor = limits.floor(size, operations)
                 rows.append((shape, name, n_tokens, depth, seconds * 1e6, size / seconds / 1e9,
                              operations / seconds / 1e12, seconds / floor, limits.bandwidth, limits.rate))  # fmt: skip

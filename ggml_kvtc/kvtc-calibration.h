@@ -38,6 +38,7 @@ struct ggml_kvtc_side_calibration {
 
     int      budget_index(int b)             const; // -1 if it has no such budget
     uint32_t head_bytes  (int h, int budget) const; // of head h in a row, its gain code included
+    uint32_t row_bytes (int bits)            const;
     std::vector<ggml_kvtc_place> places(int budget) const; // of its heads in a row
 };
 

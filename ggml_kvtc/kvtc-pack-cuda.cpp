@@ -57,27 +57,31 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     const int d = side.d;
     const int G = d/8;
     const int8_t * w = side.group_widths(h, budget);
+    const int n_book = side.turbo ? 1 : G; // groups that have tables of their own
 
     size_t n_levels = 0;
     size_t n_bounds = 0;
     ggml_kvtc_cuda_head tmp = {};
     for (int g = 0; g < G; ++g) {
+        tmp.rank = w[g] > 0 ? 8*(g + 1) : tmp.rank;
+        if (g >= n_book) {
+            continue;
+        }
         tmp.first_level[g] = (uint32_t) n_levels;
         tmp.first_bound[g] = (uint32_t) n_bounds;
         if (w[g] > 0) {
             n_levels += (size_t) 8 << w[g];
             n_bounds += 8*(((size_t) 1 << w[g]) - 1);
-            tmp.rank  = 8*(g + 1);
         }
         tmp.n_tables += table_bytes(w[g]);
         tmp.n_wide    = w[g] > 4 ? g + 1 : tmp.n_wide;
     }
-    std::vector<uint32_t> pairs_at;
-    tmp.n_pairs = place_pairs(w, G, pairs_at);
+    std::vector<uint32_t> pairs_at(G);
+    tmp.n_pairs = side.turbo ? 0 : place_pairs(w, G, pairs_at);
     uint8_t * widths; ggml_fp16_t * levels; float * bounds; float * mean; ggml_fp16_t * decode; uint8_t * tables;
     ggml_kvtc_cuda_pair_code * pair_codes; uint8_t * pairs;
     tmp.payload   = payload;
-    tmp.n_bytes   = side.head_bytes(h, budget);
+    tmp.n_bytes   = side.head_bytes(h, budget) - (side.turbo ? sizeof(ggml_fp16_t) : 0);
     tmp.gain_base = side.gain[2*h];
     tmp.keep_norm = side.gain[2*h + 1] != 0.0f;
     tmp.widths    = out.put(G, &widths);
@@ -90,7 +94,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     tmp.decode    = out.put((size_t) d*d, &decode);
     tmp.codes     = place + offsetof(ggml_kvtc_cuda_head, group_code);
     tmp.tables    = out.put(tmp.n_tables, &tables);
-    tmp.pair_codes = out.put(G, &pair_codes);
+    tmp.pair_codes = out.put(side.turbo ? 0 : G, &pair_codes);
     tmp.pairs      = out.put(tmp.n_pairs, &pairs);
     if (!out.base) {
         return;
@@ -99,16 +103,18 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     const uint32_t * first_level = tmp.first_level;
     const uint32_t * first_bound = tmp.first_bound;
 
-    uint32_t at    = 8; // behind the gain code
+    uint32_t at    = side.turbo ? 0 : 8; // behind the gain code
     uint32_t table = 0;
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
         const bool     pair = w[g] > 0 && w[g] <= 4;
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
-        pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+        if (!side.turbo) {
+            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+        }
         at += 8*w[g];
-        if (w[g] == 0) {
+        if (w[g] == 0 || g >= n_book) {
             continue;
         }
         const int n = 1 << w[g];
@@ -134,6 +140,9 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
             std::copy_n(levels + first_level[g], 8*n, (ggml_fp16_t *) to);
         };
         w[g] <= 3 ? put_pairs(tables + table, 4*n*n, 0)                 : put_single(tables + table);
+        if (side.turbo) {
+            continue; // the next groups have this table
+        }
         w[g] <= 4 ? put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN, swap) : put_single(pairs + pairs_at[g]);
         table += table_bytes(w[g]);
     }
@@ -159,12 +168,33 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
     const int budget = side.budget_index(bits);
     const std::vector<ggml_kvtc_place> places = side.places(budget);
 
-    GGML_ASSERT(!side.turbo && "no kernels for it");
     for (int h = 0; h < side.H; ++h) {
-        put_head(out, side, which, h, budget, places[h].gain);
+        if (!side.turbo) {
+            put_head(out, side, which, h, budget, places[h].gain);
+        } else if (h == 0) {
+            put_head(out, side, which, h, budget, places[h].codes);
+        } else if (pack) { // all heads of turbo types share what the first has
+            auto * head = (ggml_kvtc_cuda_head *) (out.base + GGML_KVTC_CUDA_HEAD_AT(which, h));
+            memcpy(head, out.base + GGML_KVTC_CUDA_HEAD_AT(which, 0), sizeof(*head));
+            head->payload = places[h].codes;
+        }
     }
     if (pack) {
-        pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) (side.H*side.d*bits/8) };
+        pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, side.row_bytes(bits) };
+    }
+}
+
+// A side of an ordinary type, whose values take part in what kernels do with those of coded sides: they are their own components.
+void put_plain(ggml_kvtc_bump & out, ggml_kvtc_side which, int H, int d, ggml_kvtc_cuda_pack * pack) {
+    ggml_kvtc_cuda_head head = {};
+    float * mean; ggml_fp16_t * decode;
+    head.mean   = out.put(d, &mean);
+    head.decode = out.put(which == GGML_KVTC_V ? (size_t) d*d : 0, &decode);
+    for (int i = 0; pack && which == GGML_KVTC_V && i < d; ++i) {
+        decode[(size_t) i*d + i] = ggml_fp32_to_fp16(1.0f); // the rest of the pack is zeros
+    }
+    for (int h = 0; pack && h < H; ++h) {
+        memcpy(out.base + GGML_KVTC_CUDA_HEAD_AT(which, h), &head, sizeof(head));
     }
 }
 
@@ -181,7 +211,7 @@ void put_operands(ggml_kvtc_cuda_pack * pack) {
     const int d      = (int) pack->side[GGML_KVTC_K].d;
     const int n_head = (int) pack->side[GGML_KVTC_K].n_head;
     const int n_all  = std::max(n_head, (int) pack->side[GGML_KVTC_V].n_head);
-    for (int h = 0; h < n_head && GGML_KVTC_CUDA_HAS_OPERAND(d); ++h) {
+    for (int h = 0; h < n_head && pack->operands; ++h) {
         const auto & head = *(const ggml_kvtc_cuda_head *) (base + GGML_KVTC_CUDA_HEAD_AT(GGML_KVTC_K, h));
         const auto * from = (const ggml_fp16_t *) (base + head.decode);
         const auto * mean = (const float *)       (base + head.mean);
@@ -207,15 +237,20 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
     out.put(1, &pack);
     const int n_head = std::max(bits_k > 0 ? cal.find(il, GGML_KVTC_K)->H : 0, bits_v > 0 ? cal.find(il, GGML_KVTC_V)->H : 0);
     out.reserve(2*(size_t) n_head*sizeof(ggml_kvtc_cuda_head));
-    const int d_k = bits_k > 0 ? cal.find(il, GGML_KVTC_K)->d : 0;
+    const bool turns = bits_k > 0 && !cal.find(il, GGML_KVTC_K)->turbo; // keys are rebuilt and rotated
+    const int  d_k   = turns ? cal.find(il, GGML_KVTC_K)->d : 0;
     if (GGML_KVTC_CUDA_HAS_OPERAND(d_k)) {
         const uint32_t at = out.reserve(n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + (size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d_k)*4);
         GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
     }
     put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
     put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
+    if (bits_k == 0 || bits_v == 0) {
+        const ggml_kvtc_side_calibration & other = *cal.find(il, bits_k == 0 ? GGML_KVTC_V : GGML_KVTC_K);
+        put_plain(out, bits_k == 0 ? GGML_KVTC_K : GGML_KVTC_V, other.H, other.d, pack);
+    }
 
-    const uint32_t freq = bits_k > 0 ? out.reserve(d_k/2*sizeof(uint64_t)) : 0;
+    const uint32_t freq = turns ? out.reserve(d_k/2*sizeof(uint64_t)) : 0;
     const size_t size = (out.used + 63)/64*64;
     if (pack) {
         pack->magic     = GGML_KVTC_CUDA_PACK_MAGIC;
@@ -223,6 +258,7 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         pack->size      = size;
         pack->rope_type = GGML_KVTC_ROPE_NONE;
         pack->freq      = freq;
+        pack->operands  = GGML_KVTC_CUDA_HAS_OPERAND(d_k);
         put_operands(pack);
     }
     return size;
@@ -259,7 +295,7 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
         freq[p] = get_turns(rope->inv_freq[p]);
     }
     const int d = (int) pack->side[GGML_KVTC_K].d;
-    if (!GGML_KVTC_CUDA_HAS_OPERAND(d)) {
+    if (!pack->operands) {
         return;
     }
     put_operands(pack);

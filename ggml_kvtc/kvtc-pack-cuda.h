@@ -6,8 +6,9 @@
 //   +--------+----------+----------+----------+----------+---+-------------------+---------------------------------------+------+
 //
 // Where a head is described follows from its number, and what its writing needs first lies there too: each read that must wait for
-// another costs a kernel of few blocks the latency of the device's memory. A side of another type leaves its places empty.
-// Tables and matrices are f16, as the calibration file has them.
+// another costs a kernel of few blocks the latency of the device's memory. A side of another type has heads of a matrix of ones alone.
+// Tables and matrices are f16, as the calibration file has them. The heads of a turbo side share all but their payloads' places, their
+// groups one table; there are neither pairs nor operands nor turns for it.
 #pragma once
 
 #include "kvtc-pack.h"
@@ -26,8 +27,8 @@ struct ggml_kvtc_cuda_code {
 };
 
 struct ggml_kvtc_cuda_head {
-    uint32_t payload;    // byte offset of the head's gain code in a row, a multiple of 4
-    uint32_t n_bytes;    // of the payload: 1 + the sum of the widths
+    uint32_t payload;    // byte offset of the head's gain code in a row, a multiple of 4; turbo: of its codes, any number
+    uint32_t n_bytes;    // of the payload: 1 + the sum of the widths; turbo: the codes alone
     uint32_t rank;       // components with at least one bit: the first ones, a multiple of 8
     uint32_t keep_norm;  // gain rule: 0 unbiased, 1 norm keeping
     float    gain_base;
@@ -78,7 +79,8 @@ struct ggml_kvtc_cuda_pack {
     uint32_t rope_type;  // enum ggml_kvtc_rope_type
     uint32_t rope_n_rot;
     float    rope_mscale;
-    uint32_t pad[4];
+    uint32_t operands;   // the pack holds operands and turns
+    uint32_t pad[3];
     uint32_t freq;       // u64 [d_k/2] turns per position in units of 2^-64, modulo 1: angle = 2*pi * (position * freq mod 2^64) / 2^64
 };
 

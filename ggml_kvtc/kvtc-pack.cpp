@@ -113,9 +113,7 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
         put_head(out, side, which, h, budget, places[h], heads ? &heads[h] : nullptr);
     }
     if (header) {
-        const ggml_type type = (ggml_type) ((side.turbo ? GGML_TYPE_TURBO2 - 2 : GGML_TYPE_KVTC1 - 1) + bits);
-        const size_t    row  = ggml_row_size(type, ggml_kvtc_row_values(type, side.H, side.d));
-        header->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, (uint32_t) row, heads_at };
+        header->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, side.row_bytes(bits), heads_at };
     }
 }
 
@@ -159,6 +157,11 @@ uint32_t ggml_kvtc_side_calibration::head_bytes(int h, int budget) const {
         n += group_widths(h, budget)[g];
     }
     return n;
+}
+
+uint32_t ggml_kvtc_side_calibration::row_bytes(int b) const {
+    const ggml_type type = (ggml_type) ((turbo ? GGML_TYPE_TURBO2 - 2 : GGML_TYPE_KVTC1 - 1) + b);
+    return (uint32_t) ggml_row_size(type, ggml_kvtc_row_values(type, H, d));
 }
 
 std::vector<ggml_kvtc_place> ggml_kvtc_side_calibration::places(int budget) const {

@@ -10,6 +10,9 @@ namespace kvtc {
 // row = (stream*n_tokens + token)*n_head + head
 void decode(const attn_args & a, int d, const decode_plan & p, float * values, float2 * meta, cudaStream_t stream);
 
+// the same where keys are of another kind; queries are in the space in which these are stored (expand-sides.cu)
+void decode_sides(const attn_args & a, const attn_shape & s, const decode_plan & p, float * values, float2 * meta, cudaStream_t stream);
+
 // the same on sm_90a
 void decode_sm90(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream);
 void decode_sm90_few(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream); // where the plan says so

@@ -76,8 +76,8 @@ __device__ __forceinline__ bool is_near(const component & x, int w) {
 // components that N times a block's warps have, in R blocks
 template <int N, int R> constexpr int LARGEST = N*R*WARPS*(R > 1 ? SHARED : ALL);
 
-// R blocks share a vector
-template <int N, int R>
+// R blocks share a vector. turbo: both sides are of turbo types, else of kvtc's
+template <int N, int R, bool turbo>
 __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     constexpr int ROWS  = R > 1 ? SHARED : ALL; // of a warp at once
     constexpr int PARTS = 32/ROWS;              // threads of a component
@@ -157,7 +157,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
             midpoints[i][k] = PARTS*k + part < n - 1 ? bounds[own[i].bounds + (PARTS*k + part)*LANES + l] : INFINITY;
         }
         // A group's threads fetch its levels and, where a search reads one after the other, its bounds.
-        if (is_near(own[i], w)) {
+        if (!turbo && is_near(own[i], w)) {
             constexpr int T = LANES*PARTS;
             for (int k = lane%T; k < (w > 0 ? 1 << w : 0); k += T) {
                 copy_async<16>(near_levels + own[i].levels + 8*k, levels + own[i].levels + 8*k);
@@ -242,7 +242,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
             for (int k = PARTS/2; k > 0; k /= 2) {
                 code += __shfl_xor_sync(0xffffffff, code, k);
             }
-            const bool    near = is_near(own[i], w);
+            const bool    near = !turbo && is_near(own[i], w); // turbo: all groups have one table
             const float * from = (near ? near_bounds : bounds) + own[i].bounds + l;
             for (int step = w > 4 ? 1 << w >> 1 : 0; step > 0; step /= 2) {
                 if (y > from[(code + step - 1)*LANES]) {
@@ -275,7 +275,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     if (rank > 0) {
         return;
     }
-    for (uint32_t i = n_bytes + threadIdx.x; i < next - payload; i += THREADS) {
+    for (uint32_t i = n_bytes + threadIdx.x; !turbo && i < next - payload; i += THREADS) {
         out[i] = 0;
     }
     if constexpr (R > 1) {
@@ -286,21 +286,25 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     if (warp == 0) {
         const double2 sums = ordered_sums(products, d);
         if (lane == 0) {
-            out[0] = inv == 0.0f ? 0 : get_gain_code(power.y, sums, keep_norm, gain_base);
+            if constexpr (turbo) {
+                put_turbo_gain(pack, side, n_bytes, h, args.n_head, inv == 0.0f ? 0 : get_gain_bits(power.y, sums), out - payload);
+            } else {
+                out[0] = inv == 0.0f ? 0 : get_gain_code(power.y, sums, keep_norm, gain_base);
+            }
         }
     }
 }
 
-template <int N>
+template <int N, bool turbo = false>
 __launch_bounds__(THREADS)
 __global__ void transform_and_write_all(const fused_args args) {
-    transform_and_write<N, 1>(args);
+    transform_and_write<N, 1, turbo>(args);
 }
 
-template <int R>
+template <int R, bool turbo = false>
 KVTC_CLUSTER(R) __launch_bounds__(THREADS)
 __global__ void transform_and_write_shared(const fused_args args) {
-    transform_and_write<1, R>(args);
+    transform_and_write<1, R, turbo>(args);
 }
 
 template <typename F>
@@ -310,9 +314,16 @@ void launch(F kernel, int n_block, const fused_args & a, cudaStream_t stream) {
 
 } // namespace
 
+bool encode_few_supports_turbo(int cc, int d) {
+    return d <= LARGEST<1, 1> || (has_clusters(cc) && d <= LARGEST<1, 4>);
+}
+
 void encode_few(const fused_args & a, int cc, cudaStream_t stream) {
     static_assert(GGML_KVTC_MAX_DIM <= LARGEST<4, 1> && GGML_KVTC_MAX_DIM <= LARGEST<1, 8>, "no kernel for the largest vectors");
-    if (a.d <= LARGEST<1, 1>) {
+    if (a.turbo) {
+        const bool one = a.d <= LARGEST<1, 1>;
+        launch(one ? transform_and_write_all<1, true> : transform_and_write_shared<4, true>, one ? 1 : 4, a, stream);
+    } else if (a.d <= LARGEST<1, 1>) {
         launch(transform_and_write_all<1>, 1, a, stream);
     } else if (has_clusters(cc)) {
         const bool small = a.d <= LARGEST<1, 4>;

@@ -19,6 +19,7 @@ struct write_args {
     int             n_tokens, n_head, d;
 };
 
+template <bool turbo>
 __global__ void write_codes(const write_args a, int side) {
     extern __shared__ float scratch[]; // [warp][3][d]: plain, whitened, levels
     const int lane   = threadIdx.x % 32;
@@ -39,7 +40,7 @@ __global__ void write_codes(const write_args a, int side) {
         plain[c] = z[c];
     }
     __syncwarp();
-    code_vector(pack, side, h, a.n_head, a.d, plain, plain + a.d, plain + 2*a.d, a.dst + row*a.nb_1 + get_head(pack, side, h).payload);
+    code_vector<turbo>(pack, side, h, a.n_head, a.d, plain, plain + a.d, plain + 2*a.d, a.dst + row*a.nb_1 + get_head(pack, side, h).payload);
 }
 
 // A thread has eight components; blocks of a head and a side share its tokens.
@@ -92,7 +93,8 @@ void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     constexpr int WARPS = THREADS/32;
     const int64_t n = (int64_t) a.n_tokens*a.n_head;
     if (n > 0) {
-        write_codes<<<(int) ((n + WARPS - 1)/WARPS), THREADS, WARPS*3*a.d*sizeof(float), ctx.stream()>>>(a, ggml_get_op_params_i32(dst, 0));
+        const auto kernel = ggml_kvtc_is_turbo(dst->type) ? write_codes<true> : write_codes<false>;
+        kernel<<<(int) ((n + WARPS - 1)/WARPS), THREADS, WARPS*3*a.d*sizeof(float), ctx.stream()>>>(a, ggml_get_op_params_i32(dst, 0));
         CUDA_CHECK(cudaGetLastError());
     }
 }

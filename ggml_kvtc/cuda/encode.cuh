@@ -30,8 +30,20 @@ __device__ __forceinline__ uint32_t get_end(const char * pack, int side, int h, 
     return h + 1 < n_head ? get_head(pack, side, h + 1).payload : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes;
 }
 
+// The gain of a turbo vector to its place behind the codes of all heads, and behind the last one zeros to the row's end. row: its
+// first byte; by one thread
+__device__ __forceinline__ void put_turbo_gain(const char * pack, int side, uint32_t n_bytes, int h, int n_head, uint32_t bits, uint8_t * row) {
+    uint32_t at = n_head*n_bytes + 2*h;
+    row[at++] = (uint8_t) bits;
+    row[at++] = (uint8_t) (bits >> 8);
+    for (const uint32_t end = h + 1 < n_head ? at : ((const ggml_kvtc_cuda_pack *) pack)->side[side].row_bytes; at < end; ++at) {
+        row[at] = 0;
+    }
+}
+
 // One vector of head h to its codes at out. plain: its components, in shared memory, as are white and level, d floats of scratch.
-// Four threads share the groups of a lane, and one of them takes each sum, in order.
+// Four threads share the groups of a lane, and one of them takes each sum, in order. turbo: of a turbo type, else of kvtc's
+template <bool turbo>
 __device__ __forceinline__ void code_vector(const char * pack, int side, int h, int n_head, int d, const float * plain, float * white, float * level, uint8_t * out) {
     constexpr int LANES = ENCODE_LANES;
     constexpr int U     = 4; // groups of a thread whose searches run together
@@ -108,6 +120,12 @@ __device__ __forceinline__ void code_vector(const char * pack, int side, int h, 
     __syncwarp();
     const double sums = sum_groups(part == 0 ? plain : level, level);
     const double self = __shfl_sync(0xffffffff, sums, LANES);
+    if constexpr (turbo) {
+        if (lane == 0) {
+            put_turbo_gain(pack, side, head.n_bytes, h, n_head, zero ? 0 : get_gain_bits(power, make_double2(sums, self)), out - head.payload);
+        }
+        return;
+    }
     if (lane == 0) {
         out[0] = zero ? 0 : get_gain_code(power, make_double2(sums, self), head.keep_norm != 0, head.gain_base);
     }
@@ -140,10 +158,12 @@ struct fused_args {
     int        index[2];
     int        n_side, d, n_head, n_tokens;
     double     inv_d;    // 1/d
+    bool       turbo;    // all sides are of turbo types, else of kvtc's
 };
 
 // a block, or a few, for each head and token
 void encode_few(const fused_args & a, int cc, cudaStream_t stream);
+bool encode_few_supports_turbo(int cc, int d);
 // for more tokens than a block for each serves well
 bool encode_many_supports(int cc, int d);
 void encode_many(const fused_args & a, cudaStream_t stream);

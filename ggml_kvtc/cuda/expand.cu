@@ -1,4 +1,4 @@
-// Keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode.cu, but rotated to
+// Keys, values and masks as the flash attention kernel wants them. Keys are rebuilt as in decode-kernel.cuh, but rotated to
 // their positions, in f32, and written out.
 #include "expand.cuh"
 #include "tables.cuh"
@@ -119,37 +119,6 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
             }
         }
     };
-    // the warp's tile to 16 columns
-    const auto write = [&](int col) {
-        __syncwarp();
-        if constexpr (tiled) {
-            constexpr int KEYS = TILE_KEYS<D>;
-            half * dst = out + (int64_t) (col/KEYS)*KEYS*D;
-            const int key = col%KEYS;
-            if (side == GGML_KVTC_K) {
-#pragma unroll
-                for (int i = lane; i < 16*(D/8); i += 32) {
-                    *(uint4 *) (dst + (i/16*KEYS + key + i%16)*8) = *(const uint4 *) (tile + i%16*LD + i/16*8);
-                }
-            } else {
-#pragma unroll
-                for (int c = 0; c < D; c += 16) {
-                    uint32_t x[4]; // of components c + r8 (+ 8): two neighbouring keys of the first eight, of the others
-                    ldmatrix_x4_trans(x, tile + lane%16*LD + c + lane/16*8);
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        *(uint32_t *) (dst + ((key/8 + j%2)*D + c + j/2*8 + r8)*8 + 2*q4) = x[j];
-                    }
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = lane; i < 16*(D/8); i += 32) {
-                *(uint4 *) (out + (int64_t) (col + i/(D/8))*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
-            }
-        }
-        __syncwarp();
-    };
     const int  step = n_block*n_warp*16;
     const auto cell = [&](int col) { return get_cell(a, c, stream, min(col, c.n_all - 16) + lane%16, range); };
 
@@ -219,7 +188,7 @@ __global__ void rebuild_rows(const attn_args a, const columns c, const expand_pl
                 }
             }
         }
-        write(col0);
+        write_columns<D, LD, tiled>(tile, out, side, col0);
         mine = next;
         next = after;
     }
@@ -362,8 +331,20 @@ void launch_rows(const attn_args & a, const attn_shape & s, const gpu_shape & gp
     allow_shared_memory((const void *) kernel, p.shared);
     const int most    = ceil_div(c.n_all, 16*p.n_warp);
     const int blocks  = std::max(2, 2*gpu.n_sm/(a.n_head_kv*a.n_stream));
-    const int n_key   = std::max(1, std::min(most, blocks*2/3)); // a key costs twice what a value does
-    const int n_value = std::max(1, std::min(most, blocks - n_key));
+    int n_key   = std::max(1, std::min(most, blocks*2/3)); // a key costs twice what a value does
+    int n_value = std::max(1, std::min(most, blocks - n_key));
+    if (has_others(s)) { // a side or none is left
+        for (int side = 0; side < 2; ++side) {
+            if (s.kind[side] != SIDE_KVTC) {
+                expand_side(a, s, c, side, tiled, side == GGML_KVTC_K ? keys : values, stream);
+            }
+        }
+        n_key   = s.kind[GGML_KVTC_K] == SIDE_KVTC ? std::min(most, blocks) : 0;
+        n_value = s.kind[GGML_KVTC_V] == SIDE_KVTC ? std::min(most, blocks) : 0;
+        if (n_key + n_value == 0) {
+            return;
+        }
+    }
     kernel<<<dim3(n_key + n_value, a.n_head_kv, a.n_stream), 32*p.n_warp, p.shared, stream>>>(a, c, p, n_key, keys, values);
     CUDA_CHECK(cudaGetLastError());
 }

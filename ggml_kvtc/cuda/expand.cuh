@@ -49,6 +49,12 @@ void expand_cells(const attn_args & a, const attn_shape & s, const gpu_shape & g
 // the same in the order of tiles (attend-sm90.cuh)
 void expand_tiles(const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const columns & c, half * keys, half * values, cudaStream_t stream);
 
+// one side of another kind than kvtc's, as its rows hold it: keys are in the space of turned queries
+void expand_side(const attn_args & a, const attn_shape & s, const columns & c, int side, bool tiled, half * out, cudaStream_t stream);
+
+// f32 [stream][token][head][d]: queries in the space of turbo's keys, which then are a's
+void turn_queries(attn_args & a, int d, float * out, cudaStream_t stream);
+
 // on sm_90a
 void rebuild_tiles(const attn_args & a, int d, const columns & c, const rebuild_plan & p, half * keys, half * values, cudaStream_t stream);
 
@@ -58,6 +64,41 @@ void list_either(const attn_args & a, int n_max, int * counts, int2 * ranges, in
 // mask: f16 [stream][token][column], of the ranges of a chunk that need one of their own; of all where the mask's rows are not
 // aligned to 16 bytes
 void expand_mask(const attn_args & a, const columns & c, const int * counts, int split, bool aligned, half * out, cudaStream_t stream);
+
+// A warp's tile of 16 rows, LD halves apart, to the columns from col on of a head's `out`. tiled: in the order that attend-sm90.cuh
+// states, else column after column.
+template <int D, int LD, bool tiled>
+__device__ __forceinline__ void write_columns(const half * tile, half * out, int side, int col) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    if constexpr (tiled) {
+        constexpr int KEYS = TILE_KEYS<D>;
+        half * dst = out + (int64_t) (col/KEYS)*KEYS*D;
+        const int key = col%KEYS;
+        if (side == GGML_KVTC_K) {
+#pragma unroll
+            for (int i = lane; i < 16*(D/8); i += 32) {
+                *(uint4 *) (dst + (i/16*KEYS + key + i%16)*8) = *(const uint4 *) (tile + i%16*LD + i/16*8);
+            }
+        } else {
+#pragma unroll
+            for (int c = 0; c < D; c += 16) {
+                uint32_t x[4]; // of components c + lane/4 (+ 8): two neighbouring keys of the first eight, of the others
+                ldmatrix_x4_trans(x, tile + lane%16*LD + c + lane/16*8);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    *(uint32_t *) (dst + ((key/8 + j%2)*D + c + j/2*8 + lane/4)*8 + lane%4*2) = x[j];
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = lane; i < 16*(D/8); i += 32) {
+            *(uint4 *) (out + (int64_t) (col + i/(D/8))*D + i%(D/8)*8) = *(const uint4 *) (tile + i/(D/8)*LD + i%(D/8)*8);
+        }
+    }
+    __syncwarp();
+}
 
 // Do columns [from, to) need a mask of their own? They have keys of two kinds, or end beyond the cells. All threads of a block ask.
 __device__ __forceinline__ bool needs_mask(const columns & c, const int * counts, int n_kv, int from, int to, int thread, int n_threads) {

@@ -49,6 +49,11 @@ int find_exact_writes(const ggml_cgraph * graph, int i) {
     return ggml_are_same_shape(keys->src[1], values->src[1]) && !writes_over(keys, values) && !writes_over(values, keys) ? j : 0;
 }
 
+bool has_kernel(int cc, int d, int64_t n_tokens, bool turbo) {
+    const bool few = n_tokens <= MAX_FEW_TOKENS;
+    return turbo ? few && encode_few_supports_turbo(cc, d) : few || encode_many_supports(cc, d);
+}
+
 struct fused_nodes {
     const ggml_tensor * product;
     const ggml_tensor * sum;
@@ -83,7 +88,7 @@ bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
     // nothing else may read the product, which is not written
     return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
         encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
-        (f.product->ne[1] <= MAX_FEW_TOKENS || encode_many_supports(cc, (int) d)) &&
+        has_kernel(cc, (int) d, f.product->ne[1], ggml_kvtc_is_turbo(f.write->type)) &&
         x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) &&
         bias->ne[0] == d && bias->ne[1] == 1 && bias->ne[2] == encode->ne[2] && !overlap(x, f.sum);
 }
@@ -137,11 +142,12 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     a.d      = (int) f.product->src[0]->ne[0];
     a.inv_d  = 1.0/a.d;
     a.n_head = (int) f.product->src[0]->ne[2];
+    a.turbo  = ggml_kvtc_is_turbo(f.write->type);
     a.side [0] = a.side [1] = get_side(f);
     a.index[0] = a.index[1] = ggml_get_op_params_i32(f.write, 0);
     fused_nodes g;
     const bool both = find_write(graph, next_node(graph, f.last), cc, g) && g.product->src[0]->ne[0] == a.d && g.product->src[0]->ne[2] == a.n_head &&
-        g.product->ne[1] == f.product->ne[1] && !touches(f, g) && !touches(g, f) && !overlap(f.sum, g.sum);
+        g.product->ne[1] == f.product->ne[1] && ggml_kvtc_is_turbo(g.write->type) == a.turbo && !touches(f, g) && !touches(g, f) && !overlap(f.sum, g.sum);
     if (both) {
         a.side [1] = get_side(g);
         a.index[1] = ggml_get_op_params_i32(g.write, 0);

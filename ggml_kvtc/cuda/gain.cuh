@@ -21,6 +21,12 @@ __device__ __forceinline__ float get_inverse_norm(double squares, int d, double 
     return norm >= 1e-9 && isfinite(norm) ? (float) (1.0/norm) : 0.0f;
 }
 
+// A turbo row's gain, in f16. sums: as below
+__device__ __forceinline__ uint32_t get_gain_bits(double power, const double2 & sums) {
+    const double gain = sums.y > 0.0 ? sqrt(power/sums.y) : 0.0;
+    return __half_as_ushort(__float2half_rn((float) fmin(gain, 65504.0)));
+}
+
 // Code of a gain. sums: of the components' products with their levels, and of the levels' squares. f32 tells the step, unless it
 // is close to the middle of two.
 __device__ __forceinline__ uint8_t get_gain_code(double power, const double2 & sums, bool keep_norm, float base) {

@@ -3,6 +3,7 @@
 #include "combine.cuh"
 #include "decode.cuh"
 #include "exact.cuh"
+#include "expand.cuh"
 #include "prefill.cuh"
 
 #include <algorithm>
@@ -18,9 +19,16 @@ namespace {
 // out and reading them back costs all.
 constexpr int MAX_DECODE_TOKENS = 16;
 constexpr int MAX_DECODE_DIM    = 256; // larger heads are expanded for any number of tokens
+constexpr int MAX_SIDES_ROWS    = 16;  // query rows of a kv head where keys are of another kind than kvtc's: each 8 decode them again
 
 bool has_kernels(int d) {
     return d == 64 || d == 80 || d == 96 || d == 128 || d == 256 || d == 512;
+}
+
+// false for types that no kernel reads
+bool get_kind(ggml_type type, side_kind & kind) {
+    kind = ggml_kvtc_is_turbo(type) ? SIDE_TURBO : type == GGML_TYPE_F16 ? SIDE_F16 : type == GGML_TYPE_Q8_0 ? SIDE_Q8_0 : SIDE_KVTC;
+    return kind != SIDE_KVTC || ggml_kvtc_is_type(type);
 }
 
 attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & params) {
@@ -38,8 +46,20 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
         s.bytes    [i] = params.limits[i];
         s.tables   [i] = params.limits[2 + i];
         s.pairs    [i] = params.limits[4 + i];
+        get_kind(dst->src[1 + i]->type, s.kind[i]);
+        if (!is_coded(s.kind[i])) {
+            s.bytes[i] = (int) ggml_row_size(dst->src[1 + i]->type, s.d);
+        }
     }
     return s;
+}
+
+// Are codes read directly, rather than expanded?
+bool decodes(const attn_shape & s, bool can_expand) {
+    if (s.d > MAX_DECODE_DIM || (has_others(s) && s.kind[GGML_KVTC_K] == SIDE_KVTC)) {
+        return false;
+    }
+    return !can_expand || (has_others(s) ? s.n_tokens*s.group <= MAX_SIDES_ROWS : s.n_tokens <= MAX_DECODE_TOKENS);
 }
 
 #ifdef KVTC_SM90
@@ -48,7 +68,7 @@ bool is_hopper(int device) {
 }
 
 bool find_tiles_plan(int device, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, tiles_plan & p) {
-    return s.n_tokens > MAX_DECODE_TOKENS && is_hopper(device) && make_tiles_plan(s, gpu, count_exact(a, s), p);
+    return !decodes(s, true) && is_hopper(device) && make_tiles_plan(s, gpu, count_exact(a, s), p);
 }
 #endif
 
@@ -82,8 +102,9 @@ attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params
         a.rows     [i] = (const uint8_t *) cache->data;
         a.nb_row   [i] = cache->nb[1];
         a.nb_stream[i] = cache->nb[3];
-        if (exact) {
-            a.exact[i] = (const half *) exact->data + i*(int64_t) params.n_slots*a.n_head_kv*q->ne[0];
+        if (exact && ggml_kvtc_is_type(cache->type)) { // the store has coded sides alone
+            const int n_before = i == GGML_KVTC_V && ggml_kvtc_is_type(dst->src[1]->type) ? params.n_slots : 0;
+            a.exact[i] = (const half *) exact->data + (int64_t) n_before*a.n_head_kv*q->ne[0];
         }
         if (batch) {
             a.batch    [i] = (const char *) batch->data;
@@ -121,19 +142,29 @@ ggml_kvtc_attn_params get_params(const ggml_tensor * dst) {
     return params;
 }
 
+// Heads of an ordinary type one after the other, f16 in whole pieces of 16 bytes.
+bool is_plain_row(const ggml_tensor * cache) {
+    const bool pieces = cache->type != GGML_TYPE_F16 || (cache->nb[1] | cache->nb[3] | cache->view_offs) % SIDE_PIECE == 0;
+    return cache->ne[0] % ggml_blck_size(cache->type) == 0 && cache->nb[0] == ggml_type_size(cache->type) &&
+        cache->nb[2] == ggml_row_size(cache->type, cache->ne[0]) && pieces;
+}
+
 bool supports_attn(int device, const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * k = op->src[1];
     const ggml_tensor * v = op->src[2];
-    if (ggml_kvtc_is_turbo(k->type) || ggml_kvtc_is_turbo(v->type)) { // norms in f16: the CPU's alone
-        return false;
-    }
-    if (!ggml_kvtc_is_type(k->type) || !ggml_kvtc_is_type(v->type) || k->ne[0] != v->ne[0] || !has_kernels((int) k->ne[0])) {
+    if (k->ne[0] != v->ne[0] || !has_kernels((int) k->ne[0])) {
         return false;
     }
     const ggml_kvtc_attn_params params = get_params(op);
-    if (params.limits[0] == 0) { // a pack for the CPU
+    if (params.limits[0] == 0 && params.limits[1] == 0) { // a pack for the CPU
         return false;
+    }
+    for (const ggml_tensor * cache : { k, v }) {
+        side_kind kind;
+        if (!get_kind(cache->type, kind) || (!is_coded(kind) && !is_plain_row(cache))) {
+            return false;
+        }
     }
     if (q->nb[0] != sizeof(float) || q->nb[1] % 8 != 0 || q->nb[2] % 8 != 0 || q->nb[3] % 8 != 0 || q->view_offs % 8 != 0 || (op->src[3] && op->src[3]->nb[0] != sizeof(ggml_fp16_t))) {
         return false;
@@ -146,6 +177,15 @@ bool supports_attn(int device, const ggml_tensor * op) {
     const attn_shape shape = get_shape(op, params);
     if (shape.d > MAX_DECODE_DIM) {
         return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_AMPERE && params.max_bias == 0.0f && make_expand_plan(shape, get_gpu(device)).n_warp > 0;
+    }
+    if (has_others(shape) && shape.kind[GGML_KVTC_K] == SIDE_KVTC) {
+#ifdef KVTC_SM90
+        tiles_plan tiles;
+        if (is_hopper(device) && make_tiles_plan(shape, get_gpu(device), 0, tiles)) {
+            return true;
+        }
+#endif
+        return prefill_supports(params.logit_softcap, shape.d) && make_expand_plan(shape, get_gpu(device)).n_warp > 0;
     }
     decode_plan plan;
     return make_decode_plan(shape, get_gpu(device), plan);
@@ -160,11 +200,15 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
     using namespace kvtc;
     const ggml_kvtc_attn_params params = get_params(dst);
     const attn_shape shape = get_shape(dst, params);
-    const attn_args  args  = get_args(dst, params);
     const gpu_shape  gpu   = get_gpu(ctx.device);
+    attn_args args = get_args(dst, params);
 
     const output     out   = { (char *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], (int64_t) dst->nb[3] };
     const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
+    ggml_cuda_pool_alloc<float> turned(ctx.pool());
+    if (shape.kind[GGML_KVTC_K] == SIDE_TURBO) { // keys stay as they are stored, and queries come to them
+        turn_queries(args, shape.d, turned.alloc(n_row*shape.d), ctx.stream());
+    }
 #ifdef KVTC_SM90
     tiles_plan tiles;
     if (find_tiles_plan(ctx.device, args, shape, gpu, tiles)) {
@@ -172,7 +216,7 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
         return;
     }
 #endif
-    if (shape.d > MAX_DECODE_DIM || (shape.n_tokens > MAX_DECODE_TOKENS && prefill_supports(args, shape))) {
+    if (!decodes(shape, prefill_supports(params.logit_softcap, shape.d))) {
         prefill(ctx, args, shape, gpu, out);
         return;
     }
@@ -200,7 +244,13 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
 #endif
     decode_plan plan;
     GGML_ASSERT(make_decode_plan(shape, gpu, plan));
-    decode_by(plan.n_split, [&](float * values, float2 * meta) { decode(args, shape.d, plan, values, meta, ctx.stream()); });
+    decode_by(plan.n_split, [&](float * values, float2 * meta) {
+        if (has_others(shape)) {
+            decode_sides(args, shape, plan, values, meta, ctx.stream());
+        } else {
+            decode(args, shape.d, plan, values, meta, ctx.stream());
+        }
+    });
 }
 
 void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -216,7 +266,7 @@ static bool writes_exact(int device, const ggml_tensor * dst, const kvtc::attn_s
     }
 #endif
     GGML_UNUSED_VARS(device, dst);
-    return s.n_tokens <= MAX_DECODE_TOKENS && s.d <= MAX_DECODE_DIM && combine_writes_exact(s);
+    return decodes(s, true) && combine_writes_exact(s);
 }
 
 bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * keys, const ggml_tensor * values) {
@@ -239,7 +289,7 @@ bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {
         case GGML_OP_TRANSPOSE:
             return true;
         case GGML_OP_KVTC_SET_ROWS:
-            return !ggml_kvtc_is_turbo(op->type) && ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && op->src[1]->nb[0] == sizeof(float) && op->src[1]->ne[0] % 8 == 0;
+            return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && op->src[1]->nb[0] == sizeof(float) && op->src[1]->ne[0] % 8 == 0;
         case GGML_OP_KVTC_ATTN:
             return ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_TURING && kvtc::supports_attn(device, op);
         default:

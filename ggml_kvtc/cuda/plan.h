@@ -3,20 +3,14 @@
 
 #include "kvtc-pack-cuda.h"
 #include "kvtc-pack.h"
+#include "sides.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace kvtc {
-
-struct attn_shape {
-    int d, n_kv, n_tokens, group, n_head_kv, n_stream;
-    int row_bytes[2]; // K, V
-    int bytes    [2]; // most of a head's payload
-    int tables   [2]; // of its tables, in bytes
-    int pairs    [2]; // of the tables of pairs made of them
-};
 
 constexpr size_t PREFILL_SCRATCH = 144*1024*1024; // bytes of keys, values and masks of a chunk
 
@@ -62,6 +56,9 @@ struct staging {
 inline staging make_staging(const attn_shape & s) {
     staging p;
     // one copy for each thread of a row, so the unit grows with the payload; payloads start at multiples of 4
+    if (has_others(s)) {
+        return stage_pieces<staging>(s.bytes);
+    }
     const auto n_copy = [&s](int i, int unit) { return ceil_div(s.bytes[i] + unit - std::min(4, unit), unit); };
     p.unit = 16;
     for (int i = 0; i < 2; ++i) {
@@ -83,10 +80,10 @@ inline staging make_staging(const attn_shape & s) {
     return p;
 }
 
-// Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
+// Not for values of another kind beside kvtc's keys. Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
 inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode_plan & p) {
     const int n_row = s.n_tokens*s.group;
-    p.nq   = n_row > 8 && s.d <= 128 ? 2 : 1;
+    p.nq   = n_row > 8 && s.d <= 128 && !has_others(s) ? 2 : 1;
     p.slab = p.nq == 1 && s.d <= 128 ? 32 : 16;
     const staging rows = make_staging(s);
     p.unit = rows.unit;
@@ -96,9 +93,12 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
     }
 
     struct option { int n_warp, n_fine, n_stage, in_shared; };
-    const option options[] = {
+    std::vector<option> options = {
         { 8, 64, 2, 1 }, { 8, 32, 2, 1 }, { 4, 64, 2, 1 }, { 4, 32, 2, 1 }, { 4, 16, 1, 1 }, { 4, 32, 2, 0 }, { 4, 0, 1, 0 }, { 2, 0, 1, 0 }, { 1, 0, 1, 0 },
     };
+    if (has_others(s)) { // keys are neither rebuilt nor rotated
+        options = { { 8, 0, 2, 0 }, { 4, 0, 2, 0 }, { 4, 0, 1, 0 }, { 2, 0, 1, 0 }, { 1, 0, 1, 0 } };
+    }
     for (const option & o : options) {
         int used = 0;
         const auto take = [&used](int n) { const int from = used; used += (n + 15)/16*16; return from; };
@@ -164,7 +164,7 @@ struct sm90_plan {
 
 // False where these kernels do not serve the shape, and decode_plan's does.
 inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_plan & p) {
-    if (s.n_tokens*s.group > 8 || (s.d != 64 && s.d != 128)) {
+    if (s.n_tokens*s.group > 8 || (s.d != 64 && s.d != 128) || has_others(s)) {
         return false;
     }
     const staging rows = make_staging(s);
@@ -255,7 +255,7 @@ constexpr int SM90_WIDE     = 4096; // bytes for the levels of a side's groups o
 inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm90_d256_plan & p) {
     const int n_row = s.n_tokens*s.group;
     p.rows = make_staging(s);
-    if (n_row > 8 || s.d != 256 || p.rows.unit == 1) {
+    if (n_row > 8 || s.d != 256 || p.rows.unit == 1 || has_others(s)) {
         return false;
     }
     constexpr int SLAB   = 64;
@@ -314,10 +314,12 @@ struct expand_plan {
     size_t shared;
 };
 
+// of the kvtc sides
 inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu) {
     expand_plan p;
+    const auto most = [&s](const int (&x)[2]) { return std::max(s.kind[0] == SIDE_KVTC ? x[0] : 0, s.kind[1] == SIDE_KVTC ? x[1] : 0); };
     // groups of more than 4 bits are read a word past their end (tables.cuh): not from the next warp's rows, which may be on their way
-    p.stride = 4*((ceil_div(std::max(s.bytes[0], s.bytes[1]), 4) + 1) | 1);
+    p.stride = 4*((ceil_div(most(s.bytes), 4) + 1) | 1);
     for (p.in_shared = 1; ; p.in_shared = 0) {
         for (p.n_warp = 8; p.n_warp > 0; p.n_warp /= 2) {
             int used = 0;
@@ -326,7 +328,7 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
             p.at_mean  = take(s.d*4);
             p.at_freq  = take(s.d/2*8);
             p.at_codes = take(s.d/8*8);
-            p.at_table = take(std::max(s.tables[0], s.tables[1]));
+            p.at_table = take(most(s.tables));
             p.at_stage = take(2*p.n_warp*16*p.stride + 16);
             p.at_tile  = take(p.n_warp*16*(s.d + 8)*2);
             p.shared   = used;
@@ -464,11 +466,11 @@ struct rebuild_plan {
     size_t shared;
 };
 
-// False where matrix or tables are too large, or rows no multiple of 8 bytes: expand_plan's kernel serves these.
+// False where matrix or tables are too large, or rows no multiple of 8 bytes, or not kvtc's: other kernels serve these.
 inline bool make_rebuild_plan(const attn_shape & s, const gpu_shape & gpu, int n_column, rebuild_plan & p) {
     const int     n_group = s.d <= 128 ? REBUILD_GROUPS<128> : REBUILD_GROUPS<256>;
     const staging rows    = make_staging(s);
-    if (rows.unit < 8) {
+    if (rows.unit < 8 || has_others(s)) {
         return false;
     }
     p.unit   = rows.unit;

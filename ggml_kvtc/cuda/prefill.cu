@@ -88,8 +88,8 @@ void merge_sums(const attn_args & a, const partial_sums & p, int d, int64_t n_ro
     }
 }
 
-bool prefill_supports(const attn_args & a, const attn_shape & s) {
-    return a.softcap == 0.0f || s.d >= 128; // ggml compiles its kernel with a cap for these
+bool prefill_supports(float softcap, int d) {
+    return softcap == 0.0f || d >= 128; // ggml compiles its kernel with a cap for these
 }
 
 void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const output & dst) {

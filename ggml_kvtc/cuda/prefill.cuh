@@ -6,7 +6,7 @@
 
 namespace kvtc {
 
-bool prefill_supports(const attn_args & a, const attn_shape & s);
+bool prefill_supports(float softcap, int d);
 
 void prefill(ggml_backend_cuda_context & ctx, const attn_args & a, const attn_shape & s, const gpu_shape & gpu, const output & dst);
 
@@ -16,7 +16,7 @@ void prefill_sm90(ggml_backend_cuda_context & ctx, const attn_args & a, const at
 
 // most exact rows that one stream has
 inline int count_exact(const attn_args & a, const attn_shape & s) {
-    return a.n_slots > 0 || a.batch[0] ? a.n_slots + s.n_tokens*s.n_stream : 0;
+    return a.n_slots > 0 || a.batch[0] || a.batch[1] ? a.n_slots + s.n_tokens*s.n_stream : 0;
 }
 
 // cells of the cache, of which a.n_kv are filled

@@ -56,11 +56,11 @@ __device__ __forceinline__ float get_gain(float base, uint8_t code) {
 }
 
 // n groups of W bits, of which this thread takes every step-th. Loads of several groups are on their way together: the compiler
-// would not move them over a store.
-template <int W, bool with_gain>
+// would not move them over a store. one_table: they share it, else each has its own.
+template <int W, bool with_gain, bool one_table = false>
 __device__ __forceinline__ void decode_run(const uint8_t * row, int byte, const uint8_t * table, int n, int step, half2 gain, uint4 * out) {
     constexpr int U     = W <= 4 ? 4 : 2;
-    constexpr int bytes = W <= 3 ? 16 << 2*W : 16 << W; // of a group's table
+    constexpr int bytes = one_table ? 0 : W <= 3 ? 16 << 2*W : 16 << W; // from a group's table to the next one's
     const auto decode = [&](int i) {
         const uint4 x = decode_group<W>(row, byte + i*W, table + i*bytes);
         return with_gain ? make_uint4(mul_half2(x.x, gain), mul_half2(x.y, gain), mul_half2(x.z, gain), mul_half2(x.w, gain)) : x;
@@ -119,10 +119,10 @@ __device__ __forceinline__ void replace_rows(const attn_args & a, int side, int 
 }
 
 // Coefficients of SLAB rows as f16. row: this thread's. The gain is applied, unless it is 1 for all rows of every slab
-// (values: it is part of their weights). Exact rows take the place of codes where slot != -1.
+// (values: it is part of their weights). Exact rows take the place of codes where slot != -1. skew: where the payload begins in the row
 template <int D, int LD, int SLAB, bool with_gain>
 __device__ __forceinline__ void decode_slab(const attn_args & a, int side, int head, const uint8_t * row, const ggml_kvtc_cuda_code * codes, const uint8_t * tables,
-                                            float gain, int slot, half * tile) {
+                                            float gain, int slot, half * tile, int skew = 0) {
     constexpr int step = 32/SLAB;
     const int    lane = threadIdx.x % 32;
     const half2  g2   = __floats2half2_rn(gain, gain);
@@ -132,13 +132,13 @@ __device__ __forceinline__ void decode_slab(const attn_args & a, int side, int h
         const ggml_kvtc_cuda_code code = codes[g];
         const uint8_t * table = tables + code.table;
         switch (code.width) {
-            case 1: decode_run<1, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 2: decode_run<2, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 3: decode_run<3, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 4: decode_run<4, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 5: decode_run<5, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 6: decode_run<6, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
-            case 8: decode_run<8, with_gain>(row, code.byte, table, code.run, step, g2, out + g); break;
+            case 1: decode_run<1, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 2: decode_run<2, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 3: decode_run<3, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 4: decode_run<4, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 5: decode_run<5, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 6: decode_run<6, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
+            case 8: decode_run<8, with_gain>(row, code.byte + skew, table, code.run, step, g2, out + g); break;
             default:
                 for (int i = 0; i < code.run; ++i) {
                     out[g + i] = make_uint4(0, 0, 0, 0);

@@ -94,6 +94,8 @@ void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const 
     const int64_t n_kv      = cells[0].size();
     const int64_t d[2]      = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
     ggml_kvtc_attn_params p = {};
+    p.max_bias      = cfg.hparams.f_max_alibi_bias;
+    p.logit_softcap = cfg.hparams.attn_soft_cap ? cfg.hparams.f_attn_logit_softcapping : 0.0f;
     std::copy(l.limits, l.limits + 6, p.limits);
 
     // The pack is laid out for CUDA. Devices of other kinds may not know that: those behind RPC say yes to everything.
@@ -106,24 +108,21 @@ void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const 
         ggml_tensor * view[2];
         ggml_tensor * z[2] = {};
         for (int s = 0; s < 2; ++s) {
-            ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, d[s]*n_head_kv, n_kv);
+            ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), l.cache[s]->type, ggml_kvtc_row_values(l.cache[s]->type, n_head_kv, d[s]), n_kv);
             view[s] = ggml_view_4d(ctx.get(), cache, d[s], n_kv, n_head_kv, 1, cache->nb[1], ggml_row_size(cache->type, d[s]), cache->nb[1]*n_kv, 0);
             if (ggml_kvtc_is_type(cache->type)) {
                 z[s] = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[s], n_tokens, n_head_kv);
                 supported = supported && ggml_backend_dev_supports_op(dev, ggml_kvtc_set_rows(ctx.get(), cache, z[s], idxs, pack, (ggml_kvtc_side) s));
             }
         }
-        ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[0], n_tokens, n_head);
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d[0], n_tokens, n_head);
+        ggml_tensor * mask = p.max_bias > 0.0f ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, n_tokens) : nullptr;
         supported = supported && ggml_backend_dev_supports_op(dev,
-            ggml_kvtc_attn(ctx.get(), q, view[0], view[1], nullptr, nullptr, pack, info, nullptr, z[0], z[1], p));
+            ggml_kvtc_attn(ctx.get(), q, view[0], view[1], mask, nullptr, pack, info, nullptr, z[0], z[1], p));
     }
-    if (!supported) {
-        fail_device(cfg, dev, l);
+    if (supported) {
+        return;
     }
-}
-
-void llama_kvtc::fail_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const {
-    const uint32_t d[2] = { cfg.hparams.n_embd_head_k(l.il), cfg.hparams.n_embd_head_v(l.il) };
     fail("no kernels for K " + std::string(ggml_type_name(l.cache[0]->type)) + ", V " + ggml_type_name(l.cache[1]->type) + " of head_dim " +
          std::to_string(d[0]) + (d[0] == d[1] ? "" : "/" + std::to_string(d[1])) + " on device " + ggml_backend_dev_name(dev) +
          ": use --no-kv-offload (or -ngl 0), or another cache type");

@@ -127,9 +127,6 @@ void llama_kvtc::create_layers(const config & cfg, const std::vector<llama_kvtc_
         out.on_device = cfg.offload && !ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(dev));
         std::vector<uint8_t> pack;
         if (out.on_device) {
-            if (turbo[0] || turbo[1]) {
-                fail_device(cfg, dev, out);
-            }
             buft = ggml_backend_dev_buffer_type(dev);
             pack.resize(ggml_kvtc_cuda_pack_size(calibration.get(), l.il, bits[0], bits[1]));
             ggml_kvtc_cuda_pack_write(calibration.get(), l.il, bits[0], bits[1], pack.data());

@@ -205,7 +205,6 @@ private:
     void check_layer  (const config & cfg, const llama_kvtc_layer & l) const;
     void find_calibration(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void check_device (const config & cfg, ggml_backend_dev_t dev, const layer & l) const;
-    [[noreturn]] void fail_device(const config & cfg, ggml_backend_dev_t dev, const layer & l) const;
     void create_layers(const config & cfg, const std::vector<llama_kvtc_layer> & layers);
     void print_info   () const;
     size_t get_buffer_size(const buffer & b) const;

@@ -19,18 +19,24 @@ static void kvtc_add_writes(std::vector<std::unique_ptr<test_case>> & cases) {
     for (int d : { 64, 80, 96, 128, 256 }) {
         // types (0: exact rows) and sides
         for (int bits = 0; bits <= GGML_KVTC_MAX_BITS; ++bits) {
-            add(d, [&](auto & c) { c.bits = bits; c.side = bits % 2; });
+            add(d, [&](auto & c) { c.kind = bits; c.side = bits % 2; });
         }
-        add(d, [&](auto & c) { c.bits = 3; c.side = GGML_KVTC_V; c.tokens = 1; });
-        add(d, [&](auto & c) { c.bits = 4; c.side = GGML_KVTC_K; c.tokens = 300; c.heads = 4; });
+        for (int kind : { kvtc_test::TURBO2, kvtc_test::TURBO3, kvtc_test::TURBO4 }) {
+            add(d, [&](auto & c) { c.kind = kind; c.side = kind % 2; });
+            for (int tokens : { 1, 16 }) {
+                add(d, [&](auto & c) { c.kind = kind; c.tokens = tokens; c.memory = 1; c.fused = true; c.heads = kind == kvtc_test::TURBO3 ? 1 : c.heads; });
+            }
+        }
+        add(d, [&](auto & c) { c.kind = 3; c.side = GGML_KVTC_V; c.tokens = 1; });
+        add(d, [&](auto & c) { c.kind = 4; c.side = GGML_KVTC_K; c.tokens = 300; c.heads = 4; });
         // memory of z
         for (int memory : { 1, 2 }) {
-            add(d, [&](auto & c) { c.bits = 2; c.memory = memory; });
-            add(d, [&](auto & c) { c.bits = 0; c.memory = memory; });
+            add(d, [&](auto & c) { c.kind = 2; c.memory = memory; });
+            add(d, [&](auto & c) { c.kind = 0; c.memory = memory; });
         }
         // product, sum and write, as decode has them
         for (int tokens : { 1, 16 }) {
-            add(d, [&](auto & c) { c.bits = tokens == 1 ? 2 : 4; c.side = tokens == 1 ? GGML_KVTC_K : GGML_KVTC_V; c.tokens = tokens; c.memory = 1; c.fused = true; });
+            add(d, [&](auto & c) { c.kind = tokens == 1 ? 2 : 4; c.side = tokens == 1 ? GGML_KVTC_K : GGML_KVTC_V; c.tokens = tokens; c.memory = 1; c.fused = true; });
         }
     }
 }
@@ -50,6 +56,33 @@ static void kvtc_add_reads(std::vector<std::unique_ptr<test_case>> & cases) {
         }
         add(d, [&](auto & c) { c.k = 1; c.v = 6; c.tokens = 16; });
         add(d, [&](auto & c) { c.k = 6; c.v = 1; c.tokens = 40; });
+    }
+    // turbo types, and one side of another kind
+    for (int d : { 64, 80, 96, 128, 256, 512 }) {
+        using namespace kvtc_test;
+        for (auto [k, v] : { std::pair<int, int>{TURBO2, TURBO2}, {TURBO3, TURBO3}, {TURBO4, TURBO4}, {TURBO3, 3}, {2, TURBO4},
+                             {TURBO3, PLAIN_F16}, {PLAIN_F16, TURBO4}, {2, PLAIN_F16}, {PLAIN_F16, 4}, {TURBO2, PLAIN_Q8_0}, {PLAIN_Q8_0, 3} }) {
+            if (d % 32 != 0 && (k == PLAIN_Q8_0 || v == PLAIN_Q8_0)) {
+                continue;
+            }
+            for (int tokens : { 1, 4, 40 }) {
+                add(d, [&, k = k, v = v](auto & c) { c.k = k; c.v = v; c.tokens = tokens; c.group = 1 + tokens % 3; });
+            }
+        }
+    }
+    for (kvtc_exact exact : { KVTC_NONE, KVTC_STORE, KVTC_SOME, KVTC_BATCH }) {
+        for (kvtc_mask mask : { KVTC_CAUSAL, KVTC_DEAD, KVTC_ALL }) {
+            for (int tokens : { 3, 40 }) {
+                add(128, [&](auto & c) { c.k = kvtc_test::TURBO3; c.v = kvtc_test::TURBO4; c.mask = mask; c.exact = exact; c.tokens = tokens; c.empty = mask == KVTC_ALL ? 0 : 9; });
+            }
+        }
+    }
+    for (int streams : { 1, 2 }) {
+        for (int tokens : { 1, 20 }) {
+            add(64, [&](auto & c) { c.k = c.v = kvtc_test::TURBO3; c.n_kv = 4096; c.streams = streams; c.tokens = tokens; c.cells = KVTC_SHUFFLED; });
+            add(128, [&](auto & c) { c.k = c.v = kvtc_test::TURBO2; c.streams = streams; c.tokens = tokens; c.softcap = 20.0f; c.sink_logits = true; c.memory = 2; });
+            add(128, [&](auto & c) { c.k = kvtc_test::TURBO4; c.v = 2; c.streams = streams; c.tokens = tokens; c.alibi = 8.0f; c.heads = 3; c.group = 2; });
+        }
     }
     // query heads of a kv head, query rows
     for (int tokens : { 1, 2, 5, 16, 17, 64 }) {

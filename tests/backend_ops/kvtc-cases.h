@@ -7,10 +7,6 @@
 #include <climits>
 #include <limits>
 
-static int kvtc_row_bytes(int H, int d, int bits) {
-    return H*d*bits/8;
-}
-
 // Sets what a case has made for the tensor of this name; the rest of the context is sentinels.
 struct kvtc_test_case : public test_case {
     std::map<std::string, std::vector<uint8_t>> data;
@@ -48,7 +44,7 @@ struct kvtc_test_case : public test_case {
 //
 
 struct kvtc_write {
-    int  bits   = 2; // 0: exact rows, f16
+    int  kind   = 2; // of kvtc_test; 0: exact rows, f16
     int  side   = GGML_KVTC_K;
     int  d      = 128;
     int  heads  = 2;
@@ -71,7 +67,7 @@ struct test_kvtc_set_rows : public kvtc_test_case {
 
     std::string vars() override {
         std::ostringstream s;
-        s << "type=" << (c.bits ? "kvtc" + std::to_string(c.bits) : "f16") << ",side=" << "kv"[c.side] << ",d=" << c.d
+        s << "type=" << (c.kind ? ggml_type_name(kvtc_test::get_type(c.kind)) : "f16") << ",side=" << "kv"[c.side] << ",d=" << c.d
           << ",heads=" << c.heads << ",tokens=" << c.tokens << ",memory=" << c.memory;
         return s.str();
     }
@@ -79,8 +75,8 @@ struct test_kvtc_set_rows : public kvtc_test_case {
     int n_rows() const { return c.tokens + SPARE; }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
-        const int bits = c.bits ? c.bits : 2;
-        pack = std::make_unique<kvtc_test::universal_pack>(c.heads, c.d, bits, bits, nullptr);
+        const int kind = c.kind ? c.kind : 2;
+        pack = std::make_unique<kvtc_test::universal_pack>(c.heads, c.d, kind, kind, nullptr);
         compared.clear();
 
         ggml_tensor * z;
@@ -98,17 +94,17 @@ struct test_kvtc_set_rows : public kvtc_test_case {
         }
         ggml_tensor * idxs = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, c.tokens), "idxs");
         ggml_tensor * p    = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I8, (int64_t) pack->bytes.size()), "pack");
-        if (c.bits == 0) {
+        if (c.kind == 0) {
             ggml_tensor * cache = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F16, c.d, n_rows(), c.heads), "cache");
             return ggml_kvtc_set_rows(ctx, cache, z, idxs, p, (ggml_kvtc_side) c.side);
         }
-        const auto type = (ggml_type) (GGML_TYPE_KVTC1 + c.bits - 1);
-        ggml_tensor * cache = named(ggml_new_tensor_2d(ctx, type, c.heads*c.d, n_rows()), "cache");
+        const ggml_type type = kvtc_test::get_type(c.kind);
+        ggml_tensor * cache = named(ggml_new_tensor_2d(ctx, type, ggml_kvtc_row_values(type, c.heads, c.d), n_rows()), "cache");
         ggml_tensor * out   = ggml_kvtc_set_rows(ctx, cache, z, idxs, p, (ggml_kvtc_side) c.side);
 
         ggml_tensor * bytes = ggml_view_2d(ctx, out, out->ne[0], out->ne[1], out->nb[1], 0);
         bytes->type  = GGML_TYPE_I8;
-        bytes->ne[0] = kvtc_row_bytes(c.heads, c.d, c.bits);
+        bytes->ne[0] = (int64_t) kvtc_test::get_row_bytes(c.kind, c.heads, c.d);
         bytes->nb[0] = 1;
         compared.push_back(bytes);
         return bytes;
@@ -127,10 +123,10 @@ struct test_kvtc_set_rows : public kvtc_test_case {
             z[i] = kvtc_test::normal(rng)*(c.fused ? 1.0f : side.scale[h % c.heads*c.d + i % c.d]*std::exp2(0.2f*token));
             if (c.tokens >= 8 && !c.fused) { // what has no direction, or none that counts
                 z[i] = token == 1 ? 0.0f : token == 3 ? 1e-12f*z[i] : z[i];
-                if (c.bits && token == 5 && i % c.d == 3) {
+                if (c.kind && token == 5 && i % c.d == 3) {
                     z[i] = std::numeric_limits<float>::infinity();
                 }
-                if (c.bits && token == 6 && i % c.d == 9) {
+                if (c.kind && token == 6 && i % c.d == 9) {
                     z[i] = std::numeric_limits<float>::quiet_NaN();
                 }
             }
@@ -159,12 +155,12 @@ struct test_kvtc_set_rows : public kvtc_test_case {
         }
         put("idxs", idxs);
         put("pack", pack->bytes);
-        if (c.bits) {
+        if (c.kind) {
             put("cache", pack->random_rows(rng, (ggml_kvtc_side) c.side, n_rows()));
         }
     }
 
-    bool run_whole_graph() override { return c.bits != 0; }
+    bool run_whole_graph() override { return c.kind != 0; }
 
     std::vector<ggml_tensor *> fusion_test_nodes() override {
         if (compared.empty()) {
@@ -198,7 +194,7 @@ enum kvtc_cells { KVTC_IN_ORDER, KVTC_SHUFFLED, KVTC_SPARSE, KVTC_TWO_SEQS }; //
 
 // S streams of n_kv cells; the last T used cells of each are this batch's tokens, which are the queries
 struct kvtc_read {
-    int        k = 2, v = 4; // bits
+    int        k = 2, v = 4; // kinds of kvtc_test
     int        d       = 128;
     int        heads   = 2;  // kv heads
     int        group   = 4;  // query heads of one kv head
@@ -246,6 +242,7 @@ struct test_kvtc_attn : public kvtc_test_case {
 
     int n_head () const { return c.heads*c.group; }
     int n_slots() const { return c.streams*c.n_kv + 5; }
+    bool is_coded(int side) const { return kvtc_test::is_coded(side == GGML_KVTC_K ? c.k : c.v); }
 
     // [d, rows, heads, S] as the operation reads it
     ggml_tensor * new_vectors(ggml_context * ctx, const char * name, int rows, int heads, int streams) {
@@ -257,9 +254,9 @@ struct test_kvtc_attn : public kvtc_test_case {
         return ggml_permute(ctx, t, 0, 2, 1, 3);
     }
 
-    ggml_tensor * new_cache(ggml_context * ctx, const char * name, int bits) {
-        const auto type = (ggml_type) (GGML_TYPE_KVTC1 + bits - 1);
-        ggml_tensor * t = named(ggml_new_tensor_3d(ctx, type, c.heads*c.d, c.n_kv + SPARE, c.streams), name);
+    ggml_tensor * new_cache(ggml_context * ctx, const char * name, int kind) {
+        const ggml_type type = kvtc_test::get_type(kind);
+        ggml_tensor * t = named(ggml_new_tensor_3d(ctx, type, ggml_kvtc_row_values(type, c.heads, c.d), c.n_kv + SPARE, c.streams), name);
         return ggml_view_4d(ctx, t, c.d, c.n_kv, c.heads, c.streams, t->nb[1], ggml_row_size(type, c.d), t->nb[2], 0);
     }
 
@@ -287,9 +284,9 @@ struct test_kvtc_attn : public kvtc_test_case {
             sinks = named(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head()), "sinks");
         }
         if (c.exact != KVTC_NONE) {
-            exact = named(ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) 2*c.d*n_slots()*c.heads), "exact");
-            z[0] = new_vectors(ctx, "zk", c.tokens*c.streams, c.heads, 1);
-            z[1] = new_vectors(ctx, "zv", c.tokens*c.streams, c.heads, 1);
+            exact = named(ggml_new_tensor_1d(ctx, GGML_TYPE_F16, (int64_t) (is_coded(0) + is_coded(1))*c.d*n_slots()*c.heads), "exact");
+            z[0] = is_coded(0) ? new_vectors(ctx, "zk", c.tokens*c.streams, c.heads, 1) : nullptr;
+            z[1] = is_coded(1) ? new_vectors(ctx, "zv", c.tokens*c.streams, c.heads, 1) : nullptr;
         }
         ggml_tensor * p    = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I8, (int64_t) pack->bytes.size()), "pack");
         ggml_tensor * info = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (2*c.n_kv + c.tokens)*c.streams), "info");
@@ -385,14 +382,23 @@ struct test_kvtc_attn : public kvtc_test_case {
             for (size_t j = 0; j < z[i].size(); ++j) {
                 z[i][j] = kvtc_test::normal(rng)*side.scale[j % c.d];
             }
-            for (int64_t j = 0; j < (int64_t) c.heads*n_slots()*c.d; ++j) {
+            for (int64_t j = 0; is_coded(i) && j < (int64_t) c.heads*n_slots()*c.d; ++j) {
                 const float x = owned[j/c.d % n_slots()] ? kvtc_test::normal(rng)*side.scale[j % c.d] : NAN;
                 exact.push_back(ggml_fp32_to_fp16(x));
             }
         }
         put("q",     q);
-        put("k",     pack->random_rows(rng, GGML_KVTC_K, (size_t) (c.n_kv + SPARE)*c.streams));
-        put("v",     pack->random_rows(rng, GGML_KVTC_V, (size_t) (c.n_kv + SPARE)*c.streams));
+        for (int i = 0; i < 2; ++i) {
+            const size_t n = (size_t) (c.n_kv + SPARE)*c.streams;
+            const int    kind = i == GGML_KVTC_K ? c.k : c.v;
+            auto rows = is_coded(i) ? pack->random_rows(rng, (ggml_kvtc_side) i, n) : kvtc_test::plain_rows(rng, kind, c.heads, c.d, n);
+            for (size_t j = 0; is_coded(i) && j < pos.size(); ++j) {
+                if (pos[j] < 0 && c.mask != KVTC_ALL) {
+                    pack->set_largest_gains((ggml_kvtc_side) i, j/c.n_kv*(c.n_kv + SPARE) + j%c.n_kv, rows);
+                }
+            }
+            put(i == GGML_KVTC_K ? "k" : "v", rows);
+        }
         put("mask",  mask);
         put("sinks", sinks);
         put("pack",  pack->bytes);

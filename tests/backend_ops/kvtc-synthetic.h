@@ -10,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -154,27 +155,66 @@ inline const ggml_kvtc_side_calibration & get_side(int H, int d, int side) {
     return get_calibration(H, d).layers[side].at(0);
 }
 
+// What a side of a case is: 1 to 6 for kvtc's types, or one of these.
+enum kind { TURBO2 = 12, TURBO3, TURBO4, PLAIN_F16 = 20, PLAIN_Q8_0 };
+
+inline ggml_type get_type(int kind) {
+    return kind == PLAIN_F16 ? GGML_TYPE_F16 : kind == PLAIN_Q8_0 ? GGML_TYPE_Q8_0 :
+        (ggml_type) (kind >= TURBO2 ? GGML_TYPE_TURBO2 + kind - TURBO2 : GGML_TYPE_KVTC1 + kind - 1);
+}
+
+inline bool is_coded(int kind) {
+    return kind < PLAIN_F16;
+}
+
+// of one layer's row
+inline size_t get_row_bytes(int kind, int H, int d) {
+    return ggml_row_size(get_type(kind), ggml_kvtc_row_values(get_type(kind), H, d));
+}
+
 // A pack for the CPU and, behind it at the next multiple of 64, one for CUDA devices: the same graph runs on two backends with
 // the same bytes, and each finds its own.
 struct universal_pack {
     std::vector<uint8_t> bytes;
     int32_t limits[6];
 
-    universal_pack(int H, int d, int bits_k, int bits_v, const ggml_kvtc_rope * rope) {
-        const ggml_kvtc_calibration & cal = get_calibration(H, d);
+    // rope: of keys of kvtc's types
+    universal_pack(int H, int d, int kind_k, int kind_v, const ggml_kvtc_rope * rope) {
+        ggml_kvtc_calibration cal = get_calibration(H, d);
+        for (int side = 0; side < 2; ++side) {
+            const ggml_type type = get_type(side == GGML_KVTC_K ? kind_k : kind_v);
+            if (ggml_kvtc_is_turbo(type)) {
+                ggml_kvtc_calibration_set_turbo(&cal, 0, (ggml_kvtc_side) side, type, H, d);
+            }
+        }
+        const int bits_k = ggml_kvtc_type_bits(get_type(kind_k));
+        const int bits_v = ggml_kvtc_type_bits(get_type(kind_v));
         const size_t at = ggml_kvtc_cuda_pack_size(&cal, 0, bits_k, bits_v); // a multiple of 64
         bytes.resize(at + ggml_kvtc_pack_size(&cal, 0, bits_k, bits_v));
         ggml_kvtc_cuda_pack_write(&cal, 0, bits_k, bits_v, bytes.data());
         ggml_kvtc_pack_write     (&cal, 0, bits_k, bits_v, bytes.data() + at);
-        if (rope) {
+        if (rope && kind_k < TURBO2) {
             ggml_kvtc_cuda_pack_set_rope(bytes.data(),      rope);
             ggml_kvtc_pack_set_rope     (bytes.data() + at, rope);
         }
         ggml_kvtc_cuda_pack_limits(bytes.data(), limits);
     }
 
+    // The largest gains in row i of a turbo side: what nobody sees must not become infinity.
+    void set_largest_gains(ggml_kvtc_side side, size_t i, std::vector<uint8_t> & rows) const {
+        const void * pack   = ggml_kvtc_pack_find(bytes.data());
+        const auto & layout = ((const ggml_kvtc_pack_header *) pack)->side[side];
+        for (uint32_t h = 0; h < layout.n_head; ++h) {
+            const ggml_kvtc_pack_head & head = *ggml_kvtc_pack_get_head(pack, side, (int) h);
+            const ggml_fp16_t largest = 0x7bff;
+            if (head.f16_gain) {
+                memcpy(&rows[i*layout.row_bytes + head.payload], &largest, sizeof(largest));
+            }
+        }
+    }
+
     // Rows of random codes. Gains stay near 1 or are 0, so that no single token takes all of the attention; the bytes that no
-    // head owns are random as well.
+    // head owns are random as well. Turbo gains may be what only a damaged state holds.
     std::vector<uint8_t> random_rows(rng_t & rng, ggml_kvtc_side side, size_t n) const {
         const void * pack   = ggml_kvtc_pack_find(bytes.data());
         const auto & layout = ((const ggml_kvtc_pack_header *) pack)->side[side];
@@ -184,12 +224,41 @@ struct universal_pack {
         }
         for (size_t i = 0; i < n; ++i) {
             for (uint32_t h = 0; h < layout.n_head; ++h) {
-                const uint32_t gain = rng() % 16 == 0 ? 0 : 48 + rng() % 32;
-                rows[i*layout.row_bytes + ggml_kvtc_pack_get_head(pack, side, (int) h)->payload] = (uint8_t) gain;
+                const ggml_kvtc_pack_head & head = *ggml_kvtc_pack_get_head(pack, side, (int) h);
+                uint8_t * to = &rows[i*layout.row_bytes + head.payload];
+                if (head.f16_gain) {
+                    const uint32_t odd  = rng() % 32;
+                    const float    gain = odd == 0 ? INFINITY : odd == 1 ? NAN : odd == 2 ? 0.0f : 0.75f + rng() % 64/128.0f;
+                    const ggml_fp16_t half = ggml_fp32_to_fp16(gain);
+                    memcpy(to, &half, sizeof(half));
+                } else {
+                    *to = (uint8_t) (rng() % 16 == 0 ? 0 : 48 + rng() % 32);
+                }
             }
         }
         return rows;
     }
 };
+
+// Rows of an ordinary type.
+inline std::vector<uint8_t> plain_rows(rng_t & rng, int kind, int H, int d, size_t n) {
+    std::vector<uint8_t> rows(n*get_row_bytes(kind, H, d));
+    if (kind == PLAIN_F16) {
+        for (size_t i = 0; i < rows.size(); i += sizeof(ggml_fp16_t)) {
+            const ggml_fp16_t half = ggml_fp32_to_fp16(normal(rng));
+            memcpy(&rows[i], &half, sizeof(half));
+        }
+        return rows;
+    }
+    const size_t block = ggml_type_size(GGML_TYPE_Q8_0);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        rows[i] = (uint8_t) rng();
+        if (i % block < sizeof(ggml_fp16_t)) { // the scale
+            const ggml_fp16_t half = ggml_fp32_to_fp16(0.01f*(1 + i/block % 3));
+            rows[i] = (uint8_t) (half >> 8*(i % block));
+        }
+    }
+    return rows;
+}
 
 } // namespace kvtc_test

@@ -89,8 +89,61 @@ def cases() -> Iterator[tuple[str, object]]:
     for tokens in (1, 33):
         yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
         yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
+    yield from sides_cases(plain)
     for d in (128, 256):
         yield from few_cases(replace(plain, dk=d, heads=1, rope=neox(d), k=2, v=4, n_kv=700), d)
+
+
+def sides_cases(plain: object) -> Iterator[tuple[str, object]]:
+    """Cases of which a side is of a turbo type, or beside one, of an ordinary type."""
+    from kvtc_gguf.reference_rope import Rope
+
+    kinds = [(f"turbo{k}", f"turbo{v}") for k in (2, 3, 4) for v in (2, 3, 4)]
+    kinds += [("turbo3", 2), ("turbo2", 6), (1, "turbo4"), (3, "turbo2")]
+    for other in ("f16", "q8_0"):
+        kinds += [("turbo3", other), (other, "turbo4"), (3, other), (other, 4)]
+    for k, v in kinds:
+        for d in (64, 80, 96, 128, 256, 512):
+            if d % 32 and "q8_0" in (k, v):
+                continue
+            case = replace(plain, k=k, v=v, dk=d, rope=Rope(d, neox=True), n_kv=700, heads=1 if d == 512 else 3)
+            for tokens in (1, 4, 19):
+                yield f"sides {k} {v} head_dim {d} tokens {tokens}", replace(case, tokens=tokens, group=1 + tokens % 3)
+    for k, v in (
+        ("turbo3", "turbo3"),
+        ("turbo4", 2),
+        (2, "turbo2"),
+        ("q8_0", "turbo3"),
+        ("turbo2", "f16"),
+        (3, "q8_0"),
+    ):
+        case = replace(plain, k=k, v=v, heads=2)
+        for group, tokens in ((1, 1), (4, 1), (7, 3), (8, 2), (16, 1), (3, 50)):
+            yield f"sides {k} {v} group {group} tokens {tokens}", replace(case, group=group, tokens=tokens)
+        for n_kv in (1, 17, 31, 33, 257, 5000, 20_000):
+            yield f"sides {k} {v} cells {n_kv}", replace(case, tokens=1, n_kv=n_kv, empty=0)
+        for exact in ("none", "store", "some", "batch"):
+            for tokens in (1, 6, 50):
+                extra = {"exact": exact, "tokens": tokens, "window": 40, "n_kv": 300}
+                yield f"sides {k} {v} exact {exact} tokens {tokens}", replace(case, **extra)
+        variants = {
+            "shuffled": {"order": "shuffled", "start": 61},
+            "sparse": {"order": "sparse", "exact": "none"},
+            "far": {"start": 999_900},
+            "interleaved": {"order": "interleaved"},
+            "holes": {"mask": "holes"},
+            "dead": {"mask": "dead"},
+            "no mask": {"mask": "none", "empty": 0},
+            "span": {"mask": "span", "span": 100, "order": "shuffled"},
+            "streams": {"streams": 3, "order": "shuffled"},
+            "softcap": {"softcap": 3.0, "dk": 128, "rope": Rope(128, neox=True)},
+            "sink logits": {"sink_logits": True},
+            "alibi": {"max_bias": 8.0, "heads": 3, "rope": None},
+            "strided": {"permuted": True, "exact": "batch", "streams": 2},
+        }
+        for name, extra in variants.items():
+            for tokens in (1, 5, 40):
+                yield f"sides {k} {v} {name} tokens {tokens}", replace(case, n_kv=600, tokens=tokens, **extra)
 
 
 def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,34 +65,39 @@ def check_store(case: object) -> float:
     return float(((out - right) ** 2).sum() / (right**2).sum())
 
 
-def check_rows(n_head: int, d: int, bits: int) -> float:
-    """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal."""
+def check_rows(n_head: int, d: int, kind: int | str) -> float:
+    """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal.
+
+    A kind is the bits of a kvtc type or "turbo<bits>".
+    """
     import ffi
     import ggml_graph
     import synthetic
-    from attention_case import calibrated
-    from kvtc_gguf.layout import row_bytes
+    from sides import bits_of, coded_sides, size_of, type_of
 
-    calibration, native = calibrated(n_head, d, d)
-    pack = native.pack(0, bits, bits)
-    rng = np.random.default_rng(bits)
+    native, own = coded_sides(n_head, ((kind, d), (kind, d)))
+    pack = native.pack(0, bits_of(kind), bits_of(kind))
+    rng = np.random.default_rng(bits_of(kind))
+    values = ffi.base.ggml_kvtc_row_values(type_of(kind), n_head, d)
     n, n_rows = 150, 200
     where = rng.permutation(n_rows)[:n].astype(np.int64)
     where[::7] = -1
     different = 0.0
     for side in (ffi.K, ffi.V):
-        z = synthetic.draw(rng, calibration.layers[0]["kv"[side]], n)
+        z = synthetic.draw(rng, own[side][0], n)
         z[3] = 0.0
-        right = np.full((n_rows, row_bytes(n_head, d, bits)), 0xFF, np.uint8)
+        z[5] *= np.float32(1e6)
+        right = np.full((n_rows, size_of(kind, n_head, d)), 0xFF, np.uint8)
         right[where[where >= 0]] = ffi.encode_rows(pack, side, z, right.shape[1])[where >= 0]
         with ggml_graph.graph(64) as g:
-            cache = g.rows(ffi.kvtc_type(bits), n_head * d, np.full_like(right, 0xFF))
+            cache = g.rows(type_of(kind), values, np.full_like(right, 0xFF))
             tensors = g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
             rows = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, cache, *tensors, side), 1).reshape(right.shape)
         different = max(different, float((rows != right).mean()))
         exact = np.full((n_head, n_rows, d), -1.0, np.float16)
         right = exact.copy()
-        right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
+        with np.errstate(over="ignore"):  # f16 has no numbers as large
+            right[:, where[where >= 0]] = z.transpose(1, 0, 2)[:, where >= 0].astype(np.float16)
         with ggml_graph.graph(64) as g:
             tensors = g.tensor(exact), g.tensor(z.transpose(1, 0, 2)), g.tensor(where), g.pack(pack)
             stored = g.compute(ffi.base.ggml_kvtc_set_rows(g.ctx, *tensors, side), 1, poison=False)
@@ -98,7 +105,7 @@ def check_rows(n_head: int, d: int, bits: int) -> float:
     return different
 
 
-def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
+def check_write(n_head: int, d: int, kinds: tuple[int | str, int | str], n_tokens: int) -> float:
     """NMSE of the z of keys and values as a decoded token is written; its codes must be those of that z, byte for byte.
 
     The graph is the one of llama_kvtc::store, which a device may run as one kernel.
@@ -106,34 +113,35 @@ def check_write(n_head: int, d: int, bits: int, n_tokens: int) -> float:
     import ffi
     import ggml_graph
     import synthetic
-    from attention_case import calibrated
-    from kvtc_gguf.layout import row_bytes
+    from sides import bits_of, coded_sides, size_of, type_of
 
-    calibration, native = calibrated(n_head, d, d)
-    pack = native.pack(0, bits, bits)
-    rng = np.random.default_rng(bits + n_tokens)
+    native, own = coded_sides(n_head, ((kinds[0], d), (kinds[1], d)))
+    pack = native.pack(0, *map(bits_of, kinds))
+    rng = np.random.default_rng(bits_of(kinds[0]) + n_tokens)
     where = rng.permutation(40)[:n_tokens].astype(np.int64)
     where[3::4] = -1
-    size = row_bytes(n_head, d, bits)
     error = 0.0
     with ggml_graph.graph(64) as g:
         results, right = [], []
         for side in (ffi.K, ffi.V):
             matrix, bias = native.encode_matrix(0, side)
-            z = synthetic.draw(rng, calibration.layers[0]["kv"[side]], n_tokens)  # [tokens, heads, d]
+            z = synthetic.draw(rng, own[side][0], n_tokens)  # [tokens, heads, d]
             x = np.stack([np.linalg.solve(matrix[h].astype(float), (z[:, h] - bias[h]).T).T for h in range(n_head)], 1)
             x = x.astype(np.float32)
             right.append(np.einsum("hij,thj->hti", matrix.astype(float), x) + bias[:, None])
             turned = ffi.base.ggml_permute(g.ctx, g.tensor(x), 0, 2, 1, 3)
             product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), turned)
             total = ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None]))
-            cache = g.rows(ffi.kvtc_type(bits), n_head * d, np.full((40, size), 0xFF, np.uint8))
+            kind = type_of(kinds[side])
+            values, size = ffi.base.ggml_kvtc_row_values(kind, n_head, d), size_of(kinds[side], n_head, d)
+            cache = g.rows(kind, values, np.full((40, size), 0xFF, np.uint8))
             rows = ffi.base.ggml_kvtc_set_rows(g.ctx, cache, total, g.tensor(where), g.pack(pack), side)
             results += [total, rows]
         out = g.compute_all(results, 1, poison=False)
     for side in (ffi.K, ffi.V):
         z = out[2 * side].view(np.float32).reshape(n_head, n_tokens, d)
         error = max(error, float(((z - right[side]) ** 2).sum() / (right[side] ** 2).sum()))
+        size = size_of(kinds[side], n_head, d)
         expected = np.full((40, size), 0xFF, np.uint8)
         rows = ffi.encode_rows(pack, side, np.ascontiguousarray(z.transpose(1, 0, 2)), size)
         expected[where[where >= 0]] = rows[where >= 0]
@@ -154,11 +162,14 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str =
         (name, bounds[name.startswith(LARGE_LOGITS)], lambda case=case: check_attention(case)) for name, case in cases()
     ]
     for heads, d in ((1, 64), (3, 64), (2, 80), (1, 96), (8, 128), (1, 256), (4, 256), (1, 512)):
-        for bits in range(1, 7):
-            work.append((f"rows {heads} x {d} kvtc{bits}", 0.0, lambda a=(heads, d, bits): check_rows(*a)))
+        for kind in (*range(1, 7), "turbo2", "turbo3", "turbo4"):
+            work.append((f"rows {heads} x {d} {kind}", 0.0, lambda a=(heads, d, kind): check_rows(*a)))
             for n_tokens in (1, 5, 37):
-                name = f"write {heads} x {d} kvtc{bits} {n_tokens} tokens"
-                work.append((name, NMSE, lambda a=(heads, d, bits, n_tokens): check_write(*a)))
+                name = f"write {heads} x {d} {kind} {n_tokens} tokens"
+                work.append((name, NMSE, lambda a=(heads, d, (kind, kind), n_tokens): check_write(*a)))
+        for kinds in ((2, "turbo3"), ("turbo4", 3)):
+            name = f"write {heads} x {d} {kinds[0]} and {kinds[1]}"
+            work.append((name, NMSE, lambda a=(heads, d, kinds, 2): check_write(*a)))
     for d in (64, 80, 96, 128, 256):
         for tokens, streams, group in ((1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 3, 3), (16, 1, 4), (16, 1, 8), (40, 1, 4)):
             from attention_case import Case
@@ -174,13 +185,16 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str =
                 exact="store",
                 rope=Rope(d, neox=True),
             )
-            name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}"
-            work.append((name, NMSE, lambda case=case: check_store(case)))
+            for k, v in ((2, 3), ("turbo3", "turbo2"), ("turbo4", 3), (3, "turbo4")):
+                name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}, {k} and {v}"
+                work.append((name, NMSE, partial(check_store, replace(case, k=k, v=v))))
     for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
         from attention_case import Case
 
         case = Case(tokens=tokens, n_kv=n_kv, exact=exact, window=200)
-        work.append((f"chunks tokens {tokens} exact {exact}", NMSE, lambda case=case: check_chunks(case)))
+        for k, v in ((2, 3), ("turbo3", "turbo2"), (3, "f16")):
+            name = f"chunks tokens {tokens} exact {exact}, {k} and {v}"
+            work.append((name, NMSE, partial(check_chunks, replace(case, k=k, v=v))))
     first, step = map(int, part.split("/"))
     chosen = [x for i, x in enumerate(work) if only in x[0] and not (quick and i % 10)]
     for name, bound, run in chosen[first::step]:

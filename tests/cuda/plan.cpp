@@ -12,6 +12,32 @@ static attn_shape get_shape(const int * x) {
     return { x[0], x[1], x[2], x[3], x[4], x[5], { x[6], x[7] }, { x[8], x[9] }, { x[10], x[11] }, { x[12], x[13] } };
 }
 
+// the same with kinds of sides (sides.h), which the payloads' sizes are made for
+int plan_decode_sides(const int * shape, const int * kinds, int n_sm, long shared, long * out) {
+    attn_shape s = get_shape(shape);
+    s.kind[0] = (side_kind) kinds[0];
+    s.kind[1] = (side_kind) kinds[1];
+    decode_plan p = {};
+    const bool ok = make_decode_plan(s, { n_sm, (size_t) shared }, p);
+    const long values[] = { p.n_slab, p.slab, p.slabs_per_split, p.n_split, p.n_row_block, p.nq, (long) p.shared,
+        p.at_mean, p.at_queries, p.at_freq, p.at_fine, p.at_codes, p.at_table[0], p.at_table[1], p.at_stage, p.at_tile,
+        p.stride[0], p.stride[1], p.lanes[0], p.lanes[1], p.n_fine, p.in_shared };
+    std::copy(std::begin(values), std::end(values), out);
+    return ok;
+}
+
+// do kernels of sm_90a serve the shape with these kinds?
+int plan_sm90_sides(const int * shape, const int * kinds) {
+    attn_shape s = get_shape(shape);
+    s.kind[0] = (side_kind) kinds[0];
+    s.kind[1] = (side_kind) kinds[1];
+    const gpu_shape gpu = { 132, 227 << 10 };
+    sm90_plan a = {};
+    sm90_d256_plan b = {};
+    rebuild_plan c = {};
+    return make_sm90_plan(s, gpu, a) || make_sm90_d256_plan(s, gpu, b) || make_rebuild_plan(s, gpu, 256, c);
+}
+
 // out: n_slab, slab, slabs_per_split, n_split, n_row_block, nq, shared, then the offsets in order
 int plan_decode(const int * shape, int n_sm, long shared, long * out) {
     decode_plan p = {};

@@ -34,6 +34,8 @@ def plans(tmp_path_factory):
     ffi = FFI()
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);
+        int  plan_decode_sides(const int * shape, const int * kinds, int n_sm, long shared, long * out);
+        int  plan_sm90_sides(const int * shape, const int * kinds);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
         void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
@@ -76,6 +78,32 @@ def test_decode_reads_every_cell_once_within_shared_memory(plans, shape, gpu):
     out = ffi.new("long[18]")
     if library.plan_decode(shape, *GPUS[gpu], out):
         check_splits(shape, list(out)[:16], GPUS[gpu][1])
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=shapes(st.integers(1, 16), st.sampled_from([64, 80, 96, 128, 256])),
+    kinds=st.tuples(st.integers(1, 3), st.integers(0, 3)),
+    bits=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    gpu=st.sampled_from(sorted(GPUS)),
+)
+def test_decode_of_stored_keys_has_a_plan_whose_rows_fit_wherever_they_begin(plans, shape, kinds, bits, gpu):
+    """Kinds as sides.h counts them: kvtc, turbo, f16, q8_0."""
+    ffi, library = plans
+    d, tables = shape[0], {2: 256, 3: 1024, 4: 256}
+    for side, (kind, b) in enumerate(zip(kinds, bits, strict=True)):
+        if kind:
+            shape[8 + side] = (0, d * b // 8, 2 * d, d // 32 * 34)[kind]
+            shape[10 + side] = tables[b] if kind == 1 else 0
+    out = ffi.new("long[22]")
+    assert library.plan_decode_sides(shape, kinds, *GPUS[gpu], out)
+    plan = list(out)
+    check_splits(shape, plan[:16], GPUS[gpu][1])
+    for side in range(2):
+        stride, lanes = plan[16 + side], plan[18 + side]
+        assert stride % 32 == 16 and stride >= 15 + shape[8 + side] and 1 << lanes <= 32
+    assert plan[5] == 1 and plan[20:] == [0, 0]  # 8 query rows; neither rotations nor a matrix
+    assert not library.plan_sm90_sides(shape, kinds)
 
 
 @pytest.mark.parametrize("d", [64, 80, 96, 128])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ffi
@@ -13,13 +10,10 @@ import ggml_graph
 import gguf
 import numpy as np
 import synthetic
-from kvtc_gguf import reference_turbo
-from kvtc_gguf.format import Calibration, SideCalibration
-from kvtc_gguf.layout import row_bytes, turbo_row_bytes
 from kvtc_gguf.reference_attention import CodedCells, PlainCells, alibi_slopes, attention, span_mask
 from kvtc_gguf.reference_rope import Rope
+from sides import PLAIN, bits_of, coded_sides, is_turbo, size_of, type_of
 
-PLAIN = {"f32": ffi.F32, "f16": ffi.F16, "q8_0": ffi.Q8_0}
 HIDDEN = np.float16(-np.inf)
 
 
@@ -57,39 +51,14 @@ class Case:
         return (self.k, self.dk), (self.v, self.dv or self.dk)
 
 
-def is_turbo(kind: int | str) -> bool:
-    return isinstance(kind, str) and kind.startswith("turbo")
-
-
-def bits_of(kind: int | str) -> int:
-    """Bits of a coded side's type, 0 for an ordinary one."""
-    return kind if isinstance(kind, int) else int(kind[-1]) if is_turbo(kind) else 0
-
-
-@functools.lru_cache(maxsize=8)
-def calibrated(heads: int, dk: int, dv: int) -> tuple[Calibration, ffi.Native]:
-    room = [b for b in range(1, 7) if row_bytes(heads, min(dk, dv), b) >= 4 * (heads - 1) + 1]
-    calibration = synthetic.calibration(1, heads, dk, dv, bits=tuple(room))
-    with tempfile.TemporaryDirectory() as folder:
-        return calibration, ffi.native(calibration, Path(folder))
-
-
 class Inputs:
     """The numbers of a case, as numpy arrays with streams first."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.rng = np.random.default_rng(case.seed)
-        self.calibration, self.native = calibrated(case.heads, case.dk, case.dv or case.dk)
+        self.native, self.own = coded_sides(case.heads, case.sides)
         bits = [bits_of(kind) for kind, _ in case.sides]
-        self.own: list[tuple[SideCalibration, int] | None] = []  # of a coded side, and the index of its budget
-        for side, (kind, d) in enumerate(case.sides):
-            if is_turbo(kind):
-                self.native = self.native.with_turbo(side, bits[side], case.heads, d)
-                self.own.append((reference_turbo.side(case.heads, d, bits[side]), 0))
-            else:
-                own, known = self.calibration.layers[0]["kv"[side]], self.calibration.bits
-                self.own.append((own, known.index(kind)) if bits[side] else None)
         self.pack = self.native.pack(0, *bits)
         if case.rope is not None and bits[0] and not is_turbo(case.k):
             ffi.set_rope(self.pack, case.rope, case.dk)
@@ -147,9 +116,12 @@ class Inputs:
         case, n = self.case, self.case.streams * self.case.n_kv
         if self.own[side] is not None:
             z = synthetic.draw(self.rng, self.own[side][0], n)
-            size = (turbo_row_bytes if is_turbo(kind) else row_bytes)(case.heads, d, bits_of(kind))
-            rows = ffi.encode_rows(self.pack, side, z, size)
-            rows[self.pos.reshape(-1) < 0] = self.rng.integers(0, 256, rows.shape[1], np.uint8)
+            rows = ffi.encode_rows(self.pack, side, z, size_of(kind, case.heads, d))
+            empty = self.pos.reshape(-1) < 0
+            rows[empty] = self.rng.integers(0, 256, rows.shape[1], np.uint8)
+            if is_turbo(kind):  # the largest gains there are: what nobody sees must not become infinity
+                start = case.heads * d * bits_of(kind) // 8
+                rows[empty, start : start + 2 * case.heads] = np.tile([0xFF, 0x7B], case.heads)
             self.z.append(z.reshape(case.streams, case.n_kv, case.heads, d))
             self.plain.append(None)
         else:
@@ -223,8 +195,7 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
     case = x.case
     cells = []
     for (kind, d), rows in zip(case.sides, x.rows, strict=True):
-        turbo, bits = is_turbo(kind), bits_of(kind)
-        kind = ffi.turbo_type(bits) if turbo else ffi.kvtc_type(bits) if bits else PLAIN[kind]
+        kind = type_of(kind)
         # the cache is longer than the view of it
         spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
         cache = np.concatenate([rows, spare], axis=1)
