@@ -93,7 +93,8 @@ def select(matrix: Matrix, types: str | None, models: str | None) -> Matrix:
     chosen = tuple(
         model
         for model in matrix.models
-        if (any(name in model.file.lower() for name in wanted) if wanted else OPTIONAL not in model.file)
+        if (not wanted or any(name in model.file.lower() for name in wanted))
+        and (OPTIONAL not in model.file or any(OPTIONAL in name for name in wanted))
     )
     caches = tuple(entry for entry in matrix.caches if not types or entry.cache.name in types.split(","))
     if not chosen or not caches:

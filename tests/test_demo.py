@@ -134,6 +134,10 @@ def test_table_measures_every_promised_type_on_both_models() -> None:
         for model in plan.models
     }  # fmt: skip
     assert list(measured.values()) == [labels, ["f16", "q4_0", "kvtc-k2v4"]]
+    # a copy that nobody made is no reason to fail
+    assert [model.name for model in demo.select(matrix.load(demo.MATRIX), "f16", "smollm2").models] == [
+        "SmolLM2-135M-Instruct.Q4_1"
+    ]
     assert [model.name for model in demo.select(matrix.load(demo.MATRIX), "f16", "f32").models] == [
         "SmolLM2-135M-Instruct.f32"
     ]
