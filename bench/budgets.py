@@ -15,6 +15,7 @@ import typer
 from kvtc_gguf import budget, corpus, format
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.sensitivity import Prober, measure
+from kvtc_gguf.sidecar import beside
 
 CHUNKS, CTX = 2, 1024  # of what the layers are measured on
 
@@ -40,7 +41,7 @@ def main(
     threads: Annotated[int, typer.Option("-t", "--threads")] = os.cpu_count() or 1,
 ) -> None:
     """Write a calibration for each budget and print its predicted KLD."""
-    sidecar = model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
+    sidecar = beside(model)
     measured(model, sidecar, threads)
     for each in bpv:
         calibration = format.read(sidecar)

@@ -26,6 +26,7 @@ from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.run import Run, Stopped, stoppable
+from kvtc_gguf.sidecar import beside
 from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
@@ -146,7 +147,7 @@ def outputs(request: Request, output: Path | None) -> Path | None:
     """The sidecar to write, if any, after a check of all outputs, before hours of work. Raises FormatError."""
     model = request.model
     if output is None and request.embedded is None:
-        output = model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
+        output = beside(model)
     for path in filter(None, (output, request.embedded, request.statistics)):
         if path.exists() and (path.is_dir() or path.samefile(model)):
             raise FormatError(

@@ -48,10 +48,6 @@ class Sizes:
         return self.weights + self.codes + self.exact + self.bases + self.compute
 
 
-class _KvtcParams(ctypes.Structure):
-    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
-
-
 def types_of(cache: str) -> tuple[str, str]:
     """Types of K and V of a cache as users name it: `f16`, `kvtc-k2v4`, `K/V`. Raises FormatError for unknown ones."""
     preset = PRESET.fullmatch(cache)
@@ -74,9 +70,7 @@ class DryRun:
         self.api, _ = library.load()
         self._keep = self.api.llama_log_callback(lambda level, text, _: self.log.append(text.decode(errors="replace")))
         self.api.llama_log_set(self._keep, None)
-        set_params = self.api._lib.llama_kvtc_set_params
-        set_params.argtypes, set_params.restype = [_KvtcParams], None
-        set_params(_KvtcParams(str(calibration).encode() if calibration else None, sink, window))
+        library.set_kvtc_params(self.api, calibration, sink, window)
         self.api.llama_backend_init()
         self.gpu = bool(self.api.llama_supports_gpu_offload())
         params = self.api.llama_model_default_params()

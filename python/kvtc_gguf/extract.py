@@ -10,6 +10,7 @@ import typer
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.format import read, write
 from kvtc_gguf.layout import FormatError
+from kvtc_gguf.sidecar import beside
 
 app = typer.Typer(add_completion=False)
 
@@ -23,7 +24,7 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write the calibration that a GGUF embeds to a file of its own."""
-    target = output or model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
+    target = output or beside(model)
     with one_line_errors():
         # an existing sidecar may hold statistics that the embedded copy does not
         if target.exists() and not force:

@@ -9,7 +9,6 @@ weights on a CPU mostly flipped roundings of activations) is measured too and ta
 from __future__ import annotations
 
 import copy
-import ctypes
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from kvtc_gguf import format
+from kvtc_gguf.capture.library import set_kvtc_params
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import FormatError
@@ -28,10 +28,6 @@ NOISY = 5e-4  # nats a token: a background above this drowns a layer at 2 bits, 
 KVTC_TYPE = 42  # ggml's number of kvtc<b> is KVTC_TYPE + b
 
 LayerBits = dict[str, list[int]]  # side -> bits by layer, 0 for layers without a cache
-
-
-class _Params(ctypes.Structure):
-    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
 
 
 class Prober:
@@ -48,15 +44,13 @@ class Prober:
         self.capture = LlamaCapture(model, chunks.shape[1], threads)
         self.api, self.runs = self.capture.api, 0
         self.rows = np.arange(chunks.shape[1] // 2, chunks.shape[1] - 1, ROW_STEP)
-        self._set_params = self.api._lib.llama_kvtc_set_params
-        self._set_params.argtypes, self._set_params.restype = [_Params], None
         self.base = self._log_probabilities(self.api.GGML_TYPE_F16, self.api.GGML_TYPE_F16)
 
     def __enter__(self) -> Prober:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._set_params(_Params(None, -1, -1))
+        set_kvtc_params(self.api)
         self.capture.__exit__(kind, error, trace)
         self.folder.cleanup()
 
@@ -67,7 +61,7 @@ class Prober:
         asked = self.calibration.bits[-1]
         self.calibration.layer_bits = {side: [bits[side]] * len(self.calibration.bits) for side in SIDES}
         format.write(self.calibration, path)
-        self._set_params(_Params(str(path).encode(), -1, -1))
+        set_kvtc_params(self.api, path)
         try:
             other = self._log_probabilities(KVTC_TYPE + asked, KVTC_TYPE + asked)
         finally:

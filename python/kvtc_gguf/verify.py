@@ -21,10 +21,10 @@ from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import Calibration, SideCalibration, read
-from kvtc_gguf.gguf_io import Reader
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.rotation import rotate, rotation
+from kvtc_gguf.sidecar import locate
 
 SHOWN_BITS = (2, 4)
 NOTHING = 1.0  # relative error of a code that says nothing
@@ -43,9 +43,7 @@ class Errors:
 
 def find(model: Path, calibration: Path | None) -> Path:
     """The file that llama.cpp would take the calibration from. Raises FormatError if there is none."""
-    beside = model.with_name(model.name.removesuffix(".gguf") + ".kvtc.gguf")
-    if calibration is None:
-        calibration = model if "kvtc.version" in Reader(model).fields else beside
+    calibration = calibration or locate(model)
     if not calibration.is_file():
         raise FormatError(f"{calibration}: no such calibration; make one with `python -m kvtc_gguf.calibrate {model}`")
     return calibration

@@ -71,6 +71,19 @@ def load() -> tuple[types.ModuleType, ctypes.CDLL]:
     return api, declare(base)
 
 
+class _KvtcParams(ctypes.Structure):
+    """struct llama_kvtc_params"""
+
+    _fields_ = [("files", ctypes.c_char_p), ("n_sink", ctypes.c_int32), ("n_window", ctypes.c_int32)]
+
+
+def set_kvtc_params(api: types.ModuleType, file: Path | None = None, sink: int = -1, window: int = -1) -> None:
+    """Calibration, sinks and window of the contexts created next; None and -1: llama.cpp's own search and defaults."""
+    function = api._lib.llama_kvtc_set_params
+    function.argtypes, function.restype = [_KvtcParams], None
+    function(_KvtcParams(str(file).encode() if file else None, sink, window))
+
+
 def declare(base: ctypes.CDLL) -> ctypes.CDLL:
     """Sets the signatures of the few ggml functions that reading a graph node takes."""
     tensor = ctypes.c_void_p

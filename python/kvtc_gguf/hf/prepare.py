@@ -13,11 +13,11 @@ from kvtc_gguf import format as calibration_file
 from kvtc_gguf.capture import channels
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import Calibration
-from kvtc_gguf.gguf_io import Reader
 from kvtc_gguf.hf import attention
 from kvtc_gguf.hf.codec import SideCodec
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
+from kvtc_gguf.sidecar import locate
 
 Codecs = tuple[SideCodec, SideCodec]
 
@@ -50,8 +50,7 @@ def read_calibration(gguf: Path, sidecar: Path | None) -> Calibration:
     """The calibration of a GGUF: the one named, else in its metadata, else the file beside it. Raises FormatError."""
     own = fingerprint(gguf)
     if sidecar is None:
-        embedded = any(key.startswith("kvtc.") for key in Reader(gguf).fields)
-        sidecar = gguf if embedded else gguf.with_name(gguf.name.removesuffix(".gguf") + ".kvtc.gguf")
+        sidecar = locate(gguf)
     if not sidecar.exists():
         raise FormatError(f"{sidecar}: no calibration; run `python -m kvtc_gguf.calibrate {gguf}`")
     calibration = calibration_file.read(sidecar)
