@@ -28,6 +28,7 @@ OPERATIONS = ("KVTC_SET_ROWS", "KVTC_ATTN")
 PARTS = min(6, os.cpu_count() or 1)  # of the cases, side by side: most of their time is numpy's and the sanitizer's
 MEMORY = ("model", "type", "tokens", "cache_mib", "codes_mib", "exact_mib", "bases_mib", "compute_mib", "host_mib")
 MEMORY += ("weights_mib", "device_mib", "rest_mib")
+REPETITIONS = 5  # of llama-bench, which keeps the state at a depth; two leave a spread of 20% in a short prompt
 DIRECT = 512  # context of the quality of one token at a time, which takes the CPU a second for 30
 
 
@@ -145,7 +146,7 @@ def bench(c: Check) -> str:
         model = random_model(c, shape)
         for kind in c.types:
             log = c.run(f"bench-{shape}-{kind}", c.tool("llama-bench"), "-m", model, "-ngl", 99, "-p", 512,
-                        "-n", 32, "-r", 2, "-d", c.depths, "-o", "jsonl", *Cache(kind).arguments)  # fmt: skip
+                        "-n", 32, "-r", REPETITIONS, "-d", c.depths, "-o", "jsonl", *Cache(kind).arguments)  # fmt: skip
             c.speeds += parse_bench(log, shape, kind)
             over = ratios(c.speeds)
             rows = [

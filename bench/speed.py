@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Speed:
-    """One test of llama-bench: tokens a second and their standard deviation."""
+    """One test of llama-bench: tokens a second, the median of its repetitions, and their standard deviation."""
 
     model: str
     kind: str  # cache type as `--types` names it
@@ -20,7 +20,10 @@ class Speed:
 
 
 def parse_bench(lines: str, model: str, kind: str) -> list[Speed]:
-    """The rows of `llama-bench -o jsonl`. Raises ValueError when there is none or one lacks a figure."""
+    """The rows of `llama-bench -o jsonl`. Raises ValueError when there is none or one lacks a figure.
+
+    Medians: the first repetition of a prompt on a GPU takes up to a third longer than the rest.
+    """
     rows = []
     for line in lines.splitlines():
         if not line.startswith("{"):
@@ -28,8 +31,9 @@ def parse_bench(lines: str, model: str, kind: str) -> list[Speed]:
         try:
             x = json.loads(line)
             test = f"pp{x['n_prompt']}" if x["n_prompt"] else f"tg{x['n_gen']}"
-            rows.append(Speed(model, kind, test, int(x["n_depth"]), float(x["avg_ts"]), float(x["stddev_ts"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            middle_ts = statistics.median(float(sample) for sample in x["samples_ts"])
+            rows.append(Speed(model, kind, test, int(x["n_depth"]), middle_ts, float(x["stddev_ts"])))
+        except (json.JSONDecodeError, KeyError, TypeError, statistics.StatisticsError) as error:
             raise ValueError(f"llama-bench printed a row that cannot be read: {line[:80]}") from error
     if not rows:
         raise ValueError("llama-bench printed no row")

@@ -77,12 +77,14 @@ def test_quality_is_within_two_percent_or_not_run():
 
 
 def test_bench_rows_are_read_and_broken_ones_refused():
-    good = {"n_prompt": 512, "n_gen": 0, "n_depth": 4096, "avg_ts": 10.5, "stddev_ts": 0.5}
+    good = {"n_prompt": 512, "n_gen": 0, "n_depth": 4096, "samples_ts": [7.5, 10.5, 11.0], "stddev_ts": 0.5}
     assert parse_bench(f"noise\n{json.dumps(good)}\n", "m", "f16") == [Speed("m", "f16", "pp512", 4096, 10.5, 0.5)]
     with pytest.raises(ValueError, match="no row"):
         parse_bench("error: failed to load model\n", "m", "f16")
     with pytest.raises(ValueError, match="cannot be read"):
         parse_bench('{"n_prompt": 512', "m", "f16")
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse_bench(json.dumps(good | {"samples_ts": []}), "m", "f16")
 
 
 def steps(out: Path) -> dict[str, list[str]]:
@@ -106,7 +108,7 @@ def test_failed_step_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     tools, out = tmp_path / "bin", tmp_path / "out"
     fake_tool(tools, "test-backend-ops", "echo KVTC_ATTN FAIL; exit 1")
     bench = f"echo x >> {tmp_path}/runs; "
-    bench += 'echo \'{"n_prompt":0,"n_gen":32,"n_depth":0,"avg_ts":9.5,"stddev_ts":0.1}\''
+    bench += 'echo \'{"n_prompt":0,"n_gen":32,"n_depth":0,"samples_ts":[9.5],"stddev_ts":0.1}\''
     fake_tool(tools, "llama-bench", bench)
     out.mkdir()
     (out / "llama-8b.gguf").touch()

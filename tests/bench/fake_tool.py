@@ -60,7 +60,7 @@ elif tool == "llama-bench":
     speed = do["speeds"][kind] / (1 + do.get("drift", 0) * number)
     for prompt, generate in ((int(value("-p")), 0), (0, int(value("-n")))):
         print(json.dumps({"n_prompt": prompt, "n_gen": generate, "n_depth": int(value("-d")),
-                          "avg_ts": speed if prompt else speed / 2, "stddev_ts": 0.0}))  # fmt: skip
+                          "samples_ts": [speed if prompt else speed / 2], "stddev_ts": 0.0}))  # fmt: skip
 elif tool == "llama-perplexity":
     base = value("--kl-divergence-base")
     if "--kl-divergence" not in words:
