@@ -1,6 +1,7 @@
 // Reads a calibration and trusts nothing in it: every size, width and number is checked before use.
 #include "kvtc-calibration.h"
 #include "kvtc-invert.h"
+#include "kvtc-threads.h"
 
 #include "gguf.h"
 
@@ -173,15 +174,31 @@ ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int
     }
     check_widths(side, where);
     read_codebooks(side, where);
+    return side;
+}
 
-    side.encode.resize(side.decode.size());
-    for (int h = 0; h < side.H; ++h) {
-        const size_t offset = (size_t) h*side.d*side.d;
-        if (!kvtc_invert(&side.decode[offset], &side.encode[offset], side.d)) {
-            fail(where + ".decode of head " + std::to_string(h) + " has no usable inverse");
+// The encode matrices of all heads, which are the inverses of the decode matrices: most of the time of opening a calibration.
+void invert_bases(ggml_kvtc_calibration & cal) {
+    struct head { ggml_kvtc_side_calibration * side; int s; int il; int h; bool good; };
+    std::vector<head> heads;
+    for (int s = 0; s < 2; ++s) {
+        for (auto & [il, side] : cal.layers[s]) {
+            side.encode.resize(side.decode.size());
+            for (int h = 0; h < side.H; ++h) {
+                heads.push_back({ &side, s, il, h, false });
+            }
         }
     }
-    return side;
+    kvtc_for_each(heads.size(), [&](size_t i) {
+        head & x = heads[i];
+        const size_t offset = (size_t) x.h*x.side->d*x.side->d;
+        x.good = kvtc_invert(&x.side->decode[offset], &x.side->encode[offset], x.side->d);
+    });
+    for (const head & x : heads) {
+        if (!x.good) {
+            fail("kvtc.blk." + std::to_string(x.il) + (x.s == 0 ? ".k" : ".v") + ".decode of head " + std::to_string(x.h) + " has no usable inverse");
+        }
+    }
 }
 
 // a tensor of the sidecar with its expected type and shape (numpy order); -1 accepts any size and stores it
@@ -401,6 +418,7 @@ std::unique_ptr<ggml_kvtc_calibration> read_calibration(const char * fname) {
     if (cal->layers[0].empty()) {
         fail("it holds no layer");
     }
+    invert_bases(*cal);
     read_layer_bits(gguf.get(), "kvtc.layer_bits.k", n_layer, GGML_KVTC_K, *cal);
     read_layer_bits(gguf.get(), "kvtc.layer_bits.v", n_layer, GGML_KVTC_V, *cal);
     return cal;

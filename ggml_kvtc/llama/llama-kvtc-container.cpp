@@ -1,39 +1,17 @@
 #include "llama-kvtc-container.h"
+#include "kvtc-threads.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
-#include <thread>
 
 namespace {
 
 using rows_ptr = std::unique_ptr<ggml_kvtc_rows, decltype(&ggml_kvtc_rows_free)>;
 
-constexpr size_t MAX_THREADS = 8;
-
 [[noreturn]] void refuse(const std::string & what) {
     throw std::runtime_error(what);
-}
-
-// f(i) for i < n on several threads; the blocks of a section are independent
-template <typename F>
-void for_each(size_t n, F && f) {
-    const size_t n_threads = std::min({ n, MAX_THREADS, (size_t) std::max(1u, std::thread::hardware_concurrency()) });
-    std::atomic<size_t> next(0);
-    const auto work = [&] {
-        for (size_t i; (i = next++) < n;) {
-            f(i);
-        }
-    };
-    std::vector<std::thread> threads;
-    for (size_t i = 1; i < n_threads; ++i) {
-        threads.emplace_back(work);
-    }
-    work();
-    for (auto & thread : threads) {
-        thread.join();
-    }
 }
 
 std::string block_name(const kvtc_record & r) {
@@ -144,7 +122,7 @@ std::vector<uint8_t> kvtc_write_section(kvtc_place place, const std::vector<ggml
 
     const size_t step = std::max<size_t>(1, std::min<size_t>(KVTC_BLOCK_ROWS, KVTC_MAX_BYTES/row_bytes));
     std::vector<kvtc_block> blocks((n_rows + step - 1)/step);
-    for_each(blocks.size(), [&](size_t i) {
+    kvtc_for_each(blocks.size(), [&](size_t i) {
         kvtc_record          & b    = blocks[i].record;
         std::vector<uint8_t> & data = blocks[i].data;
         b = r;
@@ -263,7 +241,7 @@ void kvtc_decode_section(const kvtc_item & section, uint8_t * rows) {
     const rows_ptr model  = read_model(section);
     const size_t   stride = row_bytes(section, model.get());
     std::atomic<size_t> bad(section.blocks.size());
-    for_each(section.blocks.size(), [&](size_t i) {
+    kvtc_for_each(section.blocks.size(), [&](size_t i) {
         const kvtc_block & block = section.blocks[i];
         if (!decode_block(block, model.get(), stride, rows + block.record.first*stride)) {
             bad = i;
