@@ -200,7 +200,7 @@ def quality(c: Check) -> str:
             write(replace(sidecar, fingerprint=fingerprint(copy)), copy.with_name(f"{copy.stem}.kvtc.gguf"))
         text = find(c.out, c.text).path
         for batch in (512, 1):
-            ctx, chunks = (1024, 2 if c.quick else 8) if batch > 1 else (DIRECT, 2)
+            ctx, chunks = 1024 if batch > 1 else DIRECT, 2 if c.quick else 8
             base = c.out / f"{model.stem}-{ctx}.base"
             common = (
                 c.tool("llama-perplexity"),
