@@ -17,7 +17,7 @@ from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.sensitivity import Prober, measure
 from kvtc_gguf.sidecar import beside
 
-CHUNKS, CTX, SEED = 2, 1024, 2  # of each kind of text, half for measuring layers and half for what was planned
+CHUNKS, CTX, SEED = 1, 1024, 2  # of each kind of text, half for measuring layers and half for what was planned
 
 
 def texts(model: Path, threads: int) -> np.ndarray:
