@@ -23,9 +23,7 @@ from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import FormatError
 
 SIDES = ("k", "v")
-ROWS_BYTES = (
-    128 * 2**20
-)  # log-probabilities kept of a chunk: all rows of its second half, or with a large vocabulary some
+ROWS_BYTES = 128 * 2**20  # log-probabilities kept of a chunk: its second half, of a large vocabulary fewer rows
 NOISY = 5e-4  # nats a token: a background above this drowns a layer at 2 bits, so layers are perturbed at 1
 KVTC_TYPE = 42  # ggml's number of kvtc<b> is KVTC_TYPE + b
 
