@@ -17,22 +17,15 @@ from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.sensitivity import Prober, measure
 from kvtc_gguf.sidecar import beside
 
-CHUNKS, CTX = 2, 1024  # of what the layers are measured on
+CHUNKS, CTX, SEED = 1, 1024, 2  # of each kind of text, half for measuring layers and half for what was planned
 
 
-def measured(model: Path, sidecar: Path, threads: int) -> None:
-    """Adds the sensitivities to a calibration that has none, on the last chunks of the default corpus's prose."""
-    calibration = format.read(sidecar)
-    if "kld.k" in calibration.stats:
-        return
+def texts(model: Path, threads: int) -> np.ndarray:
+    """Chunks i32 [2 * CHUNKS, CTX]: the end of the default corpus's prose and newly sampled text, in turn."""
     with LlamaCapture(model, CTX, threads) as capture:
-        tokens = capture.tokenize(corpus.prose())
-        chunks = corpus.split(tokens[-CHUNKS * CTX :], CTX, CHUNKS, capture)
-    with Prober(model, calibration, chunks, threads) as prober:
-        tables, background = measure(prober)
-    calibration.stats |= {f"kld.{side}": table for side, table in tables.items()}
-    calibration.stats["kld.background"] = np.array([background], np.float32)
-    format.write(calibration, sidecar)
+        prose = corpus.split(capture.tokenize(corpus.prose())[-CHUNKS * CTX :], CTX, CHUNKS, capture)
+        own = capture.sample(corpus.TEXTS * CHUNKS, CTX // corpus.TEXTS, SEED).reshape(CHUNKS, CTX)
+    return np.stack([prose, own], axis=1).reshape(-1, CTX)
 
 
 def main(
@@ -40,20 +33,26 @@ def main(
     bpv: Annotated[list[float], typer.Option(help="Budgets in bits per value.")] = [1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],  # noqa: B006
     threads: Annotated[int, typer.Option("-t", "--threads")] = os.cpu_count() or 1,
 ) -> None:
-    """Write a calibration for each budget and print its predicted KLD."""
+    """Write a calibration for each budget and print predicted and measured KLDs; layers are measured once."""
     sidecar = beside(model)
-    measured(model, sidecar, threads)
-    for each in bpv:
-        calibration = format.read(sidecar)
-        choice = budget.plan(calibration, each)
-        calibration.layer_bits = {side: [bits] * len(calibration.bits) for side, bits in choice.bits.items()}
-        folder = model.with_name(f"{model.stem}-{each:g}")
-        folder.mkdir(exist_ok=True)
-        link = folder / model.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(model, folder))
-        format.write(calibration, folder / sidecar.name)
-        print(f"{link}: {choice.bpv:.3f} bits per value, predicted KLD {choice.kld:.5f}")
+    chunks = texts(model, threads)
+    calibration = format.read(sidecar)
+    if "kld.k" not in calibration.stats:
+        with Prober(model, calibration, chunks[CHUNKS:], threads) as prober:
+            calibration.stats |= measure(prober)
+        format.write(calibration, sidecar)
+    with Prober(model, calibration, chunks[:CHUNKS], threads) as prober:
+        for each in bpv:
+            choice, measured = budget.best(prober, calibration, each)
+            folder = model.with_name(f"{model.stem}-{each:g}")
+            folder.mkdir(exist_ok=True)
+            link = folder / model.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(model, folder))
+            written = format.read(sidecar)
+            written.layer_bits = {side: [bits] * len(written.bits) for side, bits in choice.bits.items()}
+            format.write(written, folder / sidecar.name)
+            print(f"{link}: {choice.name}, of", *(f"{c.name} {rows.mean():.5f}" for c, rows in measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,18 @@ from bench.perplexity import Perplexity
 DEFAULT = "default"
 
 
+def calibrated(model: Path, work: Path, tokens: int, threads: int, text: Path | None = None) -> Path:
+    """A calibration of a model on a text, else on the default corpus, in the work folder; used again if it is there.
+
+    Raises subprocess.CalledProcessError where calibrating fails.
+    """
+    file = work / f"{model.stem}-{text.stem if text else DEFAULT}-{tokens}.kvtc.gguf"
+    command = [sys.executable, "-m", "kvtc_gguf.calibrate", model, "-o", file, "--tokens", tokens, "-t", threads]
+    if not file.exists():
+        subprocess.run([str(word) for word in command + (["-f", text] if text else [])], check=True)
+    return file
+
+
 def main(
     model: Path,
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV of KLDs.")] = Path("domains.csv"),
@@ -36,25 +48,11 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     files = {}
     for kind in (*corpora.KINDS, DEFAULT):
-        files[kind] = work / f"{model.stem}-{kind}.kvtc.gguf"
-        command = [
-            sys.executable,
-            "-m",
-            "kvtc_gguf.calibrate",
-            model,
-            "-o",
-            files[kind],
-            "--tokens",
-            tokens,
-            "-t",
-            threads,
-        ]
+        text = None
         if kind != DEFAULT:
             text = work / f"{kind}.txt"
             text.write_text(corpora.text(kind, held_out=False), encoding="utf-8")
-            command += ["-f", text]
-        if not files[kind].exists():
-            subprocess.run([str(word) for word in command], check=True)
+        files[kind] = calibrated(model, work, tokens, threads, text)
     rows = []
     for judged in corpora.KINDS:
         text = work / f"{judged}-held-out.txt"

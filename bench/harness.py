@@ -81,12 +81,22 @@ class Bench:
     redo: bool = False
     only: str = "*"
     new: list[dict[str, str]] = field(default_factory=list)  # cells measured by this run
+    base: tuple[Engine, str, str] | None = None  # engine, model_sha256 and setting of the logits in base_file
     _sizes: dict[tuple[Variant, int], Sizes | RunError] = field(default_factory=dict)
 
     @cached_property
     def text_name(self) -> str:
         """The text's title and what tells it from another of that title."""
         return f"{self.text.title} ({sha256(self.text.path)[:8]})"
+
+    @property
+    def base_file(self) -> Path:
+        """The logits of the f16 cache that quality is compared with: gigabytes with a large vocabulary."""
+        return self.work / "base.kld"
+
+    def drop_base(self) -> None:
+        self.base_file.unlink(missing_ok=True)
+        self.base = None
 
     def variants(self, model: Subject, test: Test) -> list[Variant]:
         """In the order in which they are measured: engines side by side, so that a pair of them lies close in time."""

@@ -23,33 +23,39 @@ def quality(bench: Bench, model: Subject, test: Quality) -> None:
         mine = [x for x in todo if test.base == "first" or x[0].engine == reference]
         if not mine:
             continue
-        base = bench.work / "base.kld"  # gigabytes with a large vocabulary: gone when its cells are done
         try:
-            base.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _perplexity(bench, Variant(reference, model, F16), test).save_base(
-                    bench.log(Variant(reference, model, F16), f"{test.name} base")
-                )
-            except RunError as error:
-                for variant, cell in mine:
-                    bench.fail(variant, cell, f"no f16 logits of {reference.name} to compare with: {error}")
-                continue
+            _save_base(bench, Variant(reference, model, F16), test, setting)
+        except RunError as error:
             for variant, cell in mine:
-                try:
-                    log = bench.log(variant, f"{test.name} {test.ctx}")
-                    found = _perplexity(bench, variant, test).measure(variant.cache, log)
-                except RunError as error:
-                    bench.fail(variant, cell, error)
-                else:
-                    bench.record(variant, cell, _quality_figures(found, test.chunks), found.sizes)
-        finally:
-            base.unlink(missing_ok=True)
+                bench.fail(variant, cell, f"no f16 logits of {reference.name} to compare with: {error}")
+            continue
+        for variant, cell in mine:
+            try:
+                log = bench.log(variant, f"{test.name} {test.ctx}")
+                found = _perplexity(bench, variant, test).measure(variant.cache, log)
+            except RunError as error:
+                bench.fail(variant, cell, error)
+            else:
+                bench.record(variant, cell, _quality_figures(found, test.chunks), found.sizes)
+
+
+def _save_base(bench: Bench, variant: Variant, test: Quality, setting: str) -> None:
+    """The logits that others are compared with; those of the last call where they are of the same file and setting.
+
+    Several models may be one file with several calibrations. Raises RunError.
+    """
+    what = (variant.engine, variant.model.sha256, setting)
+    if bench.base != what:
+        bench.drop_base()
+        bench.work.mkdir(parents=True, exist_ok=True)
+        _perplexity(bench, variant, test).save_base(bench.log(variant, f"{test.name} base"))
+        bench.base = what
 
 
 def _perplexity(bench: Bench, variant: Variant, test: Quality) -> Perplexity:
     binary = variant.engine.tool("llama-perplexity")
     more = ("-ub", str(test.ubatch), *test.arguments, *bench.more(binary.stem))
-    return Perplexity(binary, variant.model.path, bench.text.path, bench.work / "base.kld", test.ctx, test.chunks,
+    return Perplexity(binary, variant.model.path, bench.text.path, bench.base_file, test.ctx, test.chunks,
                       bench.threads, more, bench.matrix.limit)  # fmt: skip
 
 

@@ -53,12 +53,15 @@ def _random(shape: str, work: Path) -> Path:
 
 def measure(bench: Bench, models: list[Subject]) -> None:
     """All cells of the matrix that have no result yet, model by model and test by test."""
-    for model in models:
-        for test in bench.matrix.tests:
-            if not matrix.wants(test.models, model.name):
-                continue
-            bench.console.print(f"[bold]{model.name}: {test.name}[/bold]")
-            MEASURES[type(test)](bench, model, test)
+    try:
+        for model in models:
+            for test in bench.matrix.tests:
+                if not matrix.wants(test.models, model.name):
+                    continue
+                bench.console.print(f"[bold]{model.name}: {test.name}[/bold]")
+                MEASURES[type(test)](bench, model, test)
+    finally:
+        bench.drop_base()
 
 
 def prepare(

@@ -3,12 +3,16 @@
 Rows of the key projection are scaled by powers of two up to 64, by RoPE pair and kv head at random, and the rows of the
 query projections that read them by the inverse. Logits of an f16 cache stay what they were, to the last bit where the
 weights are f32 (`bench.float_copy`). Models with large key channels exist (Qwen2.5); what spends its levels on a row's
-largest channel loses the others.
+largest channel loses the others. With ``--measure``, both are calibrated and their caches compared with the f16 cache
+of the first.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -16,6 +20,18 @@ from gguf import GGUFValueType
 from kvtc_gguf.capture import rope_pairs
 from kvtc_gguf.gguf_io import Reader, Writer, replacing
 
+from bench import heldout
+from bench.caches import SINK, WINDOW, Cache
+from bench.domains import calibrated
+from bench.perplexity import Perplexity
+
+CACHES = (
+    Cache("f16"),
+    Cache("kvtc-k2v2", SINK, WINDOW),
+    Cache("kvtc-k2v4", SINK, WINDOW),
+    Cache("turbo3", SINK, WINDOW),
+    Cache("q4_0"),
+)
 OCTAVES = 6  # the largest scale is 2**OCTAVES
 INTERLEAVED = ("llama",)  # architectures whose pairs are neighbours (2i, 2i + 1); others: (i, i + d / 2)
 
@@ -65,5 +81,36 @@ def _scale(tensors: dict, weight: str, rows: np.ndarray) -> dict[str, np.ndarray
     return out | ({bias: tensors[bias].data * rows} if bias in tensors else {})
 
 
+def main(
+    source: Path,
+    target: Path,
+    measure: Annotated[bool, typer.Option("--measure", help="Also calibrate both and print their KLDs.")] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of each calibration.")] = 4096,
+    chunks: Annotated[int, typer.Option(help="Chunks of 1024 tokens to judge on.")] = 4,
+    binaries: Annotated[Path, typer.Option("--bin")] = Path("build/bin"),
+    work: Annotated[Path, typer.Option(help="Folder for calibrations and logits.")] = Path("build/domains"),
+    threads: Annotated[int, typer.Option("-t", "--threads")] = os.cpu_count() or 1,
+) -> None:
+    """Write the stressed copy of an f32 model, unless it is there; with --measure, both models' KLD by cache type."""
+    if not target.exists():
+        stress_copy(source, target)
+    if not measure:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    text, base = heldout.find(work).path, work / "base.kld"
+    each = []
+    for model in (source, target):
+        plain = Perplexity(binaries / "llama-perplexity", model, text, base, 1024, chunks, threads)
+        coded = replace(plain, more=("--kvtc-file", str(calibrated(model, work, tokens, threads))))
+        if model == source:
+            plain.save_base()
+        each.append({c.label: (coded if c.calibrated else plain).measure(c).kld for c in CACHES})
+    base.unlink()
+    print("| | as it is | keys up to 64 times larger | change |\n|---|---|---|---|")
+    for label, plain in each[0].items():
+        change = f"{each[1][label] / plain - 1:+.1%}" if plain > 1e-6 else ""
+        print(f"| {label} | {plain:.6f} | {each[1][label]:.6f} | {change} |", flush=True)
+
+
 if __name__ == "__main__":
-    typer.run(stress_copy)
+    typer.run(main)

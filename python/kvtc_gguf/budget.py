@@ -2,7 +2,11 @@
 
 Small errors of different layers add up in the KLD, so the KLD of a cache is predicted as the sum of what each layer and
 side costs alone: measured at one budget (`sensitivity.measure`), and at the others in proportion to the error of
-attention's output that fitting measured. Dynamic programming then finds the exact optimum.
+attention's output that fitting measured. Dynamic programming then finds the exact optimum of the prediction.
+
+An optimum of noisy figures looks better than it is, so differences between layers count less the noisier they are, and
+what is planned is measured on text that the layers were not measured on, beside the presets of that size: layers get
+their own bits only where that is better by more than its standard error.
 """
 
 from __future__ import annotations
@@ -17,27 +21,38 @@ import numpy as np
 
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import FormatError
-from kvtc_gguf.sensitivity import SIDES, LayerBits, Prober, measure, uniform
+from kvtc_gguf.sensitivity import SIDES, LayerBits, Prober, measure, standard_error, uniform
 
+TRUSTS = (1.0, 0.5)  # how far the planned choices follow the differences between layers; 0: not at all
+PRESETS = 2  # of the presets of a size, those with the least predicted KLD are measured
 SHARE_FLOOR = 0.05  # of the median of a side: what a layer is taken to cost at least, as its measured KLD is noisy
 
 
 @dataclass(frozen=True)
 class Choice:
-    """bits by side and layer (0: no cache), the predicted KLD in nats a token, and bits per value over K and V."""
+    """bits by side and layer (0: no cache), predicted KLD in nats a token, bits per value over K and V, and a name."""
 
     bits: LayerBits
     kld: float
     bpv: float
+    name: str = "bits by layer"
 
 
-def costs(measured: np.ndarray, error: np.ndarray, curve: np.ndarray | None = None) -> np.ndarray:
+def costs(
+    measured: np.ndarray,
+    error: np.ndarray,
+    curve: np.ndarray | None = None,
+    spread: np.ndarray | None = None,
+    trust: float = 1.0,
+) -> np.ndarray:
     """KLD f64 [len(bits), layers] of one side: measured where it was (>= 0), else in proportion to error, same shape.
 
     curve [len(bits)]: measured KLD of the whole side at each budget (-1: not measured), which the layers then share:
-    from 2 bits to 1 the KLD grows twice as much as the error does. Raises ValueError for a layer without measurement.
+    from 2 bits to 1 the KLD grows twice as much as the error does. spread, same shape: standard errors of measured,
+    by which `damped` takes the layers for more alike. Raises ValueError for a layer without measurement.
     """
     out = np.full(measured.shape, np.nan)
+    measured = damped(measured, np.zeros(measured.shape) if spread is None else spread, trust)
     for layer in range(measured.shape[1]):
         known = np.flatnonzero(measured[:, layer] >= 0)
         if not known.size:
@@ -51,6 +66,24 @@ def costs(measured: np.ndarray, error: np.ndarray, curve: np.ndarray | None = No
         out[known] *= (curve[known] / total[known])[:, None]
     floor = SHARE_FLOOR * np.median(out, axis=1, keepdims=True)
     return np.minimum.accumulate(np.maximum(out, floor), axis=0)
+
+
+def damped(measured: np.ndarray, spread: np.ndarray, trust: float) -> np.ndarray:
+    """What was measured of the layers at each budget, f64 [len(bits), layers], drawn towards their geometric mean.
+
+    In the logarithm, each by the share that its standard error has in the variance of all layers, and by trust.
+    """
+    out = measured.astype(np.float64).copy()
+    for row, errors in zip(out, spread, strict=True):
+        known = row >= 0
+        if known.sum() < 2 or not (row > 0).any():
+            continue
+        value = np.maximum(row[known], SHARE_FLOOR * np.median(row[known]) + 1e-30)
+        log, noise = np.log(value), np.square(errors[known] / value)
+        real = max(log.var() - float(np.median(noise)), 0.0)
+        share = trust * real / np.maximum(real + noise, 1e-30) if spread.any() else trust
+        row[known] = np.exp(log.mean() + share * (log - log.mean()))
+    return out
 
 
 def choose(cost: np.ndarray, values: np.ndarray, bits: list[int], budget: float) -> np.ndarray:
@@ -82,12 +115,12 @@ def choose(cost: np.ndarray, values: np.ndarray, bits: list[int], budget: float)
     return chosen
 
 
-def plan(calibration: Calibration, bpv: float) -> Choice:
-    """The best bits by layer at `bpv` bits a value, from the statistics `kld.{k,v}` and `error.{k,v}` of a calibration.
+def plan(calibration: Calibration, bpv: float, trust: float = 1.0) -> Choice:
+    """The bits by layer of least predicted KLD at `bpv` bits a value, from the statistics `kld.*` and `error.{k,v}`.
 
     Raises FormatError where they are missing or the budget is out of reach.
     """
-    cost, values, layers = tables(calibration)
+    cost, values, layers = tables(calibration, trust)
     if not calibration.bits[0] <= bpv <= calibration.bits[-1]:
         raise FormatError(f"{bpv:g} bits per value: must be {calibration.bits[0]} to {calibration.bits[-1]}")
     chosen = choose(cost, values, calibration.bits, bpv * values.sum())
@@ -96,8 +129,34 @@ def plan(calibration: Calibration, bpv: float) -> Choice:
     for i, layer in enumerate(layers):
         for s, side in enumerate(SIDES):
             bits[side][layer] = int(picked[2 * i + s])
-    kld = float(cost[chosen, np.arange(len(chosen))].sum())
-    return Choice(bits, kld, float((picked * values).sum() / values.sum()))
+    return Choice(bits, predicted(calibration, bits), float((picked * values).sum() / values.sum()))
+
+
+def presets(calibration: Calibration, bpv: float) -> list[Choice]:
+    """The uniform presets that take as much as `bpv` allows, by rising predicted KLD; none where bpv is below any."""
+    total = math.floor(2 * bpv + 1e-9)
+    pairs = [(k, total - k) for k in calibration.bits if total - k in calibration.bits]
+    each = [(k, v, uniform(calibration, k, v)) for k, v in pairs]
+    found = [Choice(bits, predicted(calibration, bits), total / 2, f"kvtc-k{k}v{v}") for k, v, bits in each]
+    return sorted(found, key=lambda choice: choice.kld)
+
+
+def best(prober: Prober, calibration: Calibration, bpv: float) -> tuple[Choice, list[tuple[Choice, np.ndarray]]]:
+    """The choice that measures best on the prober's text, and all that were measured with their KLD by row.
+
+    A preset, unless bits by layer are better by more than the standard error of the difference, row by row.
+    """
+    each = presets(calibration, bpv)[:PRESETS] + [plan(calibration, bpv, trust) for trust in TRUSTS]
+    unlike = [c for i, c in enumerate(each) if all(c.bits != other.bits for other in each[:i])]
+    measured = [(choice, prober.kld(choice.bits)) for choice in unlike]
+    uniform_ones, own = ([m for m in measured if (m[0].name == Choice.name) == kind] for kind in (False, True))
+    least = [min(group, key=lambda m: m[1].mean()) for group in (uniform_ones, own) if group]
+    if len(least) == 2:
+        gain = least[0][1] - least[1][1]
+        # Bits that no preset takes up are no reason to leave them unused.
+        clear = least[1][0].bpv > least[0][0].bpv + 1e-9 or gain.mean() > standard_error(gain)
+        return least[1 if clear and gain.mean() > 0 else 0][0], measured
+    return least[0][0], measured
 
 
 def predicted(calibration: Calibration, bits: LayerBits) -> float:
@@ -107,7 +166,7 @@ def predicted(calibration: Calibration, bits: LayerBits) -> float:
     return float(cost[flat, np.arange(len(flat))].sum())
 
 
-def tables(calibration: Calibration) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def tables(calibration: Calibration, trust: float = 1.0) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """(cost f64 [len(bits), 2 L], values of a token i64 [2 L], the L layers); items are K, V of the first layer, ..."""
     stats, layers = calibration.stats, sorted(calibration.layers)
     missing = [n for s in SIDES for n in (f"kld.{s}", f"error.{s}") if n not in stats]
@@ -115,7 +174,11 @@ def tables(calibration: Calibration) -> tuple[np.ndarray, np.ndarray, list[int]]
         raise FormatError(f"holds no kvtc.stats.{missing[0]}, so layers cannot be compared: calibrate with --bpv")
     each = [
         costs(
-            stats[f"kld.{s}"][:, layers], stats[f"error.{s}"][:, layers].astype(np.float64), stats.get(f"kld.curve.{s}")
+            stats[f"kld.{s}"][:, layers],
+            stats[f"error.{s}"][:, layers].astype(np.float64),
+            stats.get(f"kld.curve.{s}"),
+            stats[f"kld.spread.{s}"][:, layers] if f"kld.spread.{s}" in stats else None,
+            trust,
         )
         for s in SIDES
     ]
@@ -154,28 +217,28 @@ def spend(
 ) -> str:
     """Measures the sensitivities where the calibration does not hold them, and gives its layers the best bits.
 
-    chunks i32 [n, T] that fitting held out; step is called after each run of `sensitivity.measure`. Returns what to
-    tell: predicted and measured KLD, beside those of the uniform preset that takes as much, or the next larger one.
+    chunks i32 [n, T] that fitting held out: the latter half measures the layers, the former what was planned. step is
+    called after each run of `sensitivity.measure`. Returns what to tell: predicted and measured KLD of each choice.
     """
-    with Prober(model, calibration, chunks, threads) as prober:
-        if "kld.k" not in calibration.stats:
-            measured, background = measure(prober, step)
-            calibration.stats |= {f"kld.{side}": table for side, table in measured.items()}
-            calibration.stats["kld.background"] = np.array([background], np.float32)
-        background = float(calibration.stats["kld.background"][0])
-        choice = plan(calibration, bpv)
-        lines = [f"{choice.bpv:.3f} bits per value by layer: KLD predicted {choice.kld + background:.5f}"]
-        lines[0] += f", measured {prober.kld(choice.bits):.5f}"
-        total = math.ceil(2 * bpv - 1e-9)
-        k = total // 2
-        if k >= calibration.bits[0] and total - k <= calibration.bits[-1]:
-            preset = uniform(calibration, k, total - k)
-            expected = predicted(calibration, preset) + background
-            lines.append(f"kvtc-k{k}v{total - k}, {total / 2:g} bits per value: predicted {expected:.5f}")
-            lines[1] += f", measured {prober.kld(preset):.5f}"
+    half = len(chunks) // 2
+    if "kld.k" not in calibration.stats:
+        with Prober(model, calibration, chunks[half:], threads) as prober:
+            calibration.stats |= measure(prober, step)
+    background = float(calibration.stats["kld.background"][0])
+    with Prober(model, calibration, chunks[:half] if half else chunks, threads) as prober:
+        choice, measured = best(prober, calibration, bpv)
+    lines = [
+        f"{c.bpv:.3f} bits per value, {c.name}: KLD predicted {c.kld + background:.5f}, measured {rows.mean():.5f} "
+        f"± {standard_error(rows):.5f}"
+        for c, rows in measured
+    ]
     asked = apply(calibration, choice)
-    lines.append(f"to use it: --cache-type kvtc-k{asked[0]}v{asked[1]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"best: {choice.name}; to use it: --cache-type kvtc-k{asked[0]}v{asked[1]}"])
+
+
+def steps(calibration: Calibration) -> int:
+    """How often `spend` calls step, where sensitivities are not known yet."""
+    return 2 * (len(calibration.layers) + len(calibration.bits) - 1)
 
 
 def bits_per_value(calibration: Calibration, size: int, tokens: int) -> float:

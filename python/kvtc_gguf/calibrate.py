@@ -25,13 +25,12 @@ from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
-from kvtc_gguf.run import Run, Stopped, stoppable
+from kvtc_gguf.run import Run, Stopped, last, stoppable
 from kvtc_gguf.sidecar import beside
 from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
-SENSITIVITY_CHUNKS = 2
 TABLE_BITS = (2, 4)
 REPORT_WIDTH = 150
 
@@ -186,8 +185,11 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
     size = max([request.ctx_size, *(text.chunks.shape[1] for text in statistics.texts)])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-    with stoppable() as check_stop, open_capture(request, info, size) as capture:
-        run = Run(request.model, info, capture, statistics, progress, check_stop)
+    with (
+        stoppable() as check_stop,
+        open_capture(request, info, size) as capture,
+        Run(request.model, info, capture, statistics, progress, check_stop, request.threads) as run,
+    ):
         try:
             calibration = fit_model(run, request)
         except Stopped:
@@ -210,9 +212,9 @@ def spend_bits(request: Request, calibration: Calibration, run: Run, console: Co
     if request.kv_size and request.kv_ctx:
         bpv = budget.bits_per_value(calibration, request.kv_size, request.kv_ctx)
     assert bpv is not None
-    chunks = run.statistics.texts[0].chunks[-SENSITIVITY_CHUNKS:]  # held out by `Run.fit`
+    chunks = last(run.statistics.texts[0].chunks)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring layers", total=2 * (len(calibration.layers) + len(BUDGETS) - 1))
+        task = progress.add_task("measuring layers", total=budget.steps(calibration))
         told = budget.spend(request.model, calibration, chunks, bpv, request.threads, lambda: progress.advance(task))
     console.print(told, highlight=False, soft_wrap=True)
 

@@ -6,7 +6,8 @@ Pass 1: `observe_moments` on every chunk. Pass 2: `observe_histograms` on every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,7 +57,8 @@ class Fitter:
     """Fits every layer of a model.
 
     pairs: head_dim -> RoPE pairs (see `capture.rope_pairs`); gram: layer -> W_o^T W_o by query head [n_head, d, d];
-    weigh: what keys and queries count.
+    weigh: what keys and queries count; each_layer: `map`, or that of a pool of threads. Layers share nothing, so
+    samples of different layers may be observed at the same time.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Fitter:
         gram: Callable[[int], np.ndarray],
         softcap: float = 0.0,
         weigh: Callable[[LayerSample, np.ndarray, np.ndarray], score.Importance] = score.importance,
+        each_layer: Callable[[Callable, Iterable], Iterable] = map,
     ) -> None:
-        self.pairs, self.gram, self.softcap, self.weigh = pairs, gram, softcap, weigh
+        self.pairs, self.gram, self.softcap, self.weigh = pairs, functools.cache(gram), softcap, weigh
+        self.each_layer = each_layer
         self.layers: dict[int, dict[str, Side]] = {}
 
     def observe_moments(self, sample: LayerSample) -> None:
@@ -87,32 +91,24 @@ class Fitter:
 
     def end_moments(self) -> None:
         """Builds every member's transforms."""
-        for sides in self.layers.values():
-            for side in sides.values():
-                moments, pairs = side.moments, self.pairs(side.head_dim)
-                side.weights = np.ones((side.heads, side.head_dim))
-                if side.name == "k":
-                    side.weights = np.stack(
-                        [
-                            query_weight(square, pairs, np.diag(moments.head(h).covariance))
-                            for h, square in enumerate(moments.mean_query())
-                        ]
-                    )
-                statistics = [moments.head(h, side.weights[h]) for h in range(side.heads)]
-                for name in dict.fromkeys(m.transform for m in side.members):
-                    side.histograms[name] = Histogram(HeadTransforms([build(name, s) for s in statistics]))
-                side.scores = np.zeros((side.heads, len(side.members), len(SCORE_BITS)))
-                side.energy = np.zeros(side.heads)
+        list(self.each_layer(lambda sides: [self._build(side) for side in sides.values()], self.layers.values()))
+
+    def _build(self, side: Side) -> None:
+        moments, pairs = side.moments, self.pairs(side.head_dim)
+        side.weights = np.ones((side.heads, side.head_dim))
+        if side.name == "k":
+            square = moments.mean_query()
+            variance = [np.diag(moments.head(h).covariance) for h in range(side.heads)]
+            side.weights = np.stack([query_weight(square[h], pairs, variance[h]) for h in range(side.heads)])
+        statistics = [moments.head(h, side.weights[h]) for h in range(side.heads)]
+        for name in dict.fromkeys(m.transform for m in side.members):
+            side.histograms[name] = Histogram(HeadTransforms([build(name, s) for s in statistics]))
+        side.scores = np.zeros((side.heads, len(side.members), len(SCORE_BITS)))
+        side.energy = np.zeros(side.heads)
 
     def begin_scoring(self) -> None:
         """Fits every member on what pass 2 has seen so far; from here on `observe_histograms` also scores."""
-        for sides in self.layers.values():
-            for side in sides.values():
-                self._fit_candidates(side)
-                for (name, h), fitted in side.candidates.items():
-                    for bits in SCORE_BITS:
-                        widths = allocate(fitted.error[None], row_bytes(1, side.head_dim, bits))[0]
-                        side.books[name, h, bits] = fitted.books(widths)
+        list(self.each_layer(lambda sides: [self._fit_candidates(s) for s in sides.values()], self.layers.values()))
 
     def observe_histograms(self, sample: LayerSample, scoring: bool = False) -> None:
         """Pass 2; with `scoring` the sample is held out: it is scored before it enters the histograms."""
@@ -136,6 +132,10 @@ class Fitter:
         for name, histogram in side.histograms.items():
             fitted = candidates(histogram, heads, side.weights)
             side.candidates |= {(name, h): fitted[h] for h in heads}
+        for (name, h), candidate in side.candidates.items():
+            for bits in SCORE_BITS:
+                widths = allocate(candidate.error[None], row_bytes(1, side.head_dim, bits))[0]
+                side.books[name, h, bits] = candidate.books(widths)
 
     def _errors(self, side: Side, h: int, coordinates: dict) -> np.ndarray:
         """x_hat - x of every member at every scored budget, f32 [T, members * len(SCORE_BITS), d]."""
@@ -170,9 +170,10 @@ class Fitter:
 
     def finish(self, budgets: Sequence[int]) -> dict[int, dict[str, SideCalibration]]:
         """Calibrations of every layer that was seen, able to serve every budget (bits per value)."""
-        return {
-            layer: {n: self._finish_side(s, budgets) for n, s in sides.items()} for layer, sides in self.layers.items()
-        }
+        finished = self.each_layer(
+            lambda sides: {n: self._finish_side(s, budgets) for n, s in sides.items()}, self.layers.values()
+        )
+        return dict(zip(self.layers, finished, strict=True))
 
     def winners(self, side: Side) -> list[Member]:
         """The member that each head gets: the incumbent unless a challenger's error is clearly smaller."""

@@ -18,7 +18,7 @@ from kvtc_gguf.layout import FormatError
 
 ABSENT = (
     "Not in this file: an embedded calibration holds no statistics, nor does one made by an older version; "
-    "KLD by layer is measured on demand only."
+    "KLD by layer is measured by calibrate --bpv only."
 )
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>$name: kvtc calibration</title><style>

@@ -54,7 +54,11 @@ def budget(calibration: Calibration) -> Figure:
         for share, (what, color) in zip(8 * shares / values, parts, strict=True):
             axis.bar(names, share, bottom=bottom, label=what, color=color, width=0.6)
             bottom += share
-        axis.set(title=f"{side.upper()}: bits of a value, mean of all layers", ylabel="bits per value")
+        axis.set(
+            title=f"{side.upper()}: bits of a value, mean of all layers",
+            ylabel="bits per value",
+            ylim=(0, 1.05 * calibration.bits[-1]),
+        )
         axis.legend()
     for axis, side in zip(axes[1], SIDES, strict=True):
         layers = sorted(calibration.layers)

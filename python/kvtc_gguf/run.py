@@ -6,11 +6,14 @@ import datetime
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
 from kvtc_gguf import __version__, corpus
 from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, LayerSample
@@ -23,7 +26,9 @@ from kvtc_gguf.score import SINKS
 from kvtc_gguf.statistics_file import Statistics, Text
 
 PROBE_TOKENS = 8
-HELD_OUT = 4  # every fourth chunk only judges the competition
+HELD_OUT = 4  # every fourth chunk only judges the competition,
+HELD_OUT_MOST = 4  # but of a long text no more than these: judging takes as long as all the rest, and they suffice
+TOGETHER = 8  # samples of layers that are held at once, at most: a large model's are 100 MB each
 DEFAULT_CORPUS = "half sampled by the model, half Python's documentation"
 DRAWN_BINS, DRAWN_REACH = 64, 4.0  # of the histograms that a report draws, in deviations
 
@@ -74,7 +79,10 @@ def check(model: Path, sample: LayerSample) -> None:
 
 
 class Run:
-    """One model, its statistics so far, and the engine that runs it. check_stop is called between chunks."""
+    """One model, its statistics so far, and the engine that runs it. check_stop is called between chunks.
+
+    threads: how many layers are worked on at once, while the engine waits. Use as a context manager.
+    """
 
     def __init__(
         self,
@@ -84,16 +92,30 @@ class Run:
         statistics: Statistics,
         progress: Progress,
         check_stop: Callable[[], None],
+        threads: int = 1,
     ) -> None:
         self.model, self.info, self.capture, self.statistics = model, info, capture, statistics
         self.progress, self.check_stop = progress, check_stop
         shape: dict[int, tuple[int, int]] = {}
         self._shape = shape
+        self.threads = max(1, min(threads, TOGETHER))
+        self.pool = ThreadPoolExecutor(self.threads)
         self.fitter = Fitter(
-            lambda d: info.pairs(d, capture.interleaved), lambda layer: info.gram(layer, *shape[layer]), info.softcap
+            lambda d: info.pairs(d, capture.interleaved),
+            lambda layer: info.gram(layer, *shape[layer]),
+            info.softcap,
+            each_layer=self.pool.map,
         )
         for layer, streams in statistics.moments.items():
             self.fitter.layers[layer] = {name: Side(name, streams[name]) for name in ("k", "v")}
+
+    def __enter__(self) -> Run:
+        self._limits = threadpool_limits(1)  # layers are the parallel part: threads within a product get in the way
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._limits.restore_original_limits()
+        self.pool.shutdown()
 
     def probe(self) -> None:
         """Runs a few tokens: a model that cannot be served says so now, and the shapes of its heads are known."""
@@ -121,22 +143,22 @@ class Run:
         for text in self.statistics.texts:
             for chunk in text.chunks[text.done :]:
                 self.check_stop()
-                self.capture.run(chunk, self._moments)
+                self._observe(chunk, self._moments)
                 text.done += 1
                 self.progress.advance(task)
 
     def fit(self) -> None:
         """Pass 2: histograms and the competition; the last quarter of every text is held out for the latter."""
         self.fitter.end_moments()
-        texts = [(text.chunks, max(1, len(text.chunks) // HELD_OUT)) for text in self.statistics.texts]
-        seen = [chunk for chunks, held_out in texts for chunk in chunks[: len(chunks) - held_out]]
-        held = [chunk for chunks, held_out in texts for chunk in chunks[len(chunks) - held_out :]]
+        texts = [text.chunks for text in self.statistics.texts]
+        held = [chunk for chunks in texts for chunk in last(chunks)]
+        seen = [chunk for chunks in texts for chunk in chunks[: len(chunks) - len(last(chunks))]]
         task = self.progress.add_task("pass 2: histograms", total=len(seen) + len(held))
         for i, chunk in enumerate(seen + held):
             self.check_stop()
             if i == len(seen):
                 self.fitter.begin_scoring()
-            self.capture.run(chunk, lambda sample, i=i: self._histograms(sample, i >= len(seen)))
+            self._observe(chunk, lambda sample, i=i: self._histograms(sample, i >= len(seen)))
             self.progress.advance(task)
 
     def calibration(self) -> Calibration:
@@ -154,6 +176,22 @@ class Run:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             stats=kept(self.fitter, layers, self.statistics, self.info.block_count),
         )
+
+    def _observe(self, chunk: np.ndarray, work: Callable[[LayerSample], None]) -> None:
+        """Runs a chunk, and work on as many layers at once as there are threads."""
+        waiting: list[LayerSample] = []
+
+        def flush() -> None:
+            samples, waiting[:] = list(waiting), []
+            list(self.pool.map(work, samples))
+
+        def take(sample: LayerSample) -> None:
+            waiting.append(sample)
+            if len(waiting) == self.threads:
+                flush()
+
+        self.capture.run(chunk, take)
+        flush()
 
     def _moments(self, sample: LayerSample) -> None:
         layer, of = sample.layer, self.statistics.of
@@ -178,6 +216,11 @@ class Run:
         for name, x in (("k", sample.k), ("v", sample.v)):
             if name in streams and streams[name].total.shape != x.shape[1:]:
                 raise FormatError(f"{self.model}: the statistics are of {streams[name].total.shape} {name} heads")
+
+
+def last(chunks: np.ndarray) -> np.ndarray:
+    """The chunks of a text i32 [n, T] that are held out, to judge by."""
+    return chunks[-max(1, min(len(chunks) // HELD_OUT, HELD_OUT_MOST)) :]
 
 
 def kept(

@@ -8,6 +8,7 @@ tokens, bias does not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvtc_gguf.layout import GAIN_STEPS
 
 SINKS, WINDOW = 4, 128  # the cache's defaults
 ROW_STEP = 4  # every 4th query row is enough to tell the members apart
+ROW_BLOCKS = 4
 FLOOR = 0.1  # share of the plain average in the weights of `importance`
 UNBIASED, KEEP_NORM = 0, 1
 
@@ -26,6 +28,15 @@ def query_rows(tokens: int) -> np.ndarray:
     return np.arange(SINKS + WINDOW, tokens, ROW_STEP)
 
 
+def row_blocks(tokens: int) -> Iterator[tuple[slice, int]]:
+    """(rows, end): slices of the query rows, and how many tokens the last of each sees: beyond, all is 0."""
+    rows = query_rows(tokens)
+    size = max(1, -(-len(rows) // ROW_BLOCKS))
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        yield block, int(rows[block][-1]) + 1
+
+
 def far_attention(sample: LayerSample, softcap: float = 0.0) -> np.ndarray:
     """Attention probabilities f32 [n_head, R, T] of R query rows, zero on the exact tokens (sinks and window)."""
     tokens, n_head, _ = sample.q_rope.shape
@@ -33,15 +44,21 @@ def far_attention(sample: LayerSample, softcap: float = 0.0) -> np.ndarray:
     rows = query_rows(tokens)
     distance = rows[:, None] - np.arange(tokens)
     seen = (distance >= 0) & ((distance < sample.window) | (sample.window == 0))
-    far = (distance >= WINDOW) & (np.arange(tokens) >= SINKS)
-    out = np.empty((n_head, len(rows), tokens), np.float32)
+    hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
+    far = ((distance >= WINDOW) & (np.arange(tokens) >= SINKS)).astype(np.float32)
+    out = np.zeros((n_head, len(rows), tokens), np.float32)
     for i in range(n_head):
-        logits = sample.q_rope[rows, i] @ sample.k_rope[:, i // (n_head // heads)].T
-        if softcap > 0:
-            logits = softcap * np.tanh(logits / softcap)
-        logits = np.where(seen, logits, -np.inf)
-        weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-        out[i] = weight / weight.sum(axis=1, keepdims=True) * far
+        q, k = sample.q_rope[rows, i], sample.k_rope[:, i // (n_head // heads)]
+        for block, end in row_blocks(tokens):  # small pieces, in place: they stay in a core's cache
+            weight = q[block] @ k[:end].T
+            if softcap > 0:
+                np.tanh(np.divide(weight, softcap, out=weight), out=weight)
+                weight *= softcap
+            weight += hidden[block, :end]
+            weight -= weight.max(axis=1, keepdims=True)
+            np.exp(weight, out=weight)
+            weight *= 1 / weight.sum(axis=1, keepdims=True)
+            np.multiply(weight, far[block, :end], out=out[i, block, :end])
     return out
 
 
@@ -72,15 +89,22 @@ def importance(sample: LayerSample, attention: np.ndarray, gram: np.ndarray) -> 
     total = np.zeros(heads)
     for i in range(n_head):
         h = i // (n_head // heads)
-        v, metric = sample.v[:, h], gram[i].astype(np.float32)
-        o = attention[i] @ v
+        v, metric = np.ascontiguousarray(sample.v[:, h]), gram[i].astype(np.float32)
         moved = v @ metric
-        distance = (moved * v).sum(axis=1) + ((o @ metric) * o).sum(axis=1)[:, None] - 2 * (o @ moved.T)
-        cost = attention[i] * np.maximum(distance, 0.0)
-        weight[:, h] += cost.sum(axis=0)
-        by_query = cost.sum(axis=1, dtype=np.float64)
-        square[h] += by_query @ sample.q[rows, i].astype(np.float64) ** 2
-        total[h] += by_query.sum()
+        of_key = np.stack([np.ones(tokens, np.float32), (moved * v).sum(axis=1)], 1)
+        of_key = np.concatenate([moved, of_key], 1)
+        for block, end in row_blocks(tokens):
+            near = attention[i, block, :end]
+            o = near @ v[:end]
+            # |W_o (v_j - o_i)|^2 of all pairs as one product: -2 o . moved + |o|^2 * 1 + 1 * |v|^2
+            of_query = np.stack([((o @ metric) * o).sum(axis=1), np.ones(len(o), np.float32)], 1)
+            cost = np.concatenate([-2 * o, of_query], 1) @ of_key[:end].T
+            np.maximum(cost, 0.0, out=cost)
+            cost *= near
+            weight[:end, h] += np.ones(len(o), np.float32) @ cost
+            by_query = (cost @ np.ones(end, np.float32)).astype(np.float64)
+            square[h] += by_query @ np.square(sample.q[rows[block], i], dtype=np.float64)
+            total[h] += by_query.sum()
     plain = uniform(sample, attention, gram).queries
     weight /= np.maximum(weight.mean(axis=0), 1e-30)
     queries = (1 - FLOOR) * square / np.maximum(total, 1e-30)[:, None] + FLOOR * plain

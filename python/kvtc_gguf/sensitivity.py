@@ -23,7 +23,7 @@ from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import FormatError
 
 SIDES = ("k", "v")
-ROW_STEP = 2  # of the second half of a chunk, every other row is scored
+ROWS_BYTES = 128 * 2**20  # log-probabilities kept of a chunk: its second half, of a large vocabulary fewer rows
 NOISY = 5e-4  # nats a token: a background above this drowns a layer at 2 bits, so layers are perturbed at 1
 KVTC_TYPE = 42  # ggml's number of kvtc<b> is KVTC_TYPE + b
 
@@ -33,7 +33,9 @@ LayerBits = dict[str, list[int]]  # side -> bits by layer, 0 for layers without 
 class Prober:
     """KLD of a model under a calibration with any bits by layer, on chunks i32 [n, T]. Use as a context manager.
 
-    Keeps the log-probabilities of the f16 cache, f32 [n, T / 4, n_vocab]. Raises FormatError as `LlamaCapture` does.
+    Keeps the log-probabilities of the f16 cache in the second half of each chunk, as many rows as ROWS_BYTES holds.
+    Chunks should be as long as contexts are: values' random errors average out over the tokens that are attended to,
+    keys' do not, so on chunks of 512 keys seem to matter less than they do. Raises FormatError as `LlamaCapture` does.
     """
 
     def __init__(self, model: Path, calibration: Calibration, chunks: np.ndarray, threads: int) -> None:
@@ -43,7 +45,9 @@ class Prober:
         self.folder = tempfile.TemporaryDirectory(prefix="kvtc-")
         self.capture = LlamaCapture(model, chunks.shape[1], threads)
         self.api, self.runs = self.capture.api, 0
-        self.rows = np.arange(chunks.shape[1] // 2, chunks.shape[1] - 1, ROW_STEP)
+        size = chunks.shape[1]
+        step = max(1, -(-(size // 2) * self.capture.n_vocab * 4 // ROWS_BYTES))
+        self.rows = np.arange(size // 2, size - 1, step)
         self.base = self._log_probabilities(self.api.GGML_TYPE_F16, self.api.GGML_TYPE_F16)
 
     def __enter__(self) -> Prober:
@@ -54,8 +58,8 @@ class Prober:
         self.capture.__exit__(kind, error, trace)
         self.folder.cleanup()
 
-    def kld(self, bits: LayerBits) -> float:
-        """Mean KLD in nats a token against the f16 cache, with the default sinks and window."""
+    def kld(self, bits: LayerBits) -> np.ndarray:
+        """KLD of each scored row in nats, f64 [rows], against the f16 cache, with the default sinks and window."""
         self.runs += 1
         path = Path(self.folder.name) / f"{self.runs}.kvtc.gguf"
         asked = self.calibration.bits[-1]
@@ -66,10 +70,11 @@ class Prober:
             other = self._log_probabilities(KVTC_TYPE + asked, KVTC_TYPE + asked)
         finally:
             path.unlink()
-        total = 0.0
-        for base, mine in zip(self.base, other, strict=True):
-            total += float((np.exp(base) * (base - mine)).sum(axis=1, dtype=np.float64).mean())
-        return total / len(self.base)
+        each = [
+            np.einsum("rv,rv->r", np.exp(base), base - mine, dtype=np.float64)
+            for base, mine in zip(self.base, other, strict=True)
+        ]
+        return np.concatenate(each)
 
     def _log_probabilities(self, type_k: int, type_v: int) -> list[np.ndarray]:
         api, size = self.api, self.chunks.shape[1]
@@ -115,29 +120,37 @@ def uniform(calibration: Calibration, k: int, v: int) -> LayerBits:
     }
 
 
-def measure(prober: Prober, step: Callable[[], None] | None = None) -> tuple[dict[str, np.ndarray], float]:
-    """(side -> KLD f32 [len(bits), block_count] of that side of one layer alone, and of all layers in `curve.<side>`
-    [len(bits)]; background). -1 where not measured.
+def measure(prober: Prober, step: Callable[[], None] | None = None) -> dict[str, np.ndarray]:
+    """The statistics `kld.*` of a calibration, all f32, in nats a token; step is called after each run.
 
-    step is called after each run. The background is the KLD with all layers at the widest budget; it is taken off.
+    `kld.{k,v}` [len(bits), block_count]: that side of one layer alone, -1 where not measured; `kld.spread.{k,v}`: its
+    standard error; `kld.curve.{k,v}` [len(bits)]: that side of all layers; `kld.background` [1]: all layers at the
+    widest budget, which is taken off the others, row by row.
     """
     calibration = prober.calibration
     widest = calibration.bits[-1]
-    background = prober.kld(uniform(calibration, widest, widest))
-    perturbed = next(b for b in calibration.bits if b >= (1 if background > NOISY else 2) or b == widest)
-    result = {s: np.full((len(calibration.bits), calibration.block_count), -1.0, np.float32) for s in SIDES}
+    rest = prober.kld(uniform(calibration, widest, widest))
+    perturbed = next(b for b in calibration.bits if b >= (1 if rest.mean() > NOISY else 2) or b == widest)
+    result = {"kld.background": np.array([rest.mean()])}
     for side in SIDES:
-        curve = np.full(len(calibration.bits), -1.0, np.float32)
+        result[f"kld.curve.{side}"] = curve = np.full(len(calibration.bits), -1.0)
         for i, b in enumerate(calibration.bits[:-1]):
             k, v = (b, widest) if side == "k" else (widest, b)
-            curve[i] = max(prober.kld(uniform(calibration, k, v)) - background, 0.0)
+            curve[i] = max((prober.kld(uniform(calibration, k, v)) - rest).mean(), 0.0)
             if step:
                 step()
-        result[f"curve.{side}"] = curve
+        shape = (len(calibration.bits), calibration.block_count)
+        result[f"kld.{side}"], result[f"kld.spread.{side}"] = alone, spread = np.full((2, *shape), -1.0)
         for layer in sorted(calibration.layers):
             bits = uniform(calibration, widest, widest)
             bits[side][layer] = perturbed
-            result[side][calibration.bits.index(perturbed), layer] = max(prober.kld(bits) - background, 0.0)
+            rows, place = prober.kld(bits) - rest, (calibration.bits.index(perturbed), layer)
+            alone[place], spread[place] = max(rows.mean(), 0.0), standard_error(rows)
             if step:
                 step()
-    return result, background
+    return {name: array.astype(np.float32) for name, array in result.items()}
+
+
+def standard_error(rows: np.ndarray) -> float:
+    """Of the mean of rows [n]."""
+    return float(rows.std() / np.sqrt(len(rows)))

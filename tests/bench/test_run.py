@@ -4,6 +4,8 @@ under another cache's name; a half-written file."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fake
 import pytest
 
@@ -166,6 +168,15 @@ def test_both_engines_are_compared_with_the_first_ones_logits(workshop):
     workshop.measured(workshop.matrix(["q8_0"], [QUALITY | {"base": "own"}]), engines=("ours", "stock"))
     bases = [c[0] for c in workshop.ours.calls("llama-perplexity") if "--kl-divergence" not in c]
     assert bases == ["ours", "stock"]
+
+
+def test_calibrations_of_one_file_are_compared_with_the_same_logits(workshop):
+    for name, content in (("same.gguf", b"weights"), ("other.gguf", b"others")):
+        (workshop.folder / name).write_bytes(content)
+    matrix = workshop.matrix(["q8_0"], [QUALITY], models=["model.gguf", "same.gguf", "other.gguf"])
+    assert len({r["model"] for r in workshop.measured(matrix)}) == 3
+    bases = [c for c in workshop.ours.calls("llama-perplexity") if "--kl-divergence" not in c]
+    assert [Path(fake.value(c, "-m")).name for c in bases] == ["model.gguf", "other.gguf"]
 
 
 def test_cache_that_no_engine_is_for_is_told(workshop):

@@ -94,3 +94,47 @@ def test_budgets_out_of_reach_are_refused(measured: Calibration, bpv: float) -> 
 def test_a_calibration_without_sensitivities_says_what_to_do() -> None:
     with pytest.raises(FormatError, match="--bpv"):
         budget.plan(calibration(), 2.5)
+
+
+def test_differences_within_the_noise_do_not_count() -> None:
+    measured = np.array([[1.0, 2.0, 0.5, 1.0], [-1, -1, -1, -1]])
+    same = budget.damped(measured, np.zeros((2, 4)), 1.0)
+    np.testing.assert_allclose(same, measured)
+    drowned = budget.damped(measured, np.full((2, 4), 2.0), 1.0)
+    np.testing.assert_allclose(drowned[0], 1.0)  # the geometric mean
+    half = budget.damped(measured, np.full((2, 4), 1e-9), 0.5)
+    np.testing.assert_allclose(half[0], np.sqrt(measured[0]), rtol=1e-6)
+    certain = budget.damped(measured, np.array([[0.01, 0.01, 2.0, 0.01], [0, 0, 0, 0]]), 1.0)
+    assert certain[0, 1] > 1.9 and certain[0, 2] > 0.9  # one uncertain figure says little, the others stand
+
+
+class Measured:
+    """A prober that knows no model: KLD by row from a function of the bits."""
+
+    def __init__(self, calibration: Calibration, gain: float, noise: float) -> None:
+        self.calibration, self.gain, self.noise, self.asked = calibration, gain, noise, []
+
+    def kld(self, bits: dict[str, list[int]]) -> np.ndarray:
+        self.asked.append(bits)
+        rows = np.full(400, 0.01)
+        if len({b for b in bits["v"] if b}) > 1:  # by layer
+            rows += self.noise * np.random.default_rng(len(self.asked)).standard_normal(400) - self.gain
+        return rows
+
+
+def test_layers_get_their_own_bits_only_where_that_is_clearly_better(measured: Calibration) -> None:
+    for gain, noise, wins in ((1e-3, 1e-3, True), (-1e-3, 1e-3, False), (1e-4, 1e-2, False)):
+        prober = Measured(measured, gain, noise)
+        choice, each = budget.best(prober, measured, 2.5)
+        assert (choice.name == budget.Choice.name) == wins, (gain, noise)
+        assert len(each) == len(prober.asked) >= 3
+        assert choice.bpv <= 2.5
+    # no preset takes 2.25 bits: what the smaller one leaves is used even where the gain is within the noise
+    choice, _ = budget.best(Measured(measured, 1e-4, 1e-2), measured, 2.25)
+    assert 2 < choice.bpv <= 2.25
+
+
+def test_presets_of_a_size_come_by_predicted_kld(measured: Calibration) -> None:
+    found = budget.presets(measured, 2.6)
+    assert {c.name for c in found} == {"kvtc-k1v4", "kvtc-k2v3", "kvtc-k3v2", "kvtc-k4v1"}
+    assert [c.kld for c in found] == sorted(c.kld for c in found) and {c.bpv for c in found} == {2.5}

@@ -55,7 +55,7 @@ class Capture(Protocol):
         ...
 
 
-SAMPLED_TOGETHER = 32  # texts sampled in one batch: wide enough for weights to be read seldom, and memory has a bound
+SAMPLED_TOGETHER = 64  # texts sampled in one batch: wide enough for weights to be read seldom, and memory has a bound
 
 
 def draw(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
