@@ -9,14 +9,14 @@
 namespace {
 
 constexpr int64_t SAMPLE = 2048; // rows that tell how often codes occur; bytes, of 256 values, are counted in all rows
-constexpr int     ROUNDS = 4;
+constexpr int     ROUNDS = 8;
 
 using histogram = std::vector<uint32_t>;
 
 struct clustering {
-    double                  bits = INFINITY; // of everything: tables, indices and the fields themselves
-    std::vector<kvtc_table> tables;
-    std::vector<uint8_t>    index;
+    double                            bits = INFINITY; // of everything: tables, indices and the fields themselves
+    std::vector<std::vector<uint8_t>> levels; // of each table
+    std::vector<uint8_t>              index;
 };
 
 uint32_t get_field(const uint8_t * row, size_t bit, int bits) {
@@ -27,36 +27,19 @@ uint32_t get_field(const uint8_t * row, size_t bit, int bits) {
     return v >> bit % 8 & ((1u << bits) - 1);
 }
 
-// Counts to frequencies. Codes that the sample does not hold may still occur; bytes that do not occur in it do not.
-kvtc_table to_table(const std::vector<double> & counts) {
+// Counts to levels. Codes that the sample does not hold may still occur; bytes that do not occur in it do not.
+std::vector<uint8_t> to_levels(const std::vector<double> & counts) {
     const bool   all   = counts.size() < 256;
     const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
-    kvtc_table table(counts.size());
-    int32_t missing = KVTC_PROB_SUM;
+    std::vector<uint8_t> levels(counts.size());
     for (size_t v = 0; v < counts.size(); ++v) {
         const double f = total > 0 ? counts[v]*KVTC_PROB_SUM/total : 0;
-        table[v] = (uint16_t) (counts[v] > 0 || all ? std::max(1.0, std::round(f)) : 0);
-        missing -= table[v];
+        levels[v] = counts[v] > 0 || all ? kvtc_nearest_level(std::max(1.0, f)) : 0;
     }
     if (total == 0 && !all) {
-        table[0] = KVTC_PROB_SUM;
-        missing  = 0;
+        levels[0] = 1;
     }
-    while (missing != 0) {
-        auto largest = std::max_element(table.begin(), table.end());
-        const int32_t change = missing > 0 ? missing : -std::min(-missing, std::max(1, *largest/8));
-        *largest = (uint16_t) (*largest + change);
-        missing -= change;
-    }
-    return table;
-}
-
-size_t table_bytes(const kvtc_table & table) {
-    size_t n = 0;
-    for (size_t v = 0; v < table.size(); ++v) {
-        n += table[v] >= 128 ? 2 : table[v] > 0 ? 1 : v == 0 || table[v - 1] > 0 ? 2 : 0;
-    }
-    return n;
+    return levels;
 }
 
 // What orders fields by their distribution: of bytes, which are halves of f16 or gains, the magnitude; of codes, how far out they are.
@@ -87,12 +70,13 @@ clustering cluster(const std::vector<histogram> & fields, const std::vector<uint
                 counts[best.index[f]][v] += fields[f][v];
             }
         }
-        best.tables.clear();
+        best.levels.clear();
         for (size_t t = 0; t < k; ++t) {
-            best.tables.push_back(to_table(counts[t]));
+            best.levels.push_back(to_levels(counts[t]));
+            const kvtc_table table = kvtc_to_frequencies(best.levels[t]);
             for (size_t v = 0; v < n_values; ++v) {
                 // a value without a frequency cannot be coded: bits that no field's other values make up for
-                cost[t][v] = best.tables[t][v] > 0 ? (float) (GGML_KVTC_PROB_BITS - std::log2((double) best.tables[t][v])) : 1e6f;
+                cost[t][v] = table[v] > 0 ? (float) (GGML_KVTC_PROB_BITS - std::log2((double) table[v])) : 1e6f;
             }
         }
         bits = 0;
@@ -122,10 +106,10 @@ clustering cluster(const std::vector<histogram> & fields, const std::vector<uint
         }
     }
     best.bits = bits*scale;
-    for (const kvtc_table & table : best.tables) {
-        best.bits += 8.0*table_bytes(table);
+    for (const auto & levels : best.levels) {
+        best.bits += (double) kvtc_table_cost(levels);
     }
-    best.bits += std::ceil(std::log2((double) k))*fields.size();
+    best.bits += (double) kvtc_index_cost(best.index, k);
     return best;
 }
 
@@ -177,7 +161,7 @@ ggml_kvtc_rows * ggml_kvtc_rows_fit(const ggml_kvtc_run * runs, int n_runs, cons
             }
             best = std::move(found);
         }
-        model->tables[w] = std::move(best.tables);
+        model->levels[w] = std::move(best.levels);
         for (size_t i = 0; i < places[w].size(); ++i) {
             model->index[places[w][i]] = best.index[i];
         }

@@ -74,35 +74,6 @@ bool in_range(const kvtc_record & r) {
     }
 }
 
-rows_ptr read_model(const kvtc_item & section) {
-    const auto & data = section.model.data;
-    rows_ptr model(section.model.record.coder == KVTC_CODER_RANS ? ggml_kvtc_rows_read(data.data(), data.size()) : nullptr, ggml_kvtc_rows_free);
-    if (section.model.record.coder == KVTC_CODER_RANS ? !model : data.size() != sizeof(uint32_t)) {
-        refuse(block_name(section.model.record));
-    }
-    return model;
-}
-
-size_t row_bytes(const kvtc_item & section, const ggml_kvtc_rows * model) {
-    if (model) {
-        return ggml_kvtc_row_bytes(model);
-    }
-    uint32_t size;
-    memcpy(&size, section.model.data.data(), sizeof(size));
-    return size;
-}
-
-bool decode_block(const kvtc_block & block, const ggml_kvtc_rows * model, size_t stride, uint8_t * rows) {
-    if (block.record.coder == KVTC_CODER_STORED) {
-        if (block.data.size() != block.record.n_rows*stride) {
-            return false;
-        }
-        memcpy(rows, block.data.data(), block.data.size());
-        return true;
-    }
-    return model && ggml_kvtc_rows_decode(model, block.data.data(), block.data.size(), rows, block.record.n_rows);
-}
-
 } // namespace
 
 std::string kvtc_place::name() const {
@@ -251,26 +222,50 @@ std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data,
     }
 }
 
-size_t kvtc_section_row_bytes(const kvtc_item & section) {
-    try {
-        return row_bytes(section, read_model(section).get());
-    } catch (const std::exception & err) {
-        refuse(std::string("the state is damaged: ") + err.what());
+kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(section), model(nullptr, ggml_kvtc_rows_free) {
+    const auto & data  = section.model.data;
+    const bool   coded = section.model.record.coder == KVTC_CODER_RANS;
+    if (coded) {
+        model.reset(ggml_kvtc_rows_read(data.data(), data.size()));
+    }
+    if (coded ? !model : data.size() != sizeof(uint32_t)) {
+        refuse("the state is damaged: " + block_name(section.model.record));
+    }
+    if (coded) {
+        stride = ggml_kvtc_row_bytes(model.get());
+        return;
+    }
+    uint32_t stored;
+    memcpy(&stored, data.data(), sizeof(stored));
+    stride = stored;
+}
+
+void kvtc_section_reader::decode(const kvtc_block & block, uint8_t * rows) const {
+    const kvtc_record & r  = block.record;
+    bool                ok = false;
+    if (r.coder == KVTC_CODER_RANS) {
+        ok = model && ggml_kvtc_rows_decode(model.get(), block.data.data(), block.data.size(), rows, r.n_rows);
+    } else if ((ok = block.data.size() == r.n_rows*stride)) {
+        memcpy(rows, block.data.data(), block.data.size());
+    }
+    if (!ok) {
+        refuse("the state is damaged: " + block_name(r));
     }
 }
 
-void kvtc_decode_section(const kvtc_item & section, uint8_t * rows) {
-    const rows_ptr model  = read_model(section);
-    const size_t   stride = row_bytes(section, model.get());
-    std::atomic<size_t> bad(section.blocks.size());
+void kvtc_section_reader::decode(uint8_t * rows) const {
+    std::vector<std::string> errors(section.blocks.size());
     for_each(section.blocks.size(), [&](size_t i) {
-        const kvtc_block & block = section.blocks[i];
-        if (!decode_block(block, model.get(), stride, rows + block.record.first*stride)) {
-            bad = i;
+        try {
+            decode(section.blocks[i], rows + section.blocks[i].record.first*stride);
+        } catch (const std::exception & err) { // must not leave the thread
+            errors[i] = err.what();
         }
     });
-    if (bad < section.blocks.size()) {
-        refuse("the state is damaged: " + block_name(section.blocks[bad].record));
+    for (const std::string & error : errors) {
+        if (!error.empty()) {
+            refuse(error);
+        }
     }
 }
 
@@ -290,16 +285,13 @@ bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, s
             if (item.plain) {
                 continue;
             }
-            const rows_ptr model  = read_model(item);
-            const size_t   stride = row_bytes(item, model.get());
+            const kvtc_section_reader section(item);
             for (const kvtc_block & block : item.blocks) {
-                if (stride*block.record.n_rows > KVTC_MAX_BYTES) {
+                if (section.row_bytes()*block.record.n_rows > KVTC_MAX_BYTES) {
                     refuse(block_name(block.record) + " are too many");
                 }
-                std::vector<uint8_t> rows(stride*block.record.n_rows);
-                if (!decode_block(block, model.get(), stride, rows.data())) {
-                    refuse("the state is damaged: " + block_name(block.record));
-                }
+                std::vector<uint8_t> rows(section.row_bytes()*block.record.n_rows);
+                section.decode(block, rows.data());
             }
         }
         if (at != size) {

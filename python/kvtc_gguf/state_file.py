@@ -15,7 +15,7 @@ from pathlib import Path
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.reference_rows import RowModel
 
-MAGIC, VERSION = b"kvts", 1
+MAGIC, VERSION = b"kvts", 2
 PLAIN, MODEL, BLOCK, END = 1, 2, 3, 4  # kinds of records
 STORED, RANS = 0, 1  # coders
 WHAT = ("keys", "values", "exact keys", "exact values")
