@@ -3,8 +3,9 @@
 //   block := stored bytes, field by field | u32 x 32: the states | u16 x n: the words
 //
 // Columns one after the other, each over all rows of the block, row t by state t mod 32: a column's table is built once and stays in
-// the nearest cache, and the states keep four vectors of AVX2 busy. States live in [2^16, 2^32); the encoder starts at 2^16
-// and works backwards, so a decoder that ends there, with no word left, has seen the whole block.
+// the nearest cache, and the states keep four vectors of AVX2 busy. States live in [2^16, 2^32); the encoder works backwards and
+// starts at 2^16 plus the last column's last 64 values, two to a state, which would else be coded: what lies below 2^16 is for free.
+// A decoder that ends at such states, with no word left, has seen the whole block.
 #include "kvtc-rows-lanes.h"
 
 #include <algorithm>
@@ -22,6 +23,11 @@ void store16(uint8_t * p, uint32_t v) {
 
 uint32_t load32(const uint8_t * p) {
     return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16 | (uint32_t) p[3] << 24;
+}
+
+// Values of the last column that the first states hold, those of its last rows.
+int64_t n_held(const ggml_kvtc_rows * model, int64_t n_rows) {
+    return model->columns.empty() ? 0 : std::min<int64_t>(n_rows, 2*LANES);
 }
 
 // The columns of a unit, values: [8][n_values].
@@ -57,7 +63,7 @@ bool padding_is_zero(const ggml_kvtc_rows * model, const uint8_t * rows, int64_t
 } // namespace
 
 size_t ggml_kvtc_rows_bound(const ggml_kvtc_rows * model, int64_t n_rows) {
-    return 4*LANES + 2*model->columns.size()*(size_t) n_rows; // a column gives at most a word for every row
+    return 2 + 4*LANES + 2*model->columns.size()*(size_t) n_rows; // a column gives at most a word for every row
 }
 
 size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows, int64_t n_rows, uint8_t * data) {
@@ -69,9 +75,8 @@ size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows,
     uint8_t * stored = words;
     uint8_t * p      = end; // both backwards
     uint32_t x[LANES];
-    for (uint32_t & each : x) {
-        each = KVTC_LOW;
-    }
+    std::fill_n(x, LANES, KVTC_LOW);
+    const int64_t held = n_held(model, n_rows);
     std::vector<uint8_t> values(8*(size_t) n_rows);
     for (size_t u = model->units.size(); u-- > 0;) {
         const kvtc_unit   & unit    = model->units[u];
@@ -89,17 +94,25 @@ size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows,
             for (uint32_t v = 0, sum = 0; v < 1u << unit.column_bits; sum += frequencies[v++]) {
                 starts[v] = sum;
             }
-            for (int64_t t = n_rows - 1; t >= 0; --t) {
+            int64_t n = n_rows;
+            if (&columns[c] == &model->columns.back()) {
+                n -= held;
+                for (int64_t i = 0; i < held; ++i) {
+                    x[i/2] += (uint32_t) column[n + i] << 8*(i % 2);
+                }
+            }
+            for (int64_t t = n - 1; t >= 0; --t) {
                 const uint32_t f = frequencies[column[t]];
                 if (f == 0) {
                     return 0;
                 }
-                uint32_t & each = x[t % LANES];
-                if ((each >> (32 - GGML_KVTC_PROB_BITS)) >= f) {
-                    store16(p -= 2, each & 0xffff);
-                    each >>= 16;
-                }
-                each = (each/f << GGML_KVTC_PROB_BITS) + each % f + starts[column[t]];
+                uint32_t each = x[t % LANES];
+                // no branch: whether a word is due is as good as random; `bound` leaves room for one that is not
+                const uint32_t full = each >> (32 - GGML_KVTC_PROB_BITS) >= f;
+                store16(p - 2, each & 0xffff);
+                p -= 2*full;
+                each >>= 16*full;
+                x[t % LANES] = (each/f << GGML_KVTC_PROB_BITS) + each % f + starts[column[t]];
             }
         }
     }
@@ -134,6 +147,7 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
         }
         at += n;
     }
+    const int64_t held = n_held(model, n_rows);
     std::vector<uint8_t> values(8*(size_t) n_rows);
     kvtc_places      places;
     const uint16_t * filled = nullptr; // neighbours often share their table
@@ -148,17 +162,27 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
             }
             const uint16_t * frequencies = &model->frequencies[columns[c].frequencies];
             const int        n_values    = 1 << unit.column_bits;
+            const bool       last        = &columns[c] == &model->columns.back();
+            const int64_t    n           = n_rows - (last ? held : 0);
             const uint16_t * only        = std::find(frequencies, frequencies + n_values, KVTC_PROB_SUM);
             if (only != frequencies + n_values) { // takes no bits
-                memset(column, (int) (only - frequencies), (size_t) n_rows);
-                continue;
+                memset(column, (int) (only - frequencies), (size_t) n);
+            } else {
+                if (frequencies != filled) {
+                    kvtc_fill_places(places, frequencies, n_values);
+                    filled = frequencies;
+                }
+                if (!kvtc_decode_column(in, places, column, n)) {
+                    return false;
+                }
             }
-            if (frequencies != filled) {
-                kvtc_fill_places(places, frequencies, n_values);
-                filled = frequencies;
-            }
-            if (!kvtc_decode_column(in, places, column, n_rows)) {
-                return false;
+            for (int64_t i = 0; last && i < held; ++i) {
+                const uint32_t v = in.x[i/2] >> 8*(i % 2) & 255;
+                if (v >= (uint32_t) n_values) {
+                    return false;
+                }
+                column[n + i] = (uint8_t) v;
+                in.x[i/2] -= v << 8*(i % 2);
             }
         }
         kvtc_put_columns(unit, values.data(), (size_t) n_rows, rows, model->row_bytes, n_rows);

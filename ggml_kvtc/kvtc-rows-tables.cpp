@@ -2,6 +2,7 @@
 #include "kvtc-rows-model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 
@@ -10,6 +11,7 @@ namespace {
 constexpr int      STEPS      = 8; // levels to an octave
 constexpr uint32_t RAW        = 7; // in place of a Rice code's parameter: numbers of a fixed width
 constexpr int      ZEROS_RICE = 3; // parameter for runs of zeros
+constexpr int      MOST_SHIFT = 3; // of differences of levels
 constexpr uint32_t MOST_ONES  = 255;
 
 // numbers of some bits each, from the low bit of the first byte on
@@ -82,57 +84,75 @@ int count_bits(uint32_t v) { // v > 0
     return v > 1 ? 1 + count_bits(v/2) : 1;
 }
 
-// Bits that a table takes with Rice codes of parameter k; written to `out` if there is one. After a level of 0, how many more
-// follow; then, as at first, a level as it is; else the difference to the one before.
-size_t code_table(const std::vector<uint8_t> & levels, int k, bit_writer * out) {
-    size_t cost = 0;
-    const auto put = [&](uint32_t v, int bits) {
-        cost += bits;
-        if (out) {
-            out->put(v, bits);
+// how many times all differences of neighbouring levels can be halved
+int common_shift(const std::vector<uint8_t> & levels) {
+    int all = 1 << MOST_SHIFT;
+    for (size_t v = 1; v < levels.size(); ++v) {
+        if (levels[v] > 0 && levels[v - 1] > 0) {
+            all |= levels[v] - levels[v - 1];
         }
-    };
-    const auto rice = [&](uint32_t v, int k) {
-        cost += (v >> k) + 1 + k;
-        if (out) {
-            out->rice(v, k);
-        }
-    };
-    put((uint32_t) k, 3);
+    }
+    int shift = 0;
+    while ((all >> shift & 1) == 0) {
+        ++shift;
+    }
+    return shift;
+}
+
+// A table's numbers in order: `whole` gets levels as they are, `rice` the halved differences to the one before and, after a level of 0,
+// how many more follow, with ZEROS_RICE in place of the table's own parameter.
+template <typename Whole, typename Rice, typename Zeros>
+void for_each_number(const std::vector<uint8_t> & levels, int shift, Whole && whole, Rice && rice, Zeros && zeros) {
     for (size_t v = 0; v < levels.size();) {
         if (v == 0 || levels[v - 1] == 0) {
-            put(levels[v], 7);
+            whole(levels[v]);
         } else {
-            rice(zigzag((int) levels[v] - levels[v - 1]), k);
+            rice(zigzag(((int) levels[v] - levels[v - 1]) >> shift)); // a level of 0 is what is nearest to it and not above
         }
         ++v;
         if (levels[v - 1] == 0) {
-            size_t more = 0;
+            uint32_t more = 0;
             while (v < levels.size() && levels[v] == 0) {
                 ++v;
                 ++more;
             }
-            rice((uint32_t) more, ZEROS_RICE);
+            zeros(more);
         }
     }
-    return cost;
 }
 
-int best_table_rice(const std::vector<uint8_t> & levels) {
-    int best = 0;
-    for (int k = 1; k < 7; ++k) {
-        best = code_table(levels, k, nullptr) < code_table(levels, best, nullptr) ? k : best;
-    }
-    return best;
+// bits of a table with the parameter that suits it best
+size_t table_cost(const std::vector<uint8_t> & levels, int & best_k) {
+    size_t fixed = 3 + 2;
+    std::array<size_t, RAW> cost {};
+    for_each_number(levels, common_shift(levels),
+        [&](uint8_t)    { fixed += 7; },
+        [&](uint32_t v) { for (uint32_t k = 0; k < RAW; ++k) { cost[k] += (v >> k) + 1 + k; } },
+        [&](uint32_t v) { fixed += (v >> ZEROS_RICE) + 1 + ZEROS_RICE; });
+    best_k = (int) (std::min_element(cost.begin(), cost.end()) - cost.begin());
+    return fixed + cost[best_k];
+}
+
+void write_table(bit_writer & out, const std::vector<uint8_t> & levels) {
+    const int shift = common_shift(levels);
+    int k;
+    table_cost(levels, k);
+    out.put((uint32_t) k, 3);
+    out.put((uint32_t) shift, 2);
+    for_each_number(levels, shift,
+        [&](uint8_t level) { out.put(level, 7); },
+        [&](uint32_t v)    { out.rice(v, k); },
+        [&](uint32_t v)    { out.rice(v, ZEROS_RICE); });
 }
 
 bool read_table(bit_reader & in, std::vector<uint8_t> & levels, size_t n) {
-    const int k = (int) in.get(3);
+    const int k     = (int) in.get(3);
+    const int shift = (int) in.get(2);
     bool any = false;
     while (levels.size() < n && in.ok) {
         const bool whole = levels.empty() || levels.back() == 0;
-        const int  level = whole ? (int) in.get(7) : levels.back() + unzigzag(in.rice(k));
-        if (level < 0 || level >= KVTC_LEVELS) {
+        const int  level = whole ? (int) in.get(7) : std::max(0, levels.back() + unzigzag(in.rice(k))*(1 << shift));
+        if (level >= KVTC_LEVELS) {
             return false;
         }
         levels.push_back((uint8_t) level);
@@ -213,7 +233,8 @@ kvtc_table kvtc_to_frequencies(const std::vector<uint8_t> & levels) {
 }
 
 size_t kvtc_table_cost(const std::vector<uint8_t> & levels) {
-    return code_table(levels, best_table_rice(levels), nullptr);
+    int k;
+    return table_cost(levels, k);
 }
 
 size_t kvtc_index_cost(const std::vector<uint8_t> & index, size_t n_tables) {
@@ -238,7 +259,7 @@ size_t ggml_kvtc_rows_write(const ggml_kvtc_rows * model, uint8_t * data, size_t
         }
         out.put((uint32_t) tables.size() - 1, 6);
         for (const auto & levels : tables) {
-            code_table(levels, best_table_rice(levels), &out);
+            write_table(out, levels);
         }
         if (tables.size() > 1) {
             std::vector<uint8_t> index;

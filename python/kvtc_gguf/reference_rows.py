@@ -155,6 +155,10 @@ class RowModel:
         bits.end()
         return model
 
+    def _held(self, n_rows: int) -> int:
+        """Values of the last column that the first states hold, those of its last rows."""
+        return min(n_rows, 2 * LANES) if self.columns else 0
+
     def encode(self, rows: np.ndarray) -> bytes | None:
         """The block of rows u8 [n, row_bytes], or None if a row has a value that the model gives no frequency."""
         values = _values(self, rows)
@@ -163,11 +167,15 @@ class RowModel:
         stored = b"".join(v.tobytes() for v, c in zip(values, self.columns, strict=True) if c.frequencies is None)
         x = np.full(LANES, LOW, np.int64)
         words: list[np.ndarray] = []  # backwards
+        held = self._held(len(rows))
         for v, column in reversed(list(zip(values, self.columns, strict=True))):
             if column.frequencies is None:
                 continue
+            if column is self.columns[-1]:
+                v, rest = v[: len(v) - held], v[len(v) - held :].astype(np.int64)
+                np.add.at(x, np.arange(held) // 2, rest << 8 * (np.arange(held) % 2))
             starts = np.cumsum(column.frequencies) - column.frequencies
-            for t in reversed(range(0, len(rows), LANES)):
+            for t in reversed(range(0, len(v), LANES)):
                 symbols = v[t : t + LANES]
                 f, lane = column.frequencies[symbols], x[: len(symbols)]
                 if (f == 0).any():
@@ -197,8 +205,9 @@ class RowModel:
             places = np.repeat(np.arange(1 << column.bits), column.frequencies)
             starts = np.cumsum(column.frequencies) - column.frequencies
             out = np.zeros(n_rows, np.uint8)
-            for t in range(0, n_rows, LANES):
-                lane = x[: min(LANES, n_rows - t)]
+            held = self._held(n_rows) if column is self.columns[-1] else 0
+            for t in range(0, n_rows - held, LANES):
+                lane = x[: min(LANES, n_rows - held - t)]
                 place = lane & (PROB_SUM - 1)
                 symbols = places[place]
                 lane = column.frequencies[symbols] * (lane >> PROB_BITS) + place - starts[symbols]
@@ -208,7 +217,12 @@ class RowModel:
                     raise FormatError("block of rows: it ends too early")
                 lane[low] = lane[low] << 16 | taken
                 at += len(taken)
-                x[: len(lane)], out[t : t + LANES] = lane, symbols
+                x[: len(lane)], out[t : t + len(lane)] = lane, symbols
+            rest = x[np.arange(held) // 2] >> 8 * (np.arange(held) % 2) & 255
+            if (rest >= 1 << column.bits).any():
+                raise FormatError("block of rows: damaged")
+            np.subtract.at(x, np.arange(held) // 2, rest << 8 * (np.arange(held) % 2))
+            out[n_rows - held :] = rest
             values.append(out)
         if at != len(words) or (x != LOW).any():
             raise FormatError("block of rows: damaged")

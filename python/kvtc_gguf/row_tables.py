@@ -15,6 +15,7 @@ STEPS = 8  # levels to an octave
 MAX_LEVEL = STEPS * (PROB_BITS - 2)  # weight PROB_SUM
 RAW = 7  # in place of a Rice code's parameter: numbers of a fixed width
 ZEROS_RICE = 3  # parameter for runs of zeros
+MOST_SHIFT = 3  # of differences of levels
 MOST_ONES = 255  # of a Rice code
 
 
@@ -101,16 +102,19 @@ def multiply(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def write_table(out: BitWriter, levels: list[int]) -> None:
-    """Differences of levels under the Rice code that suits them best."""
+    """Differences of levels, halved as often as all can be, under the Rice code that suits them best."""
+    pairs = [(a, b) for a, b in zip(levels, levels[1:], strict=False) if a and b]
+    shift = next(s for s in range(MOST_SHIFT, -1, -1) if all((b - a) % (1 << s) == 0 for a, b in pairs))
     parts = [BitWriter() for _ in range(RAW)]
     for k, part in enumerate(parts):
         part.put(k, 3)
+        part.put(shift, 2)
         at = 0
         while at < len(levels):
             if at == 0 or levels[at - 1] == 0:
                 part.put(levels[at], 7)
-            else:
-                part.rice(_zigzag(levels[at] - levels[at - 1]), k)
+            else:  # a level of 0 is what is nearest to it and not above
+                part.rice(_zigzag((levels[at] - levels[at - 1]) >> shift), k)
             at += 1
             if levels[at - 1] == 0:
                 more = 0
@@ -123,11 +127,11 @@ def write_table(out: BitWriter, levels: list[int]) -> None:
 
 def read_table(data: BitReader, n: int) -> list[int]:
     """n levels. Raises FormatError unless a table is there."""
-    k, levels = data.get(3), list[int]()
+    k, shift, levels = data.get(3), data.get(2), list[int]()
     while len(levels) < n:
         whole = not levels or levels[-1] == 0
-        levels.append(data.get(7) if whole else levels[-1] + _unzigzag(data.rice(k)))
-        if not 0 <= levels[-1] <= MAX_LEVEL:
+        levels.append(data.get(7) if whole else max(0, levels[-1] + (_unzigzag(data.rice(k)) << shift)))
+        if levels[-1] > MAX_LEVEL:
             raise FormatError("row model: a frequency out of range")
         if levels[-1] == 0:
             levels += [0] * data.rice(ZEROS_RICE)

@@ -62,9 +62,12 @@ def test_products_of_frequencies_add_up(width, seed):
 
 def test_value_without_a_frequency_and_padding_are_refused():
     model = RowModel([Run(2, CODE, 4), Run(8, ZERO, 1)], {2: [[1, 0, 0, 0]]}, [0] * 4)
-    assert model.encode(np.array([[0, 0]], np.uint8)) is not None
-    assert model.encode(np.array([[1, 0]], np.uint8)) is None
-    assert model.encode(np.array([[0, 1]], np.uint8)) is None
+    rows = np.zeros((100, 2), np.uint8)  # more than the states hold uncoded
+    assert model.encode(rows) is not None
+    for column in range(2):
+        changed = rows.copy()
+        changed[0, column] = 1
+        assert model.encode(changed) is None
 
 
 @settings(max_examples=25, deadline=None)
