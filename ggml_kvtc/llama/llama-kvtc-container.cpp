@@ -62,7 +62,10 @@ void append(std::vector<uint8_t> & out, kvtc_record r, const std::vector<uint8_t
 }
 
 bool in_range(const kvtc_record & r) {
-    if (r.zero != 0 || r.size > KVTC_MAX_BYTES || r.coder > KVTC_CODER_RANS || r.what > KVTC_WHAT_EXACT_V) {
+    if (r.zero != 0 || r.size > KVTC_MAX_BYTES || r.coder > KVTC_CODER_EIGHT || r.what > KVTC_WHAT_EXACT_V) {
+        return false;
+    }
+    if (r.coder == KVTC_CODER_EIGHT && (r.kind != KVTC_RECORD_MODEL || r.what < KVTC_WHAT_EXACT_K)) {
         return false;
     }
     switch (r.kind) {
@@ -71,6 +74,17 @@ bool in_range(const kvtc_record & r) {
         case KVTC_RECORD_BLOCK: return r.n_rows > 0 && r.n_rows <= KVTC_MAX_ROWS && (uint64_t) r.first + r.n_rows <= UINT32_MAX;
         case KVTC_RECORD_END:   return r.size == 0;
         default:                return false;
+    }
+}
+
+// A row in 8 bits, f16 step | n bytes of 128 + how many steps, to n f16.
+void widen(const uint8_t * narrow, size_t n, uint8_t * row) {
+    ggml_fp16_t half;
+    memcpy(&half, narrow, sizeof(half));
+    const float step = ggml_fp16_to_fp32(half);
+    for (size_t i = 0; i < n; ++i) {
+        half = ggml_fp32_to_fp16(step*(float) (narrow[KVTC_EIGHT_STEP + i] - 128));
+        memcpy(row + 2*i, &half, sizeof(half));
     }
 }
 
@@ -224,11 +238,12 @@ std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data,
 
 kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(section), model(nullptr, ggml_kvtc_rows_free) {
     const auto & data  = section.model.data;
-    const bool   coded = section.model.record.coder == KVTC_CODER_RANS;
+    const bool   coded = section.model.record.coder != KVTC_CODER_STORED;
+    eight = section.model.record.coder == KVTC_CODER_EIGHT;
     if (coded) {
         model.reset(ggml_kvtc_rows_read(data.data(), data.size()));
     }
-    if (coded ? !model : data.size() != sizeof(uint32_t)) {
+    if (coded ? !model || (eight && ggml_kvtc_row_bytes(model.get()) <= KVTC_EIGHT_STEP) : data.size() != sizeof(uint32_t)) {
         refuse("the state is damaged: " + block_name(section.model.record));
     }
     if (coded) {
@@ -241,15 +256,20 @@ kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(se
 }
 
 void kvtc_section_reader::decode(const kvtc_block & block, uint8_t * rows) const {
-    const kvtc_record & r  = block.record;
-    bool                ok = false;
+    const kvtc_record & r = block.record;
+    std::vector<uint8_t> narrow(eight ? r.n_rows*stride : 0);
+    uint8_t * into = eight ? narrow.data() : rows;
+    bool ok = false;
     if (r.coder == KVTC_CODER_RANS) {
-        ok = model && ggml_kvtc_rows_decode(model.get(), block.data.data(), block.data.size(), rows, r.n_rows);
+        ok = model && ggml_kvtc_rows_decode(model.get(), block.data.data(), block.data.size(), into, r.n_rows);
     } else if ((ok = block.data.size() == r.n_rows*stride)) {
-        memcpy(rows, block.data.data(), block.data.size());
+        memcpy(into, block.data.data(), block.data.size());
     }
     if (!ok) {
         refuse("the state is damaged: " + block_name(r));
+    }
+    for (size_t row = 0; eight && row < r.n_rows; ++row) {
+        widen(narrow.data() + row*stride, stride - KVTC_EIGHT_STEP, rows + row*row_bytes());
     }
 }
 
@@ -257,7 +277,7 @@ void kvtc_section_reader::decode(uint8_t * rows) const {
     std::vector<std::string> errors(section.blocks.size());
     for_each(section.blocks.size(), [&](size_t i) {
         try {
-            decode(section.blocks[i], rows + section.blocks[i].record.first*stride);
+            decode(section.blocks[i], rows + section.blocks[i].record.first*row_bytes());
         } catch (const std::exception & err) { // must not leave the thread
             errors[i] = err.what();
         }
