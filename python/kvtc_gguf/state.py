@@ -38,7 +38,7 @@ class Coder(str, Enum):
 
 
 class Exact(str, Enum):
-    """How exact rows are kept."""
+    """How exact values are kept."""
 
     kept = "kept"
     eight = "8"
@@ -101,13 +101,14 @@ def _stored(block: Record, size: int) -> np.ndarray:
 def recode(section: Section, coder: Coder, eight: bool = False) -> Section:
     """The same rows, coded anew. Rows whose fields the section does not tell stay as they are.
 
-    eight: exact rows are kept in 8 bits from here on. Raises FormatError where they hold NaN or infinity.
+    eight: exact values are kept in 8 bits from here on; keys are not, it would cost quality (`ggml_kvtc/README.md`).
+    Raises FormatError where they hold NaN or infinity.
     """
     model, blocks = section.row_model(), list(_block_rows(section))
     if model is None:
         return section
     runs, kind = model.runs, section.model.coder
-    if eight and kind != EIGHT and section.model.what > 1:
+    if eight and kind != EIGHT and WHAT[section.model.what] == "exact values":
         try:
             blocks, runs, kind = [eight_bits.narrow(b) for b in blocks], eight_bits.runs(model.row_bytes // 2), EIGHT
         except ValueError as error:
