@@ -1,11 +1,12 @@
-// Coding blocks of rows: static rANS (Duda, arXiv 1311.2540), eight states that share one stream of 16-bit words.
+// Coding blocks of rows: static rANS (Duda, arXiv 1311.2540), 32 states that share one stream of 16-bit words.
 //
-//   block := stored bytes, field by field | u32 x 8: the states | u16 x n: the words
+//   block := stored bytes, field by field | u32 x 32: the states | u16 x n: the words
 //
-// Columns one after the other, each over all rows of the block, row t by state t mod 8: a column's table is built once and stays in
-// the nearest cache, and eight independent states keep the core busy. States live in [2^16, 2^32); the encoder starts at 2^16
-// and works backwards, so a decoder that ends there, with no word left, has seen the whole block.
-#include "kvtc-rows-model.h"
+// Columns one after the other, each over all rows of the block, row t by state t mod 32: a column's table is built once and stays in
+// the nearest cache, and the states keep four vectors of AVX2 busy. States live in [2^16, 2^32); the encoder works backwards and
+// starts at 2^16 plus the last column's last 64 values, two to a state, which would else be coded: what lies below 2^16 is for free.
+// A decoder that ends at such states, with no word left, has seen the whole block.
+#include "kvtc-rows-lanes.h"
 
 #include <algorithm>
 #include <array>
@@ -13,12 +14,7 @@
 
 namespace {
 
-constexpr uint32_t LOW   = 1u << 16;
-constexpr int      LANES = GGML_KVTC_LANES;
-
-uint32_t load16(const uint8_t * p) {
-    return (uint32_t) p[0] | (uint32_t) p[1] << 8;
-}
+constexpr int LANES = GGML_KVTC_LANES;
 
 void store16(uint8_t * p, uint32_t v) {
     p[0] = (uint8_t) v;
@@ -26,137 +22,26 @@ void store16(uint8_t * p, uint32_t v) {
 }
 
 uint32_t load32(const uint8_t * p) {
-    return load16(p) | load16(p + 2) << 16;
+    return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16 | (uint32_t) p[3] << 24;
 }
 
-// n <= 8 bytes
-uint64_t load_bytes(const uint8_t * p, int n) {
-    uint64_t v = 0;
-    for (int i = 0; i < n; ++i) {
-        v |= (uint64_t) p[i] << 8*i;
-    }
-    return v;
+// Values of the last column that the first states hold, those of its last rows.
+int64_t n_held(const ggml_kvtc_rows * model, int64_t n_rows) {
+    return model->columns.empty() ? 0 : std::min<int64_t>(n_rows, 2*LANES);
 }
 
-void store_bytes(uint8_t * p, uint64_t v, int n) {
-    for (int i = 0; i < n; ++i) {
-        p[i] = (uint8_t) (v >> 8*i);
-    }
-}
-
-// the states and what is left of the words
-struct lanes {
-    uint32_t        x[LANES];
-    const uint8_t * p;
-    const uint8_t * end;
-};
-
-// values of a table by their place among 4096, with room to write 16 at once
-using place_table = std::array<uint8_t, KVTC_PROB_SUM + 16>;
-
-void fill_places(place_table & places, const uint32_t * steps, int bits) {
-    for (uint32_t v = 0; v < 1u << bits; ++v) {
-        const uint32_t n     = steps[v] >> 16;
-        const uint32_t first = steps[v] & 0xffff;
-        const uint64_t eight = 0x0101010101010101u*v;
-        for (uint32_t i = 0; i < n; i += 16) {
-            memcpy(&places[first + i],     &eight, 8);
-            memcpy(&places[first + i + 8], &eight, 8);
-        }
-    }
-}
-
-inline uint32_t decode_one(uint32_t & x, const place_table & places, const uint32_t * steps) {
-    const uint32_t place = x & (KVTC_PROB_SUM - 1);
-    const uint32_t v     = places[place];
-    x = (steps[v] >> 16)*(x >> GGML_KVTC_PROB_BITS) + place - (steps[v] & 0xffff);
-    return v;
-}
-
-// The values of a column, row by row. False if the words end too early.
-bool decode_column(lanes & in, const place_table & places, const uint32_t * steps, uint8_t * values, int64_t n) {
-    int64_t t = 0;
-    lanes cur = in; // values are bytes, which the compiler takes for aliases of anything but locals
-    for (; t + LANES <= n && cur.end - cur.p >= 2*LANES; t += LANES) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES; ++i) {
-            uint32_t x = cur.x[i];
-            values[t + i] = (uint8_t) decode_one(x, places, steps);
-            // no branch: whether a word is due is as good as random
-            const uint32_t full = x << 16 | load16(cur.p);
-            const uint32_t low  = x < LOW;
-            cur.x[i] = x + ((full - x) & (0u - low));
-            cur.p   += 2*low;
-        }
-    }
-    in = cur;
-    for (; t < n; ++t) { // near the end of the words, and what is no multiple of the lanes
-        uint32_t & x = in.x[t % LANES];
-        values[t] = (uint8_t) decode_one(x, places, steps);
-        if (x < LOW) {
-            if (in.end - in.p < 2) {
-                return false;
-            }
-            x = x << 16 | load16(in.p);
-            in.p += 2;
-        }
-    }
-    return true;
-}
-
-// Units are eight columns of B bits in B bytes, but for the last of a run. values: [n_columns][n].
-
-template <int B>
-void take_eight(const uint8_t * rows, size_t stride, int64_t n, uint8_t * values) {
-    for (int64_t t = 0; t < n; ++t, rows += stride) {
-        const uint64_t word = load_bytes(rows, B);
-        for (int c = 0; c < 8; ++c) {
-            values[c*n + t] = (uint8_t) (word >> B*c & ((1u << B) - 1));
-        }
-    }
-}
-
-template <int B>
-void put_eight(const uint8_t * values, uint8_t * rows, size_t stride, int64_t n) {
-    for (int64_t t = 0; t < n; ++t, rows += stride) {
+// The columns of a unit, values: [8][n_values].
+void take_apart(const kvtc_unit & unit, const uint8_t * rows, size_t stride, int64_t n, uint8_t * values, size_t n_values) {
+    const uint32_t mask = (1u << unit.column_bits) - 1;
+    for (int64_t t = 0; t < n; ++t) {
+        const uint8_t * row = rows + (size_t) t*stride + unit.byte;
         uint64_t word = 0;
-        for (int c = 0; c < 8; ++c) {
-            word |= (uint64_t) values[c*n + t] << B*c;
+        for (int i = 0; i < unit.n_bytes; ++i) {
+            word |= (uint64_t) row[i] << 8*i;
         }
-        store_bytes(rows, word, B);
-    }
-}
-
-void take_apart(const kvtc_unit & unit, const kvtc_column * columns, const uint8_t * rows, size_t stride, int64_t n, uint8_t * values) {
-    rows += unit.byte;
-    switch (unit.n_columns == 8 ? unit.n_bytes : 0) {
-        case 5: return take_eight<5>(rows, stride, n, values);
-        case 6: return take_eight<6>(rows, stride, n, values);
-        case 8: return take_eight<8>(rows, stride, n, values);
-        default: break;
-    }
-    for (int64_t t = 0; t < n; ++t, rows += stride) {
-        const uint64_t word = load_bytes(rows, unit.n_bytes);
         for (int c = 0; c < unit.n_columns; ++c) {
-            values[c*n + t] = (uint8_t) (word >> columns[c].shift & ((1u << columns[c].bits) - 1));
+            values[c*n_values + (size_t) t] = (uint8_t) (word >> unit.column_bits*c & mask);
         }
-    }
-}
-
-void put_together(const kvtc_unit & unit, const kvtc_column * columns, const uint8_t * values, uint8_t * rows, size_t stride, int64_t n) {
-    rows += unit.byte;
-    switch (unit.n_columns == 8 ? unit.n_bytes : 0) {
-        case 5: return put_eight<5>(values, rows, stride, n);
-        case 6: return put_eight<6>(values, rows, stride, n);
-        case 8: return put_eight<8>(values, rows, stride, n);
-        default: break;
-    }
-    for (int64_t t = 0; t < n; ++t, rows += stride) {
-        uint64_t word = 0;
-        for (int c = 0; c < unit.n_columns; ++c) {
-            word |= (uint64_t) values[c*n + t] << columns[c].shift;
-        }
-        store_bytes(rows, word, unit.n_bytes);
     }
 }
 
@@ -178,7 +63,7 @@ bool padding_is_zero(const ggml_kvtc_rows * model, const uint8_t * rows, int64_t
 } // namespace
 
 size_t ggml_kvtc_rows_bound(const ggml_kvtc_rows * model, int64_t n_rows) {
-    return 4*LANES + 2*model->columns.size()*(size_t) n_rows; // a column gives at most a word for every row
+    return 2 + 4*LANES + 2*model->columns.size()*(size_t) n_rows; // a column gives at most a word for every row
 }
 
 size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows, int64_t n_rows, uint8_t * data) {
@@ -190,14 +75,13 @@ size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows,
     uint8_t * stored = words;
     uint8_t * p      = end; // both backwards
     uint32_t x[LANES];
-    for (uint32_t & each : x) {
-        each = LOW;
-    }
+    std::fill_n(x, LANES, KVTC_LOW);
+    const int64_t held = n_held(model, n_rows);
     std::vector<uint8_t> values(8*(size_t) n_rows);
     for (size_t u = model->units.size(); u-- > 0;) {
         const kvtc_unit   & unit    = model->units[u];
         const kvtc_column * columns = &model->columns[unit.first];
-        take_apart(unit, columns, rows, model->row_bytes, n_rows, values.data());
+        take_apart(unit, rows, model->row_bytes, n_rows, values.data(), (size_t) n_rows);
         for (int c = unit.n_columns; c-- > 0;) {
             const uint8_t * column = &values[(size_t) (c*n_rows)];
             if (columns[c].stored) {
@@ -205,19 +89,30 @@ size_t ggml_kvtc_rows_encode(const ggml_kvtc_rows * model, const uint8_t * rows,
                 memcpy(stored, column, (size_t) n_rows);
                 continue;
             }
-            const uint32_t * steps = &model->steps[columns[c].steps];
-            for (int64_t t = n_rows - 1; t >= 0; --t) {
-                const uint32_t step = steps[column[t]];
-                const uint32_t f    = step >> 16;
+            const uint16_t * frequencies = &model->frequencies[columns[c].frequencies];
+            uint32_t starts[256];
+            for (uint32_t v = 0, sum = 0; v < 1u << unit.column_bits; sum += frequencies[v++]) {
+                starts[v] = sum;
+            }
+            int64_t n = n_rows;
+            if (&columns[c] == &model->columns.back()) {
+                n -= held;
+                for (int64_t i = 0; i < held; ++i) {
+                    x[i/2] += (uint32_t) column[n + i] << 8*(i % 2);
+                }
+            }
+            for (int64_t t = n - 1; t >= 0; --t) {
+                const uint32_t f = frequencies[column[t]];
                 if (f == 0) {
                     return 0;
                 }
-                uint32_t & each = x[t % LANES];
-                if (each >> (32 - GGML_KVTC_PROB_BITS) >= f) {
-                    store16(p -= 2, each & 0xffff);
-                    each >>= 16;
-                }
-                each = (each/f << GGML_KVTC_PROB_BITS) + each % f + (step & 0xffff);
+                uint32_t each = x[t % LANES];
+                // no branch: whether a word is due is as good as random; `bound` leaves room for one that is not
+                const uint32_t full = each >> (32 - GGML_KVTC_PROB_BITS) >= f;
+                store16(p - 2, each & 0xffff);
+                p -= 2*full;
+                each >>= 16*full;
+                x[t % LANES] = (each/f << GGML_KVTC_PROB_BITS) + each % f + starts[column[t]];
             }
         }
     }
@@ -234,13 +129,13 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
     if (size < n_stored + 4*LANES) {
         return false;
     }
-    lanes in;
+    kvtc_lanes in;
     in.p   = data + n_stored;
     in.end = data + size;
     for (uint32_t & x : in.x) {
         x = load32(in.p);
         in.p += 4;
-        if (x < LOW) {
+        if (x < KVTC_LOW) {
             return false;
         }
     }
@@ -252,9 +147,10 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
         }
         at += n;
     }
+    const int64_t held = n_held(model, n_rows);
     std::vector<uint8_t> values(8*(size_t) n_rows);
-    place_table places;
-    const uint32_t * filled = nullptr; // neighbours often share their table
+    kvtc_places      places;
+    const uint16_t * filled = nullptr; // neighbours often share their table
     for (const kvtc_unit & unit : model->units) {
         const kvtc_column * columns = &model->columns[unit.first];
         for (int c = 0; c < unit.n_columns; ++c) {
@@ -264,21 +160,35 @@ bool ggml_kvtc_rows_decode(const ggml_kvtc_rows * model, const uint8_t * data, s
                 data += n_rows;
                 continue;
             }
-            const uint32_t * steps = &model->steps[columns[c].steps];
-            if (steps != filled) {
-                fill_places(places, steps, columns[c].bits);
-                filled = steps;
+            const uint16_t * frequencies = &model->frequencies[columns[c].frequencies];
+            const int        n_values    = 1 << unit.column_bits;
+            const bool       last        = &columns[c] == &model->columns.back();
+            const int64_t    n           = n_rows - (last ? held : 0);
+            const uint16_t * only        = std::find(frequencies, frequencies + n_values, KVTC_PROB_SUM);
+            if (only != frequencies + n_values) { // takes no bits
+                memset(column, (int) (only - frequencies), (size_t) n);
+            } else {
+                if (frequencies != filled) {
+                    kvtc_fill_places(places, frequencies, n_values);
+                    filled = frequencies;
+                }
+                if (!kvtc_decode_column(in, places, column, n)) {
+                    return false;
+                }
             }
-            if (!decode_column(in, places, steps, column, n_rows)) {
-                return false;
+            for (int64_t i = 0; last && i < held; ++i) {
+                const uint32_t v = in.x[i/2] >> 8*(i % 2) & 255;
+                if (v >= (uint32_t) n_values) {
+                    return false;
+                }
+                column[n + i] = (uint8_t) v;
+                in.x[i/2] -= v << 8*(i % 2);
             }
         }
-        put_together(unit, columns, values.data(), rows, model->row_bytes, n_rows);
+        kvtc_put_columns(unit, values.data(), (size_t) n_rows, rows, model->row_bytes, n_rows);
     }
-    for (uint32_t x : in.x) {
-        if (x != LOW) {
-            return false;
-        }
+    if (std::any_of(in.x, in.x + LANES, [](uint32_t x) { return x != KVTC_LOW; })) {
+        return false;
     }
     return in.p == in.end;
 }

@@ -10,9 +10,9 @@ extern "C" {
 #endif
 
 #define GGML_KVTC_PROB_BITS 12      // frequencies of a table sum to 4096
-#define GGML_KVTC_LANES     8       // interleaved rANS states of a block
-#define GGML_KVTC_TABLES    16      // most tables that the fields of one width share
-#define GGML_KVTC_MAX_ROW   65536   // bytes; also bounds what a hostile model makes a reader allocate, 32 MiB
+#define GGML_KVTC_LANES     32      // interleaved rANS states of a block
+#define GGML_KVTC_TABLES    64      // most tables that the fields of one width share
+#define GGML_KVTC_MAX_ROW   65536   // bytes; also bounds what a hostile model makes a reader allocate, 16 MiB
 #define GGML_KVTC_MAX_CODED 32768   // coded fields of a row
 
 enum ggml_kvtc_field {
@@ -53,6 +53,9 @@ GGML_API size_t ggml_kvtc_rows_bound (const struct ggml_kvtc_rows * model, int64
 GGML_API size_t ggml_kvtc_rows_encode(const struct ggml_kvtc_rows * model, const uint8_t * rows, int64_t n_rows, uint8_t * data);
 // False unless data is a whole block of n_rows rows.
 GGML_API bool   ggml_kvtc_rows_decode(const struct ggml_kvtc_rows * model, const uint8_t * data, size_t size, uint8_t * rows, int64_t n_rows);
+
+// For tests: whether decoding may use AVX2, where the processor has it, as it does at first. Returns what held before.
+GGML_API bool   ggml_kvtc_rows_use_vectors(bool on);
 
 // The CRC-32 of zlib, of bytes that follow those of `crc`; 0 to begin with.
 GGML_API uint32_t ggml_kvtc_crc32(uint32_t crc, const uint8_t * data, size_t size);

@@ -40,7 +40,10 @@ void append(std::vector<uint8_t> & out, kvtc_record r, const std::vector<uint8_t
 }
 
 bool in_range(const kvtc_record & r) {
-    if (r.zero != 0 || r.size > KVTC_MAX_BYTES || r.coder > KVTC_CODER_RANS || r.what > KVTC_WHAT_EXACT_V) {
+    if (r.zero != 0 || r.size > KVTC_MAX_BYTES || r.coder > KVTC_CODER_EIGHT || r.what > KVTC_WHAT_EXACT_V) {
+        return false;
+    }
+    if (r.coder == KVTC_CODER_EIGHT && (r.kind != KVTC_RECORD_MODEL || r.what < KVTC_WHAT_EXACT_K)) {
         return false;
     }
     switch (r.kind) {
@@ -52,33 +55,15 @@ bool in_range(const kvtc_record & r) {
     }
 }
 
-rows_ptr read_model(const kvtc_item & section) {
-    const auto & data = section.model.data;
-    rows_ptr model(section.model.record.coder == KVTC_CODER_RANS ? ggml_kvtc_rows_read(data.data(), data.size()) : nullptr, ggml_kvtc_rows_free);
-    if (section.model.record.coder == KVTC_CODER_RANS ? !model : data.size() != sizeof(uint32_t)) {
-        refuse(block_name(section.model.record));
+// A row in 8 bits, f16 step | n bytes of 128 + how many steps, to n f16.
+void widen(const uint8_t * narrow, size_t n, uint8_t * row) {
+    ggml_fp16_t half;
+    memcpy(&half, narrow, sizeof(half));
+    const float step = ggml_fp16_to_fp32(half);
+    for (size_t i = 0; i < n; ++i) {
+        half = ggml_fp32_to_fp16(step*(float) (narrow[KVTC_EIGHT_STEP + i] - 128));
+        memcpy(row + 2*i, &half, sizeof(half));
     }
-    return model;
-}
-
-size_t row_bytes(const kvtc_item & section, const ggml_kvtc_rows * model) {
-    if (model) {
-        return ggml_kvtc_row_bytes(model);
-    }
-    uint32_t size;
-    memcpy(&size, section.model.data.data(), sizeof(size));
-    return size;
-}
-
-bool decode_block(const kvtc_block & block, const ggml_kvtc_rows * model, size_t stride, uint8_t * rows) {
-    if (block.record.coder == KVTC_CODER_STORED) {
-        if (block.data.size() != block.record.n_rows*stride) {
-            return false;
-        }
-        memcpy(rows, block.data.data(), block.data.size());
-        return true;
-    }
-    return model && ggml_kvtc_rows_decode(model, block.data.data(), block.data.size(), rows, block.record.n_rows);
 }
 
 } // namespace
@@ -229,26 +214,56 @@ std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data,
     }
 }
 
-size_t kvtc_section_row_bytes(const kvtc_item & section) {
-    try {
-        return row_bytes(section, read_model(section).get());
-    } catch (const std::exception & err) {
-        refuse(std::string("the state is damaged: ") + err.what());
+kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(section), model(nullptr, ggml_kvtc_rows_free) {
+    const auto & data  = section.model.data;
+    const bool   coded = section.model.record.coder != KVTC_CODER_STORED;
+    eight = section.model.record.coder == KVTC_CODER_EIGHT;
+    if (coded) {
+        model.reset(ggml_kvtc_rows_read(data.data(), data.size()));
+    }
+    if (coded ? !model || (eight && ggml_kvtc_row_bytes(model.get()) <= KVTC_EIGHT_STEP) : data.size() != sizeof(uint32_t)) {
+        refuse("the state is damaged: " + block_name(section.model.record));
+    }
+    if (coded) {
+        stride = ggml_kvtc_row_bytes(model.get());
+        return;
+    }
+    uint32_t stored;
+    memcpy(&stored, data.data(), sizeof(stored));
+    stride = stored;
+}
+
+void kvtc_section_reader::decode(const kvtc_block & block, uint8_t * rows) const {
+    const kvtc_record & r = block.record;
+    std::vector<uint8_t> narrow(eight ? r.n_rows*stride : 0);
+    uint8_t * into = eight ? narrow.data() : rows;
+    bool ok = false;
+    if (r.coder == KVTC_CODER_RANS) {
+        ok = model && ggml_kvtc_rows_decode(model.get(), block.data.data(), block.data.size(), into, r.n_rows);
+    } else if ((ok = block.data.size() == r.n_rows*stride)) {
+        memcpy(into, block.data.data(), block.data.size());
+    }
+    if (!ok) {
+        refuse("the state is damaged: " + block_name(r));
+    }
+    for (size_t row = 0; eight && row < r.n_rows; ++row) {
+        widen(narrow.data() + row*stride, stride - KVTC_EIGHT_STEP, rows + row*row_bytes());
     }
 }
 
-void kvtc_decode_section(const kvtc_item & section, uint8_t * rows) {
-    const rows_ptr model  = read_model(section);
-    const size_t   stride = row_bytes(section, model.get());
-    std::atomic<size_t> bad(section.blocks.size());
+void kvtc_section_reader::decode(uint8_t * rows) const {
+    std::vector<std::string> errors(section.blocks.size());
     kvtc_for_each(section.blocks.size(), [&](size_t i) {
-        const kvtc_block & block = section.blocks[i];
-        if (!decode_block(block, model.get(), stride, rows + block.record.first*stride)) {
-            bad = i;
+        try {
+            decode(section.blocks[i], rows + section.blocks[i].record.first*row_bytes());
+        } catch (const std::exception & err) { // must not leave the thread
+            errors[i] = err.what();
         }
     });
-    if (bad < section.blocks.size()) {
-        refuse("the state is damaged: " + block_name(section.blocks[bad].record));
+    for (const std::string & error : errors) {
+        if (!error.empty()) {
+            refuse(error);
+        }
     }
 }
 
@@ -268,16 +283,13 @@ bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, s
             if (item.plain) {
                 continue;
             }
-            const rows_ptr model  = read_model(item);
-            const size_t   stride = row_bytes(item, model.get());
+            const kvtc_section_reader section(item);
             for (const kvtc_block & block : item.blocks) {
-                if (stride*block.record.n_rows > KVTC_MAX_BYTES) {
+                if (section.row_bytes()*block.record.n_rows > KVTC_MAX_BYTES) {
                     refuse(block_name(block.record) + " are too many");
                 }
-                std::vector<uint8_t> rows(stride*block.record.n_rows);
-                if (!decode_block(block, model.get(), stride, rows.data())) {
-                    refuse("the state is damaged: " + block_name(block.record));
-                }
+                std::vector<uint8_t> rows(section.row_bytes()*block.record.n_rows);
+                section.decode(block, rows.data());
             }
         }
         if (at != size) {

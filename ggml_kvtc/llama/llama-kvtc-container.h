@@ -15,10 +15,11 @@
 #include <vector>
 
 constexpr uint32_t KVTC_CONTAINER_MAGIC   = 0x7374766b; // "kvts"
-constexpr uint32_t KVTC_CONTAINER_VERSION = 1;
+constexpr uint32_t KVTC_CONTAINER_VERSION = 2;
 constexpr uint32_t KVTC_BLOCK_ROWS        = 1024;
 constexpr uint32_t KVTC_MAX_ROWS          = 1u << 16; // of a block
 constexpr uint32_t KVTC_MAX_BYTES         = 1u << 24; // of a record, and of the rows of a block
+constexpr size_t   KVTC_EIGHT_STEP        = 2;        // bytes of a row in 8 bits before its values
 
 enum kvtc_record_kind : uint8_t {
     KVTC_RECORD_PLAIN = 1, // what llama.cpp writes besides rows
@@ -30,6 +31,7 @@ enum kvtc_record_kind : uint8_t {
 enum kvtc_coder : uint8_t {
     KVTC_CODER_STORED = 0, // rows as they are; as a model: u32 bytes of a row
     KVTC_CODER_RANS   = 1,
+    KVTC_CODER_EIGHT  = 2, // of the model of exact rows: rANS of rows that are kept in 8 bits
 };
 
 // whose rows; of exact rows also of which head
@@ -100,10 +102,21 @@ private:
 // names the block that is damaged. Allocates no more than KVTC_MAX_BYTES beyond what it has been given.
 std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data, size_t size)> & pull);
 
-// Bytes of a row of a section; throws if its model is none.
-size_t kvtc_section_row_bytes(const kvtc_item & section);
-// The rows of a section, [n_rows][row_bytes]; throws one line that names the block that does not decode.
-void kvtc_decode_section(const kvtc_item & section, uint8_t * rows);
+// A section's model, read once. Throws one line that names the model or the block that is none.
+class kvtc_section_reader {
+public:
+    explicit kvtc_section_reader(const kvtc_item & section);
+
+    size_t row_bytes() const { return eight ? 2*(stride - KVTC_EIGHT_STEP) : stride; }
+    void   decode(uint8_t * rows) const; // [n_rows][row_bytes], blocks on several threads
+    void   decode(const kvtc_block & block, uint8_t * rows) const;
+
+private:
+    const kvtc_item                                                 & section;
+    std::unique_ptr<ggml_kvtc_rows, decltype(&ggml_kvtc_rows_free)>   model;
+    bool                                                              eight = false;
+    size_t                                                            stride; // bytes of a row in the blocks
+};
 
 // True if data is a container all of whose blocks decode, one after the other; else one line in err. For tests and fuzzers.
 extern "C" LLAMA_API bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, size_t err_size);

@@ -238,12 +238,13 @@ private:
             return;
         }
         try {
-            row_bytes = kvtc_section_row_bytes(item);
+            const kvtc_section_reader section(item);
+            row_bytes = section.row_bytes();
             if (item.n_rows > n_cells() || row_bytes > GGML_KVTC_MAX_ROW) {
                 damaged(place.name() + ", more than the cache has");
             }
             data.resize(item.n_rows*row_bytes);
-            kvtc_decode_section(item, data.data());
+            section.decode(data.data());
         } catch (const std::exception & err) {
             refuse(err.what());
         }

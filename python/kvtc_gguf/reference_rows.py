@@ -1,7 +1,7 @@
 """The numpy twin of `ggml_kvtc/kvtc-rows*.cpp`: entropy coding of rows that are all laid out alike.
 
 The format is stated in `ggml_kvtc/README.md`, "Stored states"; the coder is static rANS (Duda, arXiv 1311.2540).
-From the same model both give the same bytes. Written for reading: eight values a step, not for states of real sizes.
+From the same model both give the same bytes. Written for reading: 32 values a step, not for states of real sizes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,21 @@ from functools import cached_property
 import numpy as np
 
 from kvtc_gguf.layout import FormatError
+from kvtc_gguf.row_tables import (
+    PROB_BITS,
+    PROB_SUM,
+    BitReader,
+    BitWriter,
+    frequencies,
+    multiply,
+    read_index,
+    read_table,
+    write_index,
+    write_table,
+)
 
-PROB_BITS = 12
-PROB_SUM = 1 << PROB_BITS  # of a table's frequencies
-LANES = 8
-MAX_TABLES = 16  # that the fields of one width share
+LANES = 32
+MAX_TABLES = 64  # that the fields of one width share
 MAX_ROW = 65536  # bytes
 MAX_CODED = 32768  # coded fields of a row
 LOW = 1 << 16  # states live in [LOW, 2**32)
@@ -62,9 +72,14 @@ class RowModel:
     """How rows are made of fields, and how often each value of a field occurs."""
 
     runs: list[Run]
-    tables: dict[int, list[np.ndarray]]  # width -> i64 [2**width] each
+    levels: dict[int, list[list[int]]]  # width -> tables, each 2**width levels (`row_tables`)
     index: list[int]  # of each coded field in row order: its table among those of its width
     _joint: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def tables(self) -> dict[int, list[np.ndarray]]:
+        """width -> frequencies i64 [2**width] each, summing to PROB_SUM."""
+        return {width: [frequencies(table) for table in tables] for width, tables in self.levels.items()}
 
     @property
     def row_bytes(self) -> int:
@@ -102,48 +117,47 @@ class RowModel:
 
     def to_bytes(self) -> bytes:
         """The model as the container holds it."""
-        out = bytearray(len(self.runs).to_bytes(2, "little"))
+        out = BitWriter()
+        out.put(len(self.runs), 16)
         for run in self.runs:
-            out += bytes((run.bits, run.kind)) + run.count.to_bytes(2, "little")
+            top = run.count.bit_length() - 1  # of this the upper bit is known
+            out.put(run.bits, 5)
+            out.put(run.kind, 2)
+            out.put(top, 4)
+            out.put(run.count & ((1 << top) - 1), top)
         for width in sorted(set(self.widths)):
-            tables = self.tables[width]
-            out.append(len(tables))
+            tables = self.levels[width]
+            out.put(len(tables) - 1, 6)
             for table in tables:
-                out += _table_bytes(table)
-            bits = (len(tables) - 1).bit_length()
-            chosen = [i for i, w in zip(self.index, self.widths, strict=True) if w == width]
-            packed = sum(i << (bits * n) for n, i in enumerate(chosen))
-            out += packed.to_bytes(-(-bits * len(chosen) // 8), "little")
-        return bytes(out)
+                write_table(out, table)
+            write_index(out, [i for i, w in zip(self.index, self.widths, strict=True) if w == width], len(tables))
+        return out.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RowModel:
         """Raises FormatError unless the bytes are those of a model."""
-        reader = _Bytes(data)
-        runs = [Run(reader.byte(), reader.byte(), reader.number(2)) for _ in range(reader.number(2))]
-        for run in runs:
-            run.check()
+        bits, runs = BitReader(data), list[Run]()
+        for _ in range(bits.get(16)):
+            width, kind, top = bits.get(5), bits.get(2), bits.get(4)
+            runs.append(Run(width, kind, 1 << top | bits.get(top)))
+            runs[-1].check()
         coded = sum(run.count for run in runs if run.table_bits)
         if not 0 < sum(run.bytes for run in runs) <= MAX_ROW or coded > MAX_CODED:
             raise FormatError("row model: a row of that size is out of range")
         model = cls(runs, {}, [0] * coded)
         widths = np.array(model.widths, np.int64)
         for width in sorted(set(model.widths)):
-            n_tables = reader.byte()
-            if not 1 <= n_tables <= MAX_TABLES:
-                raise FormatError(f"row model: {n_tables} tables for one width")
-            model.tables[width] = [reader.table(width) for _ in range(n_tables)]
-            bits, places = (n_tables - 1).bit_length(), np.flatnonzero(widths == width)
-            packed = np.frombuffer(reader.take(-(-bits * len(places) // 8)), np.uint8)
-            planes = np.unpackbits(packed, bitorder="little")[: bits * len(places)].reshape(len(places), bits)
-            chosen = (planes.astype(np.int64) << np.arange(bits)).sum(axis=1)
-            if (chosen >= n_tables).any():
-                raise FormatError("row model: a field names a table that is not there")
-            for place, i in zip(places, chosen, strict=True):
-                model.index[place] = int(i)
-        if reader.left:
-            raise FormatError("row model: bytes after its end")
+            n_tables = 1 + bits.get(6)
+            model.levels[width] = [read_table(bits, 1 << width) for _ in range(n_tables)]
+            places = np.flatnonzero(widths == width)
+            for place, i in zip(places, read_index(bits, len(places), n_tables), strict=True):
+                model.index[place] = i
+        bits.end()
         return model
+
+    def _held(self, n_rows: int) -> int:
+        """Values of the last column that the first states hold, those of its last rows."""
+        return min(n_rows, 2 * LANES) if self.columns else 0
 
     def encode(self, rows: np.ndarray) -> bytes | None:
         """The block of rows u8 [n, row_bytes], or None if a row has a value that the model gives no frequency."""
@@ -153,11 +167,15 @@ class RowModel:
         stored = b"".join(v.tobytes() for v, c in zip(values, self.columns, strict=True) if c.frequencies is None)
         x = np.full(LANES, LOW, np.int64)
         words: list[np.ndarray] = []  # backwards
+        held = self._held(len(rows))
         for v, column in reversed(list(zip(values, self.columns, strict=True))):
             if column.frequencies is None:
                 continue
+            if column is self.columns[-1]:
+                v, rest = v[: len(v) - held], v[len(v) - held :].astype(np.int64)
+                np.add.at(x, np.arange(held) // 2, rest << 8 * (np.arange(held) % 2))
             starts = np.cumsum(column.frequencies) - column.frequencies
-            for t in reversed(range(0, len(rows), LANES)):
+            for t in reversed(range(0, len(v), LANES)):
                 symbols = v[t : t + LANES]
                 f, lane = column.frequencies[symbols], x[: len(symbols)]
                 if (f == 0).any():
@@ -187,8 +205,9 @@ class RowModel:
             places = np.repeat(np.arange(1 << column.bits), column.frequencies)
             starts = np.cumsum(column.frequencies) - column.frequencies
             out = np.zeros(n_rows, np.uint8)
-            for t in range(0, n_rows, LANES):
-                lane = x[: min(LANES, n_rows - t)]
+            held = self._held(n_rows) if column is self.columns[-1] else 0
+            for t in range(0, n_rows - held, LANES):
+                lane = x[: min(LANES, n_rows - held - t)]
                 place = lane & (PROB_SUM - 1)
                 symbols = places[place]
                 lane = column.frequencies[symbols] * (lane >> PROB_BITS) + place - starts[symbols]
@@ -198,35 +217,22 @@ class RowModel:
                     raise FormatError("block of rows: it ends too early")
                 lane[low] = lane[low] << 16 | taken
                 at += len(taken)
-                x[: len(lane)], out[t : t + LANES] = lane, symbols
+                x[: len(lane)], out[t : t + len(lane)] = lane, symbols
+            rest = x[np.arange(held) // 2] >> 8 * (np.arange(held) % 2) & 255
+            if (rest >= 1 << column.bits).any():
+                raise FormatError("block of rows: damaged")
+            np.subtract.at(x, np.arange(held) // 2, rest << 8 * (np.arange(held) % 2))
+            out[n_rows - held :] = rest
             values.append(out)
         if at != len(words) or (x != LOW).any():
             raise FormatError("block of rows: damaged")
         return _rows(self, values, n_rows)
 
 
-def multiply(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Frequencies of pairs, the first value in the low bits; step by step as `multiply` in kvtc-rows.cpp."""
-    product = (high[:, None] * low[None, :]).reshape(-1)
-    out = np.where(product > 0, np.maximum(1, (product + PROB_SUM // 2) >> PROB_BITS), 0)
-    missing = PROB_SUM - int(out.sum())
-    least = max(2, PROB_SUM // int((out > 0).sum()))
-    while missing:
-        able = np.flatnonzero(out >= least)[: abs(missing)]
-        if len(able) == 0:
-            least = 2
-            continue
-        step = 1 if missing > 0 else -1
-        out[able] += step
-        missing -= step * len(able)
-    return out
-
-
 def uniform(runs: list[Run]) -> RowModel:
     """A model for which every value is as likely as any other."""
     widths = [run.table_bits for run in runs if run.table_bits for _ in range(run.count)]
-    tables = {width: [np.full(1 << width, PROB_SUM >> width, np.int64)] for width in set(widths)}
-    return RowModel(runs, tables, [0] * len(widths))
+    return RowModel(runs, {width: [[1] * (1 << width)] for width in set(widths)}, [0] * len(widths))
 
 
 def _values(model: RowModel, rows: np.ndarray) -> list[np.ndarray]:
@@ -242,51 +248,3 @@ def _rows(model: RowModel, values: list[np.ndarray], n_rows: int) -> np.ndarray:
     for column, v in zip(model.columns, values, strict=True):
         planes[:, column.bit : column.bit + column.bits] = v[:, None] >> np.arange(column.bits, dtype=np.uint8) & 1
     return np.packbits(planes, axis=1, bitorder="little")
-
-
-def _table_bytes(table: np.ndarray) -> bytes:
-    """Frequencies, 7 bits and then 8; after a zero, how many more follow it."""
-    out, i = bytearray(), 0
-    while i < len(table):
-        f = int(table[i])
-        out += bytes((f,)) if f < 128 else bytes((f & 127 | 128, f >> 7))
-        i += 1
-        if f == 0:
-            more = 0
-            while i < len(table) and table[i] == 0 and more < 255:
-                i, more = i + 1, more + 1
-            out.append(more)
-    return bytes(out)
-
-
-class _Bytes:
-    """Numbers from bytes that nobody vouches for; FormatError where they end."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    @property
-    def left(self) -> int:
-        return len(self.data) - self.at
-
-    def take(self, n: int) -> bytes:
-        if n > self.left:
-            raise FormatError("row model: it ends too early")
-        self.at += n
-        return self.data[self.at - n : self.at]
-
-    def byte(self) -> int:
-        return self.take(1)[0]
-
-    def number(self, n: int) -> int:
-        return int.from_bytes(self.take(n), "little")
-
-    def table(self, width: int) -> np.ndarray:
-        values: list[int] = []
-        while len(values) < 1 << width:
-            f = self.byte()
-            f = f if f < 128 else f & 127 | self.byte() << 7
-            values += [0] * (1 + self.byte()) if f == 0 else [f]
-        if len(values) != 1 << width or sum(values) != PROB_SUM:
-            raise FormatError("row model: frequencies that do not add up")
-        return np.array(values, np.int64)

@@ -20,10 +20,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvtc_gguf import eight_bits
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.native.rows import RowCodec
-from kvtc_gguf.state_file import MODEL, RANS, STORED, WHAT, Record, Section, StateFile, read
+from kvtc_gguf.state_file import EIGHT, MODEL, RANS, STORED, WHAT, Record, Section, StateFile, read
 
 app = typer.Typer(add_completion=False, help=__doc__)
 StatePath = Annotated[Path, typer.Argument(metavar="FILE", help="a saved state")]
@@ -36,6 +37,13 @@ class Coder(str, Enum):
     stored = "stored"
 
 
+class Exact(str, Enum):
+    """How exact values are kept."""
+
+    kept = "kept"
+    eight = "8"
+
+
 def describe(state: StateFile) -> dict[str, Any]:
     """Everything `info` knows, as JSON types. Sizes in bytes; `rows_size`: of the rows when nothing codes them."""
     sections = [
@@ -46,6 +54,7 @@ def describe(state: StateFile) -> dict[str, Any]:
             "n_rows": section.n_rows,
             "row_size": section.row_bytes(),
             "blocks": len(section.blocks),
+            "eight_bits": section.model.coder == EIGHT,
             "coded_blocks": sum(block.coder == RANS for block in section.blocks),
             "size": section.size,
         }
@@ -64,10 +73,15 @@ def describe(state: StateFile) -> dict[str, Any]:
 
 def rows_of(section: Section) -> Iterator[np.ndarray]:
     """The rows u8 [n, row_bytes] of each block of a section. Raises FormatError naming a block that does not."""
-    size, blocks = section.row_bytes(), section.blocks
-    if any(block.coder == RANS for block in blocks) and section.model.coder != RANS:
-        raise FormatError(f"the state is damaged: {section.model.name}")
-    if section.model.coder != RANS:
+    wide = section.model.coder == EIGHT
+    yield from (eight_bits.widen(rows) if wide else rows for rows in _block_rows(section))
+
+
+def _block_rows(section: Section) -> Iterator[np.ndarray]:
+    size, blocks = section.block_row_bytes(), section.blocks
+    if section.model.coder == STORED:
+        if any(block.coder == RANS for block in blocks):
+            raise FormatError(f"the state is damaged: {section.model.name}")
         yield from (_stored(block, size) for block in blocks)
         return
     codec = RowCodec.read(section.model.data)
@@ -84,19 +98,28 @@ def _stored(block: Record, size: int) -> np.ndarray:
     return np.frombuffer(block.data, np.uint8).reshape(block.n_rows, size)
 
 
-def recode(section: Section, coder: Coder) -> Section:
-    """The same rows, coded anew. Rows whose fields the section does not tell stay as they are."""
-    model, blocks = section.row_model(), list(rows_of(section))
+def recode(section: Section, coder: Coder, eight: bool = False) -> Section:
+    """The same rows, coded anew. Rows whose fields the section does not tell stay as they are.
+
+    eight: exact values are kept in 8 bits from here on; keys are not, it would cost quality (`ggml_kvtc/README.md`).
+    Raises FormatError where they hold NaN or infinity.
+    """
+    model, blocks = section.row_model(), list(_block_rows(section))
     if model is None:
         return section
-    if coder is Coder.stored:  # the model stays: it says how rows are made of fields
-        kept = zip(section.blocks, blocks, strict=True)
-        return Section(section.model, [replace(b, coder=STORED, data=rows.tobytes()) for b, rows in kept])
-    codec = RowCodec.fit(model.runs, np.concatenate(blocks))
-    head = replace(section.model, kind=MODEL, coder=RANS, data=codec.to_bytes())
+    runs, kind = model.runs, section.model.coder
+    if eight and kind != EIGHT and WHAT[section.model.what] == "exact values":
+        try:
+            blocks, runs, kind = [eight_bits.narrow(b) for b in blocks], eight_bits.runs(model.row_bytes // 2), EIGHT
+        except ValueError as error:
+            raise FormatError(f"{section.model.name}: {error}") from None
+    codec = RowCodec.fit(
+        runs, np.concatenate(blocks)
+    )  # also of rows that are then stored: it says what fields they have
+    head = replace(section.model, kind=MODEL, coder=kind, data=codec.to_bytes())
     out = []
     for block, rows in zip(section.blocks, blocks, strict=True):
-        data = codec.encode(rows)
+        data = codec.encode(rows) if coder is Coder.rans else None
         coded = data is not None and len(data) < rows.nbytes
         out.append(replace(block, coder=RANS if coded else STORED, data=data if coded else rows.tobytes()))
     return Section(head, out)
@@ -144,12 +167,16 @@ def convert(
     path: StatePath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the file to write")],
     coder: Annotated[Coder, typer.Option(help="how rows are kept in it")] = Coder.rans,
+    exact: Annotated[
+        Exact, typer.Option(help="how exact rows are kept: as they are, or in 8 bits, with loss")
+    ] = Exact.kept,
 ) -> None:
     """Write the same state with its rows coded anew, or stored as they are."""
     state = read(path)
     try:
         containers = [
-            [recode(item, coder) if isinstance(item, Section) else item for item in items] for items in state.containers
+            [recode(item, coder, exact is Exact.eight) if isinstance(item, Section) else item for item in items]
+            for items in state.containers
         ]
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None

@@ -12,12 +12,13 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kvtc_gguf import eight_bits
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.reference_rows import RowModel
 
-MAGIC, VERSION = b"kvts", 1
+MAGIC, VERSION = b"kvts", 2
 PLAIN, MODEL, BLOCK, END = 1, 2, 3, 4  # kinds of records
-STORED, RANS = 0, 1  # coders
+STORED, RANS, EIGHT = 0, 1, 2  # coders; EIGHT: the model of exact rows that are kept in 8 bits
 WHAT = ("keys", "values", "exact keys", "exact values")
 MAX_BYTES = 1 << 24  # of a record, and of the rows of a block
 MAX_ROWS = 1 << 16  # of a block
@@ -85,15 +86,22 @@ class Section:
     def row_model(self) -> RowModel | None:
         """None where rows are stored as they are. Raises FormatError if the record holds no model."""
         try:
-            return RowModel.from_bytes(self.model.data) if self.model.coder == RANS else None
+            return RowModel.from_bytes(self.model.data) if self.model.coder != STORED else None
         except FormatError as error:
             raise FormatError(f"the state is damaged: {self.model.name}: {error}") from None
 
-    def row_bytes(self) -> int:
+    def block_row_bytes(self) -> int:
+        """Bytes of a row in the blocks. Raises FormatError as `row_model`."""
         model = self.row_model()
-        if model is None and len(self.model.data) != 4:
+        size = int.from_bytes(self.model.data, "little") if model is None else model.row_bytes
+        if (model is None and len(self.model.data) != 4) or (self.model.coder == EIGHT and size <= eight_bits.STEP):
             raise FormatError(f"the state is damaged: {self.model.name}")
-        return int.from_bytes(self.model.data, "little") if model is None else model.row_bytes
+        return size
+
+    def row_bytes(self) -> int:
+        """Bytes of a row in the cache. Raises FormatError as `row_model`."""
+        size = self.block_row_bytes()
+        return 2 * (size - eight_bits.STEP) if self.model.coder == EIGHT else size
 
 
 Item = Section | Record  # a record: plain bytes
@@ -166,7 +174,9 @@ def read_container(data: bytes, at: int = 0) -> tuple[list[Item], int]:
 
 
 def _in_range(record: Record, size: int) -> bool:
-    if size > MAX_BYTES or record.coder > RANS or record.what >= len(WHAT):
+    if size > MAX_BYTES or record.coder > EIGHT or record.what >= len(WHAT):
+        return False
+    if record.coder == EIGHT and (record.kind != MODEL or record.what < 2):
         return False
     if record.kind in (PLAIN, MODEL):
         return record.n_rows == record.first == 0

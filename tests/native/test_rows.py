@@ -1,5 +1,6 @@
 """The entropy coder in C beside its numpy twin. Failures caught: a byte of a block or of a model that differs, rows
-that do not come back, a model fitted so badly that rows grow, damage that C reads where numpy refuses it."""
+that do not come back with vectors or without, a model fitted so badly that rows grow, damage that C reads where numpy
+refuses it."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import pytest
 import row_models
 import synthetic
 from ffi import base, ffi
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.native.rows import RowCodec
 from kvtc_gguf.reference import encode_rows
-from kvtc_gguf.reference_rows import CODE, HALF, RowModel, Run, uniform
+from kvtc_gguf.reference_rows import CODE, HALF, ZERO, RowModel, Run, uniform
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -43,9 +44,29 @@ def test_blocks_and_models_are_the_twins(runs, n, seed):
     np.testing.assert_array_equal(model.decode(block, n), rows)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.fixture(params=[True, False], ids=["vectors", "plain"])
+def vectors(request):
+    """Whether decoding may use the processor's vectors."""
+    before = base.ggml_kvtc_rows_use_vectors(request.param)
+    yield request.param
+    base.ggml_kvtc_rows_use_vectors(before)
+
+
+@pytest.mark.parametrize("n", [31, 32, 64, 1024, 1500])
+def test_all_widths_come_back_with_and_without_vectors(vectors, n):
+    """Whole units and what is left of a run, rows of whole and of broken steps, a column of one value."""
+    runs = [Run(8, CODE, 1), *(Run(w, CODE, c) for w in (6, 5, 4, 3, 2, 1) for c in (8, 80)), Run(16, HALF, 9)]
+    twin = row_models.model([*runs, Run(8, ZERO, 3), Run(8, CODE, 1)], n)
+    twin.levels[8][0] = [0] * 77 + [9] + [0] * 178
+    twin.index[-1] = 0
+    rows = row_models.rows(twin, n, n)
+    model = RowCodec.read(twin.to_bytes())
+    np.testing.assert_array_equal(model.decode(model.encode(rows), n), rows)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row_models.runs(), SEEDS, st.data())
-def test_damage_is_judged_as_by_the_twin(runs, seed, data):
+def test_damage_is_judged_as_by_the_twin(vectors, runs, seed, data):
     twin = row_models.model(runs, seed)
     rows = row_models.rows(twin, 20, seed)
     block = bytearray(twin.encode(rows))

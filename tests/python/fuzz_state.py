@@ -44,7 +44,7 @@ def python_takes(data: bytes) -> bool | None:
     try:
         items, end = state_file.read_container(data)
         for section in (item for item in items if isinstance(item, state_file.Section)):
-            model, size = section.row_model(), section.row_bytes()
+            model, size = section.row_model(), section.block_row_bytes()
             for block in section.blocks:
                 if size * block.n_rows > PROCESS_MOST:
                     return None

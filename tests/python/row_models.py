@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from hypothesis import strategies as st
-from kvtc_gguf.reference_rows import CODE, HALF, MAX_TABLES, PROB_SUM, ZERO, RowModel, Run
+from kvtc_gguf.reference_rows import CODE, HALF, MAX_TABLES, ZERO, RowModel, Run
+from kvtc_gguf.row_tables import MAX_LEVEL, PROB_SUM
 
 
 def runs() -> st.SearchStrategy[list[Run]]:
@@ -16,21 +17,19 @@ def runs() -> st.SearchStrategy[list[Run]]:
     return st.lists(st.one_of(code, half, zero), min_size=1, max_size=6)
 
 
-def table(rng: np.random.Generator, width: int) -> np.ndarray:
-    """Frequencies i64 [2**width], some of them zero, one sometimes everything."""
+def table(rng: np.random.Generator, width: int) -> list[int]:
+    """Levels [2**width], some of them zero, one sometimes alone."""
     n = 1 << width
-    used = rng.permutation(n)[: rng.integers(1, n + 1)]
-    cuts = np.sort(rng.choice(np.arange(1, PROB_SUM), len(used) - 1, replace=False))
-    out = np.zeros(n, np.int64)
-    out[used] = np.diff(np.r_[0, cuts, PROB_SUM])
-    return out
+    out = rng.integers(1, MAX_LEVEL + 1, n) if rng.integers(2) else 30 + rng.integers(-3, 4, n).cumsum() % 50
+    out[rng.permutation(n)[: rng.integers(0, n)]] = 0
+    return out.tolist()
 
 
 def model(runs: list[Run], seed: int) -> RowModel:
     rng = np.random.default_rng(seed)
     widths = [run.table_bits for run in runs if run.table_bits for _ in range(run.count)]
-    tables = {w: [table(rng, w) for _ in range(rng.integers(1, MAX_TABLES + 1))] for w in set(widths)}
-    return RowModel(runs, tables, [int(rng.integers(len(tables[w]))) for w in widths])
+    levels = {w: [table(rng, w) for _ in range(rng.integers(1, MAX_TABLES + 1))] for w in sorted(set(widths))}
+    return RowModel(runs, levels, [int(rng.integers(len(levels[w]))) for w in widths])
 
 
 def rows(model: RowModel, n: int, seed: int) -> np.ndarray:

@@ -6,15 +6,18 @@ import struct
 
 import numpy as np
 import row_models
+from kvtc_gguf import eight_bits
 from kvtc_gguf.reference_rows import CODE, HALF, Run
-from kvtc_gguf.state_file import BLOCK, MODEL, PLAIN, RANS, STORED, Item, Record, Section, container_bytes
+from kvtc_gguf.state_file import BLOCK, EIGHT, MODEL, PLAIN, RANS, STORED, Item, Record, Section, container_bytes
 
 RUNS = [Run(8, CODE, 1), Run(4, CODE, 8), Run(2, CODE, 8)]
 
 
-def section(n_rows: int, layer: int = 0, what: int = 0, head: int = 0, seed: int = 0, block: int = 16) -> Section:
-    """Rows of a small cache in blocks of `block`; exact rows are f16."""
-    model = row_models.model(RUNS if what < 2 else [Run(16, HALF, 4)], seed)
+def section(
+    n_rows: int, layer: int = 0, what: int = 0, head: int = 0, seed: int = 0, block: int = 16, eight: bool = False
+) -> Section:
+    """Rows of a small cache in blocks of `block`; exact rows are f16, or in 8 bits."""
+    model = row_models.model(eight_bits.runs(4) if eight else RUNS if what < 2 else [Run(16, HALF, 4)], seed)
     rows = row_models.rows(model, n_rows, seed)
     place = {"what": what, "layer": layer, "head": head}
     blocks = [
@@ -22,7 +25,7 @@ def section(n_rows: int, layer: int = 0, what: int = 0, head: int = 0, seed: int
         for i in range(0, n_rows, block)
         for part in [rows[i : i + block]]
     ]
-    return Section(Record(MODEL, RANS, data=model.to_bytes(), **place), blocks)
+    return Section(Record(MODEL, EIGHT if eight else RANS, data=model.to_bytes(), **place), blocks)
 
 
 def stored(n_rows: int, row_bytes: int, **place: int) -> Section:
@@ -40,6 +43,7 @@ def items() -> list[Item]:
         Record(PLAIN, data=b"type and row size"),
         section(40, layer=1, what=1, seed=3),
         stored(40, 6, layer=2, what=1),
+        section(7, layer=2, what=3, head=1, seed=4, eight=True),
     ]
 
 

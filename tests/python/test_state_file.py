@@ -9,11 +9,12 @@ import struct
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import states
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvtc_gguf import state, state_file
+from kvtc_gguf import eight_bits, state, state_file
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.state_file import PLAIN, Record, Section, container_bytes, parse, read_container
 from typer.testing import CliRunner
@@ -92,7 +93,7 @@ def test_forged_checksums_do_not_help(data):
     if raw:
         raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
     n_rows = data.draw(st.sampled_from((records[i].n_rows, 0, 1, 65535, 65536, 2**32 - 1)))
-    records[i] = replace(records[i], data=bytes(raw), n_rows=n_rows, coder=data.draw(st.integers(0, 2)))
+    records[i] = replace(records[i], data=bytes(raw), n_rows=n_rows, coder=data.draw(st.integers(0, 3)))
     items[at] = Section(records[0], records[1:])
     with contextlib.suppress(FormatError):
         for section in parse(states.sequence_file()[:HEAD] + container_bytes(items)).sections:
@@ -112,15 +113,20 @@ def test_info_tells_what_is_there(tmp_path):
     path.write_bytes(WHOLE)
     report = json.loads(run("info", "--json", path).stdout)
     assert (report["tokens"], report["size"], report["caches"]) == (5, len(WHOLE), 1)
-    assert [s["n_rows"] for s in report["sections"]] == [9, 40, 40, 40]
-    assert report["rows_size"] == 9 * 8 + 40 * 7 + 40 * 7 + 40 * 6
+    assert [s["n_rows"] for s in report["sections"]] == [9, 40, 40, 40, 7]
+    assert report["rows_size"] == 9 * 8 + 40 * 7 + 40 * 7 + 40 * 6 + 7 * 8
     assert "values" in run("info", path).stdout
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(WHOLE[:-1], "it ends after"), (b"", "damaged"), (b"GGUF" + bytes(50), "damaged")],
-    ids=["torn", "empty", "foreign"],
+    [
+        (WHOLE[:-1], "it ends after"),
+        (b"", "damaged"),
+        (b"GGUF" + bytes(50), "damaged"),
+        (WHOLE[: HEAD + 4] + b"\1" + WHOLE[HEAD + 5 :], "of version 1, this program reads version 2"),
+    ],
+    ids=["torn", "empty", "foreign", "old"],
 )
 def test_tools_refuse_in_one_line(tmp_path, content, words):
     path, out = tmp_path / "slot.bin", tmp_path / "out.bin"
@@ -131,3 +137,23 @@ def test_tools_refuse_in_one_line(tmp_path, content, words):
         assert str(path) in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slot.bin"]
     assert "No such file" in run("info", tmp_path / "none").stderr
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 70), st.floats(-20, 12), st.integers(0, 2**32 - 1))
+def test_eight_bits_are_within_half_a_step(n, d, scale, seed):
+    rows = (np.random.default_rng(seed).standard_normal((n, d)) * 2.0**scale).astype("<f2")
+    narrow = eight_bits.narrow(rows.view(np.uint8))
+    again = eight_bits.widen(narrow).view("<f2").astype(np.float64)
+    step = narrow[:, :2].copy().view("<f2").astype(np.float64)
+    exact = rows.astype(np.float64)
+    assert narrow.shape == (n, 2 + d)
+    # half a step, what rounding the step took from 127 of them, and the result's own rounding
+    assert (np.abs(again - exact) <= step / 2 + 127 * step / 2048 + np.abs(exact) / 2048 + 2.0**-24 * 128).all()
+
+
+def test_eight_bits_of_no_number_are_refused():
+    rows = np.array([[1.0, np.inf]], "<f2").view(np.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        eight_bits.narrow(rows)
+    assert not eight_bits.widen(eight_bits.narrow(np.zeros((2, 6), np.uint8))).any()
