@@ -1,8 +1,8 @@
 """What exact values in 8 bits cost a saved state: ``python -m bench.eight_bits MODEL WORK --lengths 512,1024``.
 
 The KLD of the tokens after a restored state against those after the f16 cache's, with exact values as they are and in
-8 bits (``python -m kvtc_gguf.state convert --exact 8``), and of one against the other. The model should have f32 weights
-(`bench.float_copy`) and a calibration beside it.
+8 bits (``python -m kvtc_gguf.state convert --exact 8``), and of one against the other. The model should have f32
+weights (`bench.float_copy`) and a calibration beside it.
 """
 
 from __future__ import annotations
