@@ -28,20 +28,27 @@ inline uint8_t take_value(uint32_t & x, const kvtc_places & places) {
     return (uint8_t) (e >> 24);
 }
 
-// Rows t to t + LANES, whose words are all there.
-void decode_lanes(kvtc_lanes & lanes, const kvtc_places & places, uint8_t * values) {
+// As many whole steps of LANES rows as have their words for certain. Returns the rows done.
+int64_t decode_plain(kvtc_lanes & lanes, const kvtc_places & places, uint8_t * values, int64_t n) {
+    uint32_t x[LANES]; // values are bytes, which the compiler takes for aliases of anything but locals
+    std::copy_n(lanes.x, LANES, x);
     const uint8_t * p = lanes.p;
+    int64_t t = 0;
+    for (; t + LANES <= n && lanes.end - p >= 2*LANES; t += LANES) {
 #pragma GCC unroll 8
-    for (int i = 0; i < LANES; ++i) {
-        uint32_t x = lanes.x[i];
-        values[i] = take_value(x, places);
-        // no branch: whether a word is due is as good as random
-        const uint32_t full = x << 16 | load16(p);
-        const uint32_t low  = x < KVTC_LOW;
-        lanes.x[i] = x + ((full - x) & (0u - low));
-        p += 2*low;
+        for (int i = 0; i < LANES; ++i) {
+            uint32_t next = x[i];
+            values[t + i] = take_value(next, places);
+            // no branch: whether a word is due is as good as random
+            const uint32_t full = next << 16 | load16(p);
+            const uint32_t low  = next < KVTC_LOW;
+            x[i] = next + ((full - next) & (0u - low));
+            p += 2*low;
+        }
     }
+    std::copy_n(x, LANES, lanes.x);
     lanes.p = p;
+    return t;
 }
 
 #ifdef KVTC_AVX2
@@ -191,8 +198,10 @@ void kvtc_fill_places(kvtc_places & places, const uint16_t * frequencies, int n_
     uint32_t * at = places.at;
     for (int v = 0; v < n_values; ++v) {
         const uint32_t f = frequencies[v];
-        for (uint32_t i = 0; i < f; ++i) {
-            at[i] = entry(v, f) + i;
+        for (uint32_t i = 0; i < f; i += 8) { // eight without asking, as with vectors
+            for (uint32_t k = 0; k < 8; ++k) {
+                at[i + k] = entry(v, f) + i + k;
+            }
         }
         at += f;
     }
@@ -205,9 +214,7 @@ bool kvtc_decode_column(kvtc_lanes & lanes, const kvtc_places & places, uint8_t 
         t = decode_avx2(lanes, places, values, n);
     }
 #endif
-    for (; t + LANES <= n && lanes.end - lanes.p >= 2*LANES; t += LANES) {
-        decode_lanes(lanes, places, values + t);
-    }
+    t += decode_plain(lanes, places, values + t, n - t);
     for (; t < n; ++t) { // near the end of the words, and what is no multiple of the lanes
         uint32_t & x = lanes.x[t % LANES];
         values[t] = take_value(x, places);
@@ -224,13 +231,8 @@ bool kvtc_decode_column(kvtc_lanes & lanes, const kvtc_places & places, uint8_t 
 
 void kvtc_put_columns(const kvtc_unit & unit, const uint8_t * values, size_t n_values, uint8_t * rows, size_t stride, int64_t n) {
     int64_t t = 0;
-    if (unit.n_columns == 1 && unit.n_bytes == 1) {
-        for (; t < n; ++t) {
-            rows[(size_t) t*stride + unit.byte] = values[t];
-        }
-    }
 #ifdef KVTC_AVX2
-    if (use_avx2 && t < n) {
+    if (use_avx2 && unit.n_columns > 1) {
         switch (unit.column_bits) {
             case 5: t = put_avx2<5>(unit, values, n_values, rows, stride, n); break;
             case 6: t = put_avx2<6>(unit, values, n_values, rows, stride, n); break;
@@ -239,6 +241,14 @@ void kvtc_put_columns(const kvtc_unit & unit, const uint8_t * values, size_t n_v
         }
     }
 #endif
+    if (unit.column_bits == 8) {
+        for (int c = 0; c < unit.n_columns; ++c) {
+            for (int64_t i = t; i < n; ++i) {
+                rows[(size_t) i*stride + unit.byte + c] = values[c*n_values + (size_t) i];
+            }
+        }
+        return;
+    }
     for (; t < n; ++t) {
         uint64_t word = 0;
         for (int c = 0; c < unit.n_columns; ++c) {
