@@ -38,7 +38,7 @@ def pip_wheel(source: Path, folder: Path, settings: dict[str, object]) -> Path:
 def main(
     out: Path = typer.Argument(..., help="folder for the wheels; older ones of these packages there are removed"),
     sdist: Path | None = typer.Option(None, help="a local copy of the sdist, instead of a download"),
-    portable: bool = typer.Option(False, help="for any x86-64 with AVX2 instead of this one, and a manylinux wheel"),
+    portable: bool = typer.Option(False, help="for any x86-64 with AVX2 instead of this one, without https, and (CPU) a manylinux wheel"),
     cuda: bool = typer.Option(False, help="with the CUDA kernels"),
     jobs: int = typer.Option(0, help="compilers at once; 0: as many as the build tool likes"),
 ) -> None:
@@ -57,6 +57,8 @@ def main(
         "cmake.define.KVTC_PYTHON": sys.executable,
         "cmake.define.GGML_NATIVE": "OFF" if portable else "ON",
         "cmake.define.GGML_CUDA": "ON" if cuda else "OFF",
+        # A library of the machine that builds does not go with the wheel: its security fixes would not reach it there.
+        "cmake.define.LLAMA_OPENSSL": "OFF" if portable else "ON",
         "install.components": "wheel",
         "build-dir": build,
     }
@@ -67,7 +69,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name for name in ("llama", "repaired", "kvtc")]
         wheels = [pip_wheel(tree, folders[0], settings)]
-        if portable and sys.platform == "linux":
+        if portable and not cuda and sys.platform == "linux":  # CUDA's libraries must be the user's driver's
             run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folders[1], wheels[0])
             wheels = list(folders[1].glob("*.whl"))
         wheels.append(pip_wheel(ROOT, folders[2], {}))

@@ -18,6 +18,7 @@ from rich.table import Table
 from kvtc_gguf import budget, format, statistics_file
 from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.coder import library_check
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
@@ -196,10 +197,11 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
             interrupted(run, request, sidecar or request.embedded or request.model)
     if request.bpv or request.kv_size:
         spend_bits(request, calibration, run, console)
+    check = library_check(calibration, lambda line: print(line, file=sys.stderr))
     if sidecar:
-        format.write(calibration, sidecar)
+        format.write(calibration, sidecar, check)
     if request.embedded:
-        embed(request.model, calibration, request.embedded, force=request.force)
+        embed(request.model, calibration, request.embedded, force=request.force, check=check)
     written = [path for path in (sidecar, request.embedded, request.statistics) if path]
     names = " and ".join(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" for path in written)
     console.print(f"wrote {names}{peak_memory()}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,11 @@ def embed(
     out_path: str | os.PathLike[str],
     *,
     force: bool = False,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write the model with the calibration in it to `out_path`, whole or not at all; an older calibration is replaced.
 
+    check: sees the finished file before it takes its place, which it does not if this raises.
     Raises FormatError if the calibration is invalid or of another model, the model is broken or split, or `out_path` is
     the model itself and `force` is not set.
     """
@@ -43,6 +46,7 @@ def embed(
     added = metadata_arrays(calibration)
     with replacing(out_path) as temporary:
         _copy(Reader(model_path), added, temporary)
+        check(temporary)
 
 
 def _copy(model: Reader, added: dict, path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,8 +95,13 @@ class Calibration:
         return table[self.bits.index(bits)][layer] if table else bits
 
 
-def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
-    """Write a sidecar; `path` is replaced whole or not at all. Raises FormatError if the calibration is not valid."""
+def write(
+    calibration: Calibration, path: str | os.PathLike[str], check: Callable[[Path], None] = lambda path: None
+) -> None:
+    """Write a sidecar; `path` is replaced whole or not at all. Raises FormatError if the calibration is not valid.
+
+    check: sees the finished file before it takes its place, which it does not if this raises.
+    """
     check_calibration(calibration)
     tensors: list[tuple[str, np.ndarray, None]] = []
     for layer, sides in sorted(calibration.layers.items()):
@@ -108,6 +115,7 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
         for key, value in _header(calibration).items():
             writer.add(key, value)
         writer.finish(tensors)
+        check(temporary)
 
 
 def metadata_arrays(calibration: Calibration) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Check a calibration against its model: `python -m kvtc_gguf.verify model.gguf [calibration.kvtc.gguf]`.
 
-Fingerprint, shapes, and on a little text what coding would do to attention, through the numpy twin of the codec.
+Fingerprint, shapes, and on a little text what coding does to attention, through the library's own codec.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvtc_gguf import corpus, reference, score
+from kvtc_gguf import corpus, score
 from kvtc_gguf.capture import LayerSample
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.coder import Coder, open_coder
 from kvtc_gguf.console import one_line_errors
 from kvtc_gguf.fingerprint import fingerprint
-from kvtc_gguf.format import Calibration, SideCalibration, read
+from kvtc_gguf.format import SIDES, Calibration, read
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.rotation import rotate, rotation
@@ -56,6 +58,7 @@ def verify(model: Path, source: Path, text: Path | None, tokens: int, threads: i
         raise FormatError(f"{source}: is a calibration of model {calibration.fingerprint}, {model} is {mark}")
     if calibration.block_count != info.block_count:
         raise FormatError(f"{source}: is for {calibration.block_count} layers, {model} has {info.block_count}")
+    coder = open_coder(source, calibration, lambda line: print(line, file=sys.stderr))
     found: list[Errors] = []
     with LlamaCapture(model, tokens, threads) as capture:
         if text:
@@ -67,7 +70,7 @@ def verify(model: Path, source: Path, text: Path | None, tokens: int, threads: i
             check_layer(sample, calibration, source)
             pairs = info.pairs(sample.k.shape[2], capture.interleaved)
             gram = info.gram(sample.layer, sample.q.shape[1], sample.v.shape[2])
-            found.append(layer_errors(sample, calibration, pairs, gram, info.softcap))
+            found.append(layer_errors(sample, calibration, coder, pairs, gram, info.softcap))
 
         capture.run(chunk, look)
     idle = sorted(set(calibration.layers) - {errors.layer for errors in found})
@@ -90,7 +93,7 @@ def check_layer(sample: LayerSample, calibration: Calibration, source: Path) -> 
 
 
 def layer_errors(
-    sample: LayerSample, calibration: Calibration, pairs: np.ndarray, gram: np.ndarray, softcap: float
+    sample: LayerSample, calibration: Calibration, coder: Coder, pairs: np.ndarray, gram: np.ndarray, softcap: float
 ) -> Errors:
     """What coding the keys alone, or the values alone, does to attention outside sinks and window."""
     attention = score.far_attention(sample, softcap)
@@ -99,19 +102,13 @@ def layer_errors(
     turn = rotation(sample, pairs) * (size[0] / max(size[1], 1e-30))
     keys, values = {}, {}
     for bits in [b for b in SHOWN_BITS if b in calibration.bits]:
-        coded = {}
-        for name, x in (("k", sample.k), ("v", sample.v)):
-            kept = calibration.kept_bits(sample.layer, name, bits)
-            coded[name] = decoded(calibration.layers[sample.layer][name], x, calibration.bits.index(kept), kept)
-        keys[bits] = logit_error(sample, attention, rotate(coded["k"] - sample.k, turn[:, None], pairs))
-        values[bits] = output_error(sample, attention, coded["v"] - sample.v, gram)
+        k, v = (
+            coder.coded(sample.layer, side, x, calibration.kept_bits(sample.layer, side, bits))
+            for side, x in zip(SIDES, (sample.k, sample.v), strict=True)
+        )
+        keys[bits] = logit_error(sample, attention, rotate(k - sample.k, turn[:, None], pairs))
+        values[bits] = output_error(sample, attention, v - sample.v, gram)
     return Errors(sample.layer, keys, values)
-
-
-def decoded(side: SideCalibration, x: np.ndarray, budget_index: int, bits: int) -> np.ndarray:
-    """x f32 [T, H, d] after coding."""
-    rows = reference.encode_rows(side, budget_index, reference.transform(side, x), bits)
-    return reference.reconstruct(side, reference.decode_rows(side, budget_index, rows))
 
 
 def logit_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray) -> float:

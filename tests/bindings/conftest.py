@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import tools
-from kvtc_gguf.capture import library
+from kvtc_gguf import libraries
 from kvtc_gguf.format import write
 
-MODULE, LIBRARIES = library.find()
+LIBRARIES = libraries.folder()
+MODULE = libraries.bindings(LIBRARIES)
 sys.path.insert(0, str(MODULE.parent))
 os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARIES)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 import tools
-from kvtc_gguf.capture import library
+from kvtc_gguf import libraries
 
 from tests.serving.process import serve
 
 EXAMPLES = tools.ROOT / "python" / "examples"
-MODULE, LIBRARIES = library.find()
+LIBRARIES = libraries.folder()
+MODULE = libraries.bindings(LIBRARIES)
 LIMIT = 180  # seconds; the frameworks alone take many to import
 
 

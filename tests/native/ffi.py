@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from kvtc_gguf import format as kvtc_format
+from kvtc_gguf.libraries import folder
 from kvtc_gguf.native import Calibration, K, NativeError, V, fingerprint, load
 from kvtc_gguf.native import calibration as codec
 from kvtc_gguf.native.calibration import aligned
-from kvtc_gguf.native.library import F16, F32, I8, I32, I64, folder, open_library
+from kvtc_gguf.native.library import F16, F32, I8, I32, I64, open_library
 
 __all__ = ["F16", "F32", "I8", "I32", "I64", "K", "NativeError", "V", "aligned", "fingerprint"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import row_models
 import synthetic
-from ffi import base, ffi
+from ffi import Native, base, ffi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvtc_gguf.layout import FormatError
@@ -109,15 +109,14 @@ def test_runs_of_cache_rows_are_where_codes_are(tmp_path):
     calibration = synthetic.calibration(1, n_head=3, head_dim=64)
     path = tmp_path / "a.gguf"
     write(calibration, path)
-    err = ffi.new("char[256]")
-    cal = ffi.gc(base.ggml_kvtc_calibration_open(str(path).encode(), err, 256), base.ggml_kvtc_calibration_free)
+    opened = Native(path)
     z = np.random.default_rng(0).standard_normal((50, 3, 64)).astype(np.float32)
     for name, side in (("k", 0), ("v", 1)):
         own = calibration.layers[0][name]
         for i, bits in enumerate(calibration.bits):
             rows = encode_rows(own, i, z, bits)
             array = ffi.new("struct ggml_kvtc_run[]", 1000)
-            n = base.ggml_kvtc_cache_runs(cal, 0, side, bits, rows.shape[1], array, 1000)
+            n = base.ggml_kvtc_cache_runs(opened.handle, 0, side, bits, rows.shape[1], array, 1000)
             runs = [Run(r.bits, r.kind, r.count) for r in array[0:n]]
             coded = sum(run.bytes for run in runs if run.kind == CODE)
             assert sum(run.bytes for run in runs) == rows.shape[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from kvtc_gguf import calibrate
+from kvtc_gguf import calibrate, libraries
 from kvtc_gguf.capture import LayerSample, library
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.fingerprint import fingerprint
@@ -61,7 +61,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model: Path, tmp_path: Path) -
 
 def test_missing_library_names_make_build(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load.cache_clear()
-    monkeypatch.setattr(library, "ROOT", tmp_path / "empty")
+    monkeypatch.setattr(libraries, "ROOT", tmp_path / "empty")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delenv("KVTC_LIB_DIR", raising=False)
     monkeypatch.delenv("KVTC_UPSTREAM_DIR", raising=False)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from kvtc_gguf import calibrate, corpus, embed, verify
+from kvtc_gguf import calibrate, corpus, embed, native, verify
 from kvtc_gguf.capture import LayerSample, rope_pairs
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import Calibration, read, write
+from kvtc_gguf.libraries import NativeError
 from typer.testing import CliRunner, Result
 
 
@@ -46,6 +47,24 @@ def test_a_calibration_beside_or_inside_its_model_fits(model: Path, tmp_path: Pa
     embed.embed(model, read(model.with_name("model.kvtc.gguf")), tmp_path / "embedded.gguf")
     result = run(tmp_path / "embedded.gguf")
     assert result.exit_code == 0 and f"{tmp_path / 'embedded.gguf'}: fits" in result.stdout
+
+
+def test_errors_are_those_of_the_librarys_codes_and_of_its_twin(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (model, model.with_name("model.kvtc.gguf"), None, 512, 1)
+    by_library = verify.verify(*arguments)
+    assert "numpy" not in capsys.readouterr().err
+
+    def missing() -> None:
+        raise NativeError("the patched llama.cpp was not found")
+
+    monkeypatch.setattr(native, "load", missing)
+    by_twin = verify.verify(*arguments)
+    assert capsys.readouterr().err.startswith("kvtc: note: codes are numpy's")
+    for ours, theirs in zip(by_library, by_twin, strict=True):
+        assert ours.keys == pytest.approx(theirs.keys, rel=0.01)
+        assert ours.values == pytest.approx(theirs.values, rel=0.01)
 
 
 def no_layer(c: Calibration) -> None:

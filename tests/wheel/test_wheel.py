@@ -69,6 +69,16 @@ def test_wheel_holds_every_library_once_and_what_upstreams_holds(wheels) -> None
     assert {f"llama_cpp/bin/{tool}" for tool in TOOLS} <= set(names)
 
 
+def test_portable_wheel_brings_openmp_and_no_other_library_of_the_building_machine(wheels) -> None:
+    """A libssl in a wheel would never get its security fixes."""
+    with zipfile.ZipFile(wheels[1]) as archive:
+        brought = [name.split("/")[1] for name in archive.namelist() if re.match(r"[^/]+\.libs/.", name)]
+    if "-manylinux" in wheels[1].name:
+        assert [re.match(r"lib[a-z]+", name)[0] for name in brought] == ["libgomp"], brought
+    else:
+        assert not brought and "-linux_" in wheels[1].name
+
+
 def test_packages_are_consistent(home) -> None:
     assert "No broken requirements" in run(home, "python", "-m", "pip", "check")
 

@@ -1,4 +1,4 @@
-"""Finding the patched libraries and llama-cpp-python's ctypes declarations, without importing all of llama_cpp.
+"""libllama through llama-cpp-python's ctypes declarations, without importing all of llama_cpp.
 
 The declarations (`llama_cpp/llama_cpp.py`) are pure Python inside the upstream tree; the package's own `__init__` would
 ask for jinja2 and diskcache, so a bare package object takes its place.
@@ -9,46 +9,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import types
 from pathlib import Path
 
-from kvtc_gguf.layout import FormatError
-
-ROOT = Path(__file__).resolve().parents[3]
-UPSTREAM = "llama_cpp_python-*"
-PACKAGE = "llama_cpp"
-
-
-def find() -> tuple[Path, Path]:
-    """(folder of llama_cpp.py, folder of the shared libraries).
-
-    From `KVTC_UPSTREAM_DIR` and `KVTC_LIB_DIR` if set, else this repository's build tree, else an installed
-    llama_cpp package. Raises FormatError when neither is there.
-    """
-    installed = importlib.util.find_spec(PACKAGE)
-    package = Path(installed.origin).parent if installed and installed.origin else None
-    bindings = [Path(p) / "llama_cpp" for p in (os.environ.get("KVTC_UPSTREAM_DIR"),) if p]
-    bindings += [tree / "llama_cpp" for tree in sorted((ROOT / "build" / "upstream").glob(UPSTREAM))]
-    libraries = [Path(p) for p in (os.environ.get("KVTC_LIB_DIR"),) if p] or [ROOT / "build" / "bin"]
-    if package:
-        bindings.append(package)
-        libraries.append(package / "lib")
-    module = next((p for p in bindings if (p / "llama_cpp.py").is_file()), None)
-    library = next((p for p in libraries if any(p.glob("*llama.*"))), None)
-    if module is None or library is None:
-        raise FormatError(
-            "the patched llama.cpp is not built: run `make build` (or set KVTC_LIB_DIR, KVTC_UPSTREAM_DIR)"
-        )
-    return module, library
+from kvtc_gguf.libraries import PACKAGE, NativeError, bindings, folder
 
 
 @functools.cache
 def load() -> tuple[types.ModuleType, ctypes.CDLL]:
-    """(llama-cpp-python's low-level module, ggml-base library). Raises FormatError where they do not load."""
-    module, library = find()
+    """(llama-cpp-python's low-level module, ggml-base library), of the libraries that `kvtc_gguf.libraries` finds.
+
+    Raises NativeError where there are none, or they do not load.
+    """
+    library = folder()
+    module = bindings(library)
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library)
     # Read when libgomp loads. Where cores are shared, threads spinning at barriers made a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -63,7 +39,7 @@ def load() -> tuple[types.ModuleType, ctypes.CDLL]:
         extensions = importlib.import_module(f"{PACKAGE}._ctypes_extensions")
         base = extensions.load_shared_library("ggml-base", library)
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
-        raise FormatError(f"{library}: the patched llama.cpp does not load: {error}") from error
+        raise NativeError(f"{library}: the patched llama.cpp does not load: {error}") from error
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
             del sys.modules[name]

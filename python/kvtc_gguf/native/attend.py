@@ -34,8 +34,7 @@ def attend(
     span: how far back a query sees. Raises ValueError for shapes that do not fit.
     """
     lib, n_cells, n_tokens = pack.library, len(k_rows), len(q)
-    if not all(pack.bits):
-        raise ValueError("both sides of the pack must be coded")
+    check_shapes(pack, q, (k_rows, v_rows), np.shape(query_positions), np.shape(cell_positions), exact)
     slots = np.arange(n_cells) if exact is not None else np.full(n_cells, -1)
     info = np.stack([cell_positions, np.where(np.asarray(cell_positions) < 0, -1, slots)], axis=1).astype(np.int32)
     info = np.concatenate([info.reshape(-1), np.asarray(query_positions, np.int32)])
@@ -62,8 +61,6 @@ def attend(
         cells = []
         for side, rows in ((K, k_rows), (V, v_rows)):
             (n_head, d), kind = pack.shapes[side], pack.type(side)
-            if rows.shape != (n_cells, pack.row_bytes(side)):
-                raise ValueError(f"rows of {'KV'[side]} must be [{n_cells}, {pack.row_bytes(side)}], not {rows.shape}")
             cache = tensor(rows, kind, n_head * d, n_cells)
             strides = (rows.shape[1], lib.base.ggml_row_size(kind, d), rows.size)
             cells.append(lib.base.ggml_view_4d(ctx, cache, d, n_cells, n_head, 1, *strides, 0))
@@ -96,3 +93,29 @@ def attend(
         return out.reshape(n_tokens, q.shape[1], -1)
     finally:
         lib.base.ggml_free(ctx)
+
+
+def check_shapes(
+    pack: Pack,
+    q: np.ndarray,
+    rows: tuple[np.ndarray, np.ndarray],
+    n_queries: tuple[int, ...],
+    n_cells: tuple[int, ...],
+    exact: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    """Raises ValueError unless all fits together: ggml would end the process."""
+    if not all(pack.bits):
+        raise ValueError("both sides of the pack must be coded")
+    (heads, d), cells = pack.shapes[K], len(rows[K])
+    if pack.shapes[V][0] != heads:
+        raise ValueError(f"K has {heads} heads, V has {pack.shapes[V][0]}")
+    if q.ndim != 3 or not len(q) or q.shape[1] % heads or not q.shape[1] or q.shape[2] != d:
+        raise ValueError(f"queries must be [T, a multiple of {heads}, {d}], not {q.shape}")
+    if n_queries != (len(q),) or n_cells != (cells,) or not cells:
+        raise ValueError(f"{len(q)} queries at {n_queries} positions, {cells} cells at {n_cells}")
+    for side in (K, V):
+        if rows[side].shape != (cells, pack.row_bytes(side)):
+            right = f"[{cells}, {pack.row_bytes(side)}]"
+            raise ValueError(f"rows of {'KV'[side]} must be {right}, not {rows[side].shape}")
+        if exact is not None and exact[side].shape != (cells, *pack.shapes[side]):
+            raise ValueError(f"exact {'KV'[side]} must be {(cells, *pack.shapes[side])}, not {exact[side].shape}")

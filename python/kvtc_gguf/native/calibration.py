@@ -78,13 +78,15 @@ class Calibration:
         return np.einsum("hcd,nhd->nhc", encode, x, optimize=True).astype(np.float32) + bias
 
     def pack(self, layer: int, bits_k: int, bits_v: int) -> Pack:
-        """What the CPU's kernels read of a layer; bits 0: a side of another type. Raises NativeError."""
+        """What the CPU's kernels read of a layer whose sides have these bits (see `layer_bits`); 0: of another type.
+
+        Raises NativeError for a layer or bits that the file does not hold.
+        """
         for side, bits in ((K, bits_k), (V, bits_v)):
-            if bits and self.layer_bits(layer, side, bits) != bits:
-                kept = self.layer_bits(layer, side, bits)
-                raise NativeError(
-                    f"{'KV'[side]} of layer {layer} has no {bits} bits" + (f", but {kept}" if kept else "")
-                )
+            if bits:
+                self._shape(layer, side)
+                if not self.library.base.ggml_kvtc_calibration_has_bits(self.handle, bits):
+                    raise NativeError(f"{'KV'[side]} of layer {layer} has no {bits} bits")
         memory = aligned(self.library.base.ggml_kvtc_pack_size(self.handle, layer, bits_k, bits_v))
         self.library.base.ggml_kvtc_pack_write(self.handle, layer, bits_k, bits_v, self.library.pointer(memory))
         shapes = (self.shape(layer, K) or (0, 0), self.shape(layer, V) or (0, 0))
@@ -116,25 +118,32 @@ class Pack:
         return self.library.base.ggml_row_size(self.type(side), n_head * d)
 
     def encode(self, side: int, z: np.ndarray) -> np.ndarray:
-        """Rows u8 [n, row_bytes] of z f32 [n, H, d]."""
+        """Rows u8 [n, row_bytes] of z f32 [n, H, d]. Raises ValueError for another shape."""
         self._check(side, z.shape[1:])
         return encode_rows(self.library, self.memory, side, z, self.row_bytes(side))
 
     def decode(self, side: int, rows: np.ndarray) -> np.ndarray:
-        """z f32 [n, H, d] of rows u8 [n, row_bytes]."""
+        """z f32 [n, H, d] of rows u8 [n, row_bytes]. Raises ValueError for another size of rows."""
+        self._check(side, tuple(self.shapes[side]))
         if rows.shape[1:] != (self.row_bytes(side),):
             raise ValueError(f"rows of {'KV'[side]} have {self.row_bytes(side)} bytes, not {rows.shape[1:]}")
         return decode_rows(self.library, self.memory, side, rows, *self.shapes[side])
 
     def set_rope(self, rope: Rope) -> None:
-        """Give the pack the rotation of the model's keys; attention applies it. Not while another thread attends."""
+        """Give the pack the rotation of the model's keys; attention applies it. Not while another thread attends.
+
+        Raises NativeError for what is no rotation of these heads by one position.
+        """
+        if not self.bits[K] or rope.n_dims % 2 or not 0 < rope.n_dims <= self.shapes[K][1]:
+            raise NativeError(f"a rotation of {rope.n_dims} channels does not fit K of this pack: {self._side(K)}")
         set_rope(self.library, self.memory, rope)
 
     def _check(self, side: int, shape: tuple[int, ...]) -> None:
         if not self.bits[side] or shape != tuple(self.shapes[side]):
-            raise ValueError(
-                f"{'KV'[side]} of this pack: {self.bits[side]} bits, heads and head_dim {self.shapes[side]}"
-            )
+            raise ValueError(f"{'KV'[side]} of this pack: {self._side(side)}, not {shape}")
+
+    def _side(self, side: int) -> str:
+        return f"{self.bits[side]} bits, heads and head_dim {self.shapes[side]}"
 
 
 def aligned(size: int) -> np.ndarray:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from cffi import FFI
 
-from kvtc_gguf.layout import FormatError
+from kvtc_gguf.libraries import NativeError, folder, headers
 
 K, V = 0, 1  # enum ggml_kvtc_side
 F32, F16, I8, I32, I64 = 0, 1, 24, 26, 27  # enum ggml_type, fixed by the GGUF format
-HEADERS = ("kvtc.h", "kvtc-rows.h", "cpu/kvtc-cpu.h")
-ROOT = Path(__file__).resolve().parents[3]
+LOADING = threading.Lock()  # two FFIs of one library would not take each other's pointers
 
 # What kvtc.h and its users here need of ggml.h.
 GGML = """
@@ -41,13 +40,9 @@ int ggml_graph_compute_with_ctx(struct ggml_context *, struct ggml_cgraph *, int
 """
 
 
-class NativeError(FormatError):
-    """A message of the library, or that there is none."""
-
-
 @dataclass(frozen=True)
 class Library:
-    """ffi and the two libraries whose functions HEADERS declare. Nothing in it changes: share it."""
+    """ffi and the two libraries whose functions kvtc's headers declare. Nothing in it changes: share it."""
 
     ffi: FFI
     base: Any
@@ -63,17 +58,6 @@ class Library:
         return self.ffi.string(text).decode("utf-8", "replace")
 
 
-def folder() -> Path:
-    """Where the libraries are: `KVTC_LIB_DIR`, else this repository's build tree, else the installed llama_cpp's."""
-    installed = importlib.util.find_spec("llama_cpp")
-    places = [os.environ.get("KVTC_LIB_DIR"), ROOT / "build" / "bin"]
-    places += [Path(installed.origin).parent / "lib"] if installed and installed.origin else []
-    for place in map(Path, filter(None, places)):
-        if any(place.glob("*ggml-base.*")):
-            return place
-    raise NativeError("the patched llama.cpp was not found: install its wheel, run `make build`, or set KVTC_LIB_DIR")
-
-
 def declarations(header: Path) -> str:
     """The C declarations of one of our headers as cffi parses them."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header.read_text(encoding="utf-8"), flags=re.S)
@@ -86,27 +70,23 @@ def declarations(header: Path) -> str:
 
 
 def load(more: str = "") -> Library:
-    """The libraries of `KVTC_LIB_DIR`, else of this repository's build tree, else of the installed llama_cpp.
+    """The libraries that `kvtc_gguf.libraries` finds.
 
     more: further C declarations. Raises NativeError where there is none, or it is not the patched one.
     """
-    return _load(folder(), more)
+    with LOADING:
+        return _load(folder(), more)
 
 
 @functools.cache
 def _load(folder: Path, more: str) -> Library:
-    # A wheel has the headers that its libraries were made from.
-    installed = [folder.parent / "include" / Path(name).name for name in HEADERS]
-    headers = (
-        installed if all(path.is_file() for path in installed) else [ROOT / "ggml_kvtc" / name for name in HEADERS]
-    )
     # Read when libgomp loads. Where cores are shared, threads spinning at barriers made a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     ffi = FFI()
     try:
         ffi.cdef(GGML)
         ffi.cdef(more)
-        for header in headers:
+        for header in headers(folder):
             ffi.cdef(declarations(header))
         base, cpu = (open_library(ffi, folder, name) for name in ("libggml-base", "libggml-cpu"))
         for library, name in ((base, "ggml_kvtc_calibration_open"), (cpu, "ggml_kvtc_cpu_encode")):
@@ -118,7 +98,8 @@ def _load(folder: Path, more: str) -> Library:
 
 def open_library(ffi: FFI, folder: Path, name: str) -> Any:
     """A library of the folder, its symbols visible to those opened later. Raises OSError."""
-    found = [folder / (name + end) for end in (".so", ".dylib", ".dll") if (folder / (name + end)).exists()]
+    names = (f"{name}.so", f"{name}.dylib", f"{name.removeprefix('lib')}.dll", f"{name}.dll")
+    found = [folder / file for file in names if (folder / file).exists()]
     if not found:
         raise OSError(f"{folder} holds no {name}")
     return ffi.dlopen(str(found[0]), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)

@@ -1,0 +1,82 @@
+"""Keys and values as attention reads them back from a cache: coded and decoded by the library, or by its numpy twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from kvtc_gguf import native, reference
+from kvtc_gguf.format import SIDES, Calibration
+
+Say = Callable[[str], object]  # takes one line for the user
+
+
+class Coder(Protocol):
+    """Codes vectors of the layers of one calibration."""
+
+    def coded(self, layer: int, side: str, x: np.ndarray, bits: int) -> np.ndarray:
+        """x f32 [T, H, d] after coding. side: "k" (before RoPE) or "v"; bits: those that the layer keeps."""
+        ...
+
+
+def open_coder(source: Path, calibration: Calibration, say: Say) -> Coder:
+    """The coder of a calibration that was read from `source`: the library's, or numpy's where there is none.
+
+    say: is given one line in the latter case. Raises NativeError if the library refuses the file.
+    """
+    try:
+        library = native.load()
+    except native.NativeError as error:
+        say(f"kvtc: note: codes are numpy's, slower ones: {error}")
+        return NumpyCoder(calibration)
+    return NativeCoder(calibration, native.Calibration(source, library))
+
+
+@dataclass(frozen=True)
+class NativeCoder:
+    """The C encoder and decoder, which a cache runs. `opened` is the file that `calibration` was read from."""
+
+    calibration: Calibration
+    opened: native.Calibration
+
+    def coded(self, layer: int, side: str, x: np.ndarray, bits: int) -> np.ndarray:
+        which = SIDES.index(side)
+        pack = self.opened.pack(layer, *((bits, 0) if which == native.K else (0, bits)))
+        z = pack.decode(which, pack.encode(which, self.opened.transform(layer, which, x)))
+        return reference.reconstruct(self.calibration.layers[layer][side], z)
+
+
+@dataclass(frozen=True)
+class NumpyCoder:
+    """The twin."""
+
+    calibration: Calibration
+
+    def coded(self, layer: int, side: str, x: np.ndarray, bits: int) -> np.ndarray:
+        own, budget = self.calibration.layers[layer][side], self.calibration.bits.index(bits)
+        rows = reference.encode_rows(own, budget, reference.transform(own, x), bits)
+        return reference.reconstruct(own, reference.decode_rows(own, budget, rows))
+
+
+def library_check(calibration: Calibration, say: Say) -> Callable[[Path], None]:
+    """A check of files that this calibration was written to: the C loader takes them, every layer at every budget.
+
+    It raises NativeError with the loader's line. Where there is no library it checks nothing, and `say` gets one line.
+    """
+    try:
+        library = native.load()
+    except native.NativeError as error:
+        say(f"kvtc: note: llama.cpp's own check of the calibration is left out: {error}")
+        return lambda path: None
+
+    def check(path: Path) -> None:
+        opened = native.Calibration(path, library)
+        for layer in calibration.layers:
+            for bits in calibration.bits:
+                opened.pack(layer, bits, bits)
+
+    return check
