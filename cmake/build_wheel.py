@@ -38,7 +38,9 @@ def pip_wheel(source: Path, folder: Path, settings: dict[str, object]) -> Path:
 def main(
     out: Path = typer.Argument(..., help="folder for the wheels; older ones of these packages there are removed"),
     sdist: Path | None = typer.Option(None, help="a local copy of the sdist, instead of a download"),
-    portable: bool = typer.Option(False, help="for any x86-64 with AVX2 instead of this one, without https, and (CPU) a manylinux wheel"),
+    portable: bool = typer.Option(
+        False, help="for any x86-64 with AVX2 instead of this one, without https; a manylinux wheel (CPU)"
+    ),
     cuda: bool = typer.Option(False, help="with the CUDA kernels"),
     jobs: int = typer.Option(0, help="compilers at once; 0: as many as the build tool likes"),
 ) -> None:
