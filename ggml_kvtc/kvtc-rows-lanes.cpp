@@ -1,6 +1,7 @@
 #include "kvtc-rows-lanes.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -57,18 +58,20 @@ int64_t decode_plain(kvtc_lanes & lanes, const kvtc_places & places, uint8_t * v
 struct word_places {
     uint64_t of[256];
 
-    word_places() {
+    constexpr word_places() : of() {
         for (int mask = 0; mask < 256; ++mask) {
-            of[mask] = 0;
             for (int i = 0, n = 0; i < 8; ++i) {
                 of[mask] |= (uint64_t) (mask >> i & 1 ? n++ : 0) << 8*i;
             }
         }
     }
 };
-const word_places WORDS;
+constexpr word_places WORDS;
 
-bool use_avx2 = __builtin_cpu_supports("avx2");
+// Asked for once a column or table: what is kept between calls would be state of the whole process.
+bool use_avx2() {
+    return __builtin_cpu_supports("avx2") && !getenv("GGML_KVTC_NO_VECTORS");
+}
 
 // As many whole steps of LANES rows as have their words for certain. Returns the rows done.
 KVTC_AVX2 int64_t decode_avx2(kvtc_lanes & lanes, const kvtc_places & places, uint8_t * values, int64_t n) {
@@ -178,20 +181,9 @@ KVTC_AVX2 int64_t put_avx2(const kvtc_unit & unit, const uint8_t * values, size_
 
 } // namespace
 
-bool ggml_kvtc_rows_use_vectors(bool on) {
-#ifdef KVTC_AVX2
-    const bool before = use_avx2;
-    use_avx2 = on && __builtin_cpu_supports("avx2");
-    return before;
-#else
-    (void) on;
-    return false;
-#endif
-}
-
 void kvtc_fill_places(kvtc_places & places, const uint16_t * frequencies, int n_values) {
 #ifdef KVTC_AVX2
-    if (use_avx2) {
+    if (use_avx2()) {
         return fill_avx2(places, frequencies, n_values);
     }
 #endif
@@ -210,7 +202,7 @@ void kvtc_fill_places(kvtc_places & places, const uint16_t * frequencies, int n_
 bool kvtc_decode_column(kvtc_lanes & lanes, const kvtc_places & places, uint8_t * values, int64_t n) {
     int64_t t = 0;
 #ifdef KVTC_AVX2
-    if (use_avx2) {
+    if (use_avx2()) {
         t = decode_avx2(lanes, places, values, n);
     }
 #endif
@@ -232,7 +224,7 @@ bool kvtc_decode_column(kvtc_lanes & lanes, const kvtc_places & places, uint8_t 
 void kvtc_put_columns(const kvtc_unit & unit, const uint8_t * values, size_t n_values, uint8_t * rows, size_t stride, int64_t n) {
     int64_t t = 0;
 #ifdef KVTC_AVX2
-    if (use_avx2 && unit.n_columns > 1) {
+    if (unit.n_columns > 1 && use_avx2()) {
         switch (unit.column_bits) {
             case 5: t = put_avx2<5>(unit, values, n_values, rows, stride, n); break;
             case 6: t = put_avx2<6>(unit, values, n_values, rows, stride, n); break;

@@ -51,11 +51,8 @@ GGML_API size_t                  ggml_kvtc_row_bytes (const struct ggml_kvtc_row
 GGML_API size_t ggml_kvtc_rows_bound (const struct ggml_kvtc_rows * model, int64_t n_rows);
 // Bytes of the block, written to data, which has room for `bound`; 0 if a row has a value that the model gives no frequency.
 GGML_API size_t ggml_kvtc_rows_encode(const struct ggml_kvtc_rows * model, const uint8_t * rows, int64_t n_rows, uint8_t * data);
-// False unless data is a whole block of n_rows rows.
+// False unless data is a whole block of n_rows rows. Uses AVX2 where the processor has it; GGML_KVTC_NO_VECTORS in the environment keeps it from that.
 GGML_API bool   ggml_kvtc_rows_decode(const struct ggml_kvtc_rows * model, const uint8_t * data, size_t size, uint8_t * rows, int64_t n_rows);
-
-// For tests: whether decoding may use AVX2, where the processor has it, as it does at first. Returns what held before.
-GGML_API bool   ggml_kvtc_rows_use_vectors(bool on);
 
 // The CRC-32 of zlib, of bytes that follow those of `crc`; 0 to begin with.
 GGML_API uint32_t ggml_kvtc_crc32(uint32_t crc, const uint8_t * data, size_t size);

@@ -152,7 +152,7 @@ def write_index(out: BitWriter, index: list[int], n_tables: int) -> None:
                 part.put(i, (n_tables - 1).bit_length())
             else:
                 part.rice(_zigzag(i - before), k)
-    best = min(reversed(parts), key=lambda part: part.bits)
+    best = min([parts[RAW], *parts[:RAW]], key=lambda part: part.bits)  # of equals what C takes
     out.put(best.value, best.bits)
 
 

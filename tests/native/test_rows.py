@@ -11,7 +11,7 @@ import pytest
 import row_models
 import synthetic
 from ffi import Native, base, ffi
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.native.rows import RowCodec
@@ -34,6 +34,7 @@ def unless_refused(run):
 
 @settings(max_examples=30, deadline=None)
 @given(row_models.runs(), st.integers(1, 70), SEEDS)
+@example([Run(2, CODE, 8), Run(16, HALF, 1)], 1, 5)  # two codes of the index are as short
 def test_blocks_and_models_are_the_twins(runs, n, seed):
     twin = row_models.model(runs, seed)
     rows = row_models.rows(twin, n, seed)
@@ -45,11 +46,11 @@ def test_blocks_and_models_are_the_twins(runs, n, seed):
 
 
 @pytest.fixture(params=[True, False], ids=["vectors", "plain"])
-def vectors(request):
+def vectors(request, monkeypatch):
     """Whether decoding may use the processor's vectors."""
-    before = base.ggml_kvtc_rows_use_vectors(request.param)
-    yield request.param
-    base.ggml_kvtc_rows_use_vectors(before)
+    if not request.param:
+        monkeypatch.setenv("GGML_KVTC_NO_VECTORS", "1")
+    return request.param
 
 
 @pytest.mark.parametrize("n", [31, 32, 64, 1024, 1500])
