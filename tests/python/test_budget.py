@@ -138,3 +138,9 @@ def test_presets_of_a_size_come_by_predicted_kld(measured: Calibration) -> None:
     found = budget.presets(measured, 2.6)
     assert {c.name for c in found} == {"kvtc-k1v4", "kvtc-k2v3", "kvtc-k3v2", "kvtc-k4v1"}
     assert [c.kld for c in found] == sorted(c.kld for c in found) and {c.bpv for c in found} == {2.5}
+
+
+def test_keys_that_count_more_get_more_bits(measured: Calibration) -> None:
+    plain, heavy = budget.plan(measured, 2.5), budget.plan(measured, 2.5, keys=30.0)
+    assert sum(heavy.bits["k"]) > sum(plain.bits["k"]) and heavy.bpv <= 2.5
+    assert heavy.kld == pytest.approx(budget.predicted(measured, heavy.bits)) and heavy.kld >= plain.kld
