@@ -26,7 +26,8 @@ from kvtc_gguf.sensitivity import SIDES, LayerBits, Prober, measure, standard_er
 PLANS = ((1.0, 1.0), (1.0, 3.0), (0.5, 3.0))
 """What is planned and then measured: (how far a plan follows the differences between layers, how much more keys count
 than was measured). Keys' errors cost more on other and on longer text than values', which average out: SmolLM2 at 2
-bits, WikiText-2, KLD 0.0168 with keys as measured on 768 tokens of prose, 0.0133 with three times that, k2v2 0.0170."""
+bits, WikiText-2, KLD 0.0168 with keys as measured on 768 tokens of prose, 0.0133 with three times that, k2v2 0.0170
+(2 chunks, the ones that the factor was picked on, so that other text must confirm it)."""
 PRESETS = 2  # of the presets of a size, those with the least predicted KLD are measured
 SHARE_FLOOR = 0.05  # of the median of a side: what a layer is taken to cost at least, as its measured KLD is noisy
 
