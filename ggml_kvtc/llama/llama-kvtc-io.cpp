@@ -319,6 +319,12 @@ void llama_kvtc::state_read(llama_io_read_i & io, llama_seq_id seq_id, uint32_t 
     }
 }
 
+void llama_kvtc_check_left(size_t left, size_t wanted) {
+    if (wanted > left) {
+        throw std::runtime_error("the state file is truncated");
+    }
+}
+
 // other processes may save to the same name
 std::string llama_kvtc_part_file(const char * path) {
     return std::string(path) + ".part" + std::to_string(std::random_device()());

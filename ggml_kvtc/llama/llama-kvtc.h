@@ -75,6 +75,9 @@ bool llama_kvtc_check_flash_attn(llama_context_params & params);
 // "kvtc-k<a>v<b>" to two types; false if it is no such name
 LLAMA_API bool llama_kvtc_parse_cache_type(const std::string & name, ggml_type & type_k, ggml_type & type_v);
 
+// Throws unless `left`, what a file still has, is enough: llama_file would read less and say nothing.
+void llama_kvtc_check_left(size_t left, size_t wanted);
+
 // A file that is there whole or not at all: write(path) writes one beside it, which then takes its place. What write gives comes back,
 // 0 or false for a failure.
 std::string llama_kvtc_part_file   (const char * path);
