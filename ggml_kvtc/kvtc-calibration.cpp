@@ -177,26 +177,31 @@ ggml_kvtc_side_calibration take_side(const raw_side & raw, const std::vector<int
     return side;
 }
 
+// how files and messages name a side of a layer
+std::string side_name(int64_t il, int s) {
+    return "kvtc.blk." + std::to_string(il) + (s == 0 ? ".k" : ".v");
+}
+
 // The encode matrices of all heads, which are the inverses of the decode matrices: most of the time of opening a calibration.
 void invert_bases(ggml_kvtc_calibration & cal) {
-    struct head { ggml_kvtc_side_calibration * side; int s; int il; int h; bool good; };
+    struct head { ggml_kvtc_side_calibration & side; int h; std::string where; bool good; };
     std::vector<head> heads;
     for (int s = 0; s < 2; ++s) {
         for (auto & [il, side] : cal.layers[s]) {
             side.encode.resize(side.decode.size());
             for (int h = 0; h < side.H; ++h) {
-                heads.push_back({ &side, s, il, h, false });
+                heads.push_back({ side, h, side_name(il, s), false });
             }
         }
     }
     kvtc_for_each(heads.size(), [&](size_t i) {
         head & x = heads[i];
-        const size_t offset = (size_t) x.h*x.side->d*x.side->d;
-        x.good = kvtc_invert(&x.side->decode[offset], &x.side->encode[offset], x.side->d);
+        const size_t offset = (size_t) x.h*x.side.d*x.side.d;
+        x.good = kvtc_invert(&x.side.decode[offset], &x.side.encode[offset], x.side.d);
     });
     for (const head & x : heads) {
         if (!x.good) {
-            fail("kvtc.blk." + std::to_string(x.il) + (x.s == 0 ? ".k" : ".v") + ".decode of head " + std::to_string(x.h) + " has no usable inverse");
+            fail(x.where + ".decode of head " + std::to_string(x.h) + " has no usable inverse");
         }
     }
 }
@@ -267,7 +272,7 @@ void embedded_layer(const gguf_context * gguf, int64_t id, int il, ggml_kvtc_cal
     uint64_t sizes[6];
     memcpy(sizes, in.take(sizeof(sizes)), sizeof(sizes));
     for (int s = 0; s < 2; ++s) {
-        const std::string where = in.where + (s == 0 ? ".k" : ".v");
+        const std::string where = side_name(il, s);
         raw_side raw;
         raw.d = (int64_t) std::min<uint64_t>(sizes[3*s], 1 << 30);
         raw.H = (int64_t) std::min<uint64_t>(sizes[3*s + 1], 1 << 30);
@@ -347,7 +352,7 @@ void read_sidecar(const char * fname, const gguf_context * gguf, uint32_t n_laye
             }
             check_layer(il, n_layer);
             for (int s = 0; s < 2; ++s) {
-                const std::string where = "kvtc.blk." + std::to_string(il) + (s == 0 ? ".k" : ".v");
+                const std::string where = side_name(il, s);
                 cal.layers[s][(int) il] = take_side(sidecar_side(ctx.get(), where, (int64_t) cal.bits.size()), cal.bits, where);
             }
         }

@@ -1,9 +1,9 @@
 // The fingerprint that binds a calibration to a model, and the hash that binds a saved state to a calibration: see README.md.
 #include "kvtc-calibration.h"
+#include "kvtc-rows.h"
 
 #include "gguf.h"
 
-#include <array>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -45,25 +45,6 @@ tensor_rank rank_of(const std::string & name) {
     return { -1, 0 };
 }
 
-uint32_t crc32_update(uint32_t crc, const uint8_t * data, size_t n) {
-    static const std::array<uint32_t, 256> table = [] {
-        std::array<uint32_t, 256> t {};
-        for (uint32_t i = 0; i < 256; ++i) {
-            uint32_t c = i;
-            for (int k = 0; k < 8; ++k) {
-                c = (c >> 1) ^ (0xedb88320u & (0u - (c & 1)));
-            }
-            t[i] = c;
-        }
-        return t;
-    }();
-    crc = ~crc;
-    for (size_t i = 0; i < n; ++i) {
-        crc = table[(crc ^ data[i]) & 0xff] ^ (crc >> 8);
-    }
-    return ~crc;
-}
-
 int seek(FILE * f, uint64_t offset) {
 #ifdef _WIN32
     return _fseeki64(f, (int64_t) offset, SEEK_SET);
@@ -80,7 +61,7 @@ uint32_t tensor_crc(FILE * f, uint64_t offset, size_t size) {
         if (seek(f, offset + at) != 0 || fread(buf.data(), 1, buf.size(), f) != buf.size()) {
             throw std::runtime_error("the file is truncated");
         }
-        crc = crc32_update(crc, buf.data(), buf.size());
+        crc = ggml_kvtc_crc32(crc, buf.data(), buf.size());
     }
     return crc;
 }

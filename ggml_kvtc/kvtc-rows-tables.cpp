@@ -72,16 +72,16 @@ uint32_t weight(uint8_t level) {
     return level < STEPS ? level : (uint32_t) (STEPS + level % STEPS) << (level/STEPS - 1);
 }
 
-int index_bits(size_t n_tables) {
+int bit_length(uint32_t v) {
     int bits = 0;
-    while (((size_t) 1 << bits) < n_tables) {
+    while (v >> bits > 0) {
         ++bits;
     }
     return bits;
 }
 
-int count_bits(uint32_t v) { // v > 0
-    return v > 1 ? 1 + count_bits(v/2) : 1;
+int index_bits(size_t n_tables) {
+    return bit_length((uint32_t) n_tables - 1);
 }
 
 // how many times all differences of neighbouring levels can be halved
@@ -245,7 +245,7 @@ size_t ggml_kvtc_rows_write(const ggml_kvtc_rows * model, uint8_t * data, size_t
     bit_writer out;
     out.put((uint32_t) model->runs.size(), 16);
     for (const ggml_kvtc_run & run : model->runs) {
-        const int bits = count_bits(run.count);
+        const int bits = bit_length(run.count);
         out.put(run.bits, 5);
         out.put(run.kind, 2);
         out.put((uint32_t) bits - 1, 4);

@@ -2,7 +2,6 @@
 #include "kvtc-threads.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -215,22 +214,24 @@ std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data,
 }
 
 kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(section), model(nullptr, ggml_kvtc_rows_free) {
-    const auto & data  = section.model.data;
-    const bool   coded = section.model.record.coder != KVTC_CODER_STORED;
-    eight = section.model.record.coder == KVTC_CODER_EIGHT;
-    if (coded) {
+    const auto & data = section.model.data;
+    bool ok;
+    if (section.model.record.coder == KVTC_CODER_STORED) {
+        uint32_t size = 0;
+        ok = data.size() == sizeof(size);
+        if (ok) {
+            memcpy(&size, data.data(), sizeof(size));
+        }
+        stride = size;
+    } else {
         model.reset(ggml_kvtc_rows_read(data.data(), data.size()));
+        eight  = section.model.record.coder == KVTC_CODER_EIGHT;
+        stride = model ? ggml_kvtc_row_bytes(model.get()) : 0;
+        ok     = stride > (eight ? KVTC_EIGHT_STEP : 0);
     }
-    if (coded ? !model || (eight && ggml_kvtc_row_bytes(model.get()) <= KVTC_EIGHT_STEP) : data.size() != sizeof(uint32_t)) {
+    if (!ok) {
         refuse("the state is damaged: " + block_name(section.model.record));
     }
-    if (coded) {
-        stride = ggml_kvtc_row_bytes(model.get());
-        return;
-    }
-    uint32_t stored;
-    memcpy(&stored, data.data(), sizeof(stored));
-    stride = stored;
 }
 
 void kvtc_section_reader::decode(const kvtc_block & block, uint8_t * rows) const {
