@@ -29,6 +29,7 @@ from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.reference_rope import Rope
 
 from bench import heldout, machine
+from bench.caches import Cache
 from bench.states import BATCH, Context, Engine
 
 CHUNK = 1024  # tokens captured at a time
@@ -190,8 +191,9 @@ def log_probabilities(context: Context, tokens: list[int], start: int) -> np.nda
     return np.stack([row - row.max() - np.log(np.exp(row - row.max()).sum()) for row in rows]).astype(np.float32)
 
 
-def kld(base: np.ndarray, other: np.ndarray) -> float:
-    return float((np.exp(base.astype(np.float64)) * (base - other)).sum(axis=1).mean())
+def divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KLD of each token, nats, f64 [n], of log probabilities [n, n_vocab]."""
+    return (np.exp(base.astype(np.float64)) * (base - other)).sum(axis=1)
 
 
 def main(
@@ -243,10 +245,10 @@ def main(
         plain[n] = PlainState(bytearray(path.read_bytes()), n, n_layers, n_heads * d)
         expected[n] = judge(("f16", "f16"), path, n)
     for cache in filter(None, caches.split(",")):
-        types = tuple(f"kvtc{bits}" for bits in cache.removeprefix("kvtc-k").split("v"))
+        types = Cache(cache).types
         save_all(types, cache)
         for n in sizes:
-            found = kld(expected[n], judge(types, work / f"{cache}-{n}.bin", n))
+            found = divergence(expected[n], judge(types, work / f"{cache}-{n}.bin", n)).mean()
             bits = sum(map(int, cache[6::2])) / 2
             note(kind=cache, reach="head", weighted=True, tokens=n, rate="", bits=bits, kld=found)
     wanted: dict[tuple[str, float], float] = {}
@@ -280,7 +282,7 @@ def main(
                     changed.put(name, out)
                 path = work / "changed.bin"
                 path.write_bytes(changed.data)
-                found = kld(expected[n], judge(("f16", "f16"), path, n))
+                found = divergence(expected[n], judge(("f16", "f16"), path, n)).mean()
                 note(kind="pca", reach=reach, weighted=weighted, tokens=n, rate=rate, bits=round(bits, 4), kld=found)
     with output.open("w", newline="") as file:
         table = csv.DictWriter(file, figures[0])

@@ -10,6 +10,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +61,7 @@ def main(
         run = Perplexity(binaries / "llama-perplexity", model, text, work / "base.kld", 1024, chunks, threads)
         run.save_base()
         for made, file in files.items():
-            with_file = Perplexity(**{**vars(run), "more": ("--kvtc-file", str(file))})
+            with_file = replace(run, more=("--kvtc-file", str(file)))
             rows.append({"calibrated": made, "judged": judged, "kld": with_file.measure(Cache(cache, 4, 128)).kld})
     with output.open("w", newline="") as out:
         writer = csv.DictWriter(out, ["calibrated", "judged", "kld"])

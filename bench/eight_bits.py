@@ -15,13 +15,9 @@ import typer
 from kvtc_gguf import state
 
 from bench import heldout, machine
-from bench.cross_layer import JUDGED, log_probabilities
+from bench.caches import Cache
+from bench.cross_layer import JUDGED, divergence, log_probabilities
 from bench.states import BATCH, Engine
-
-
-def divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KLD of each token, nats, f64 [n], of log probabilities [n, n_vocab]."""
-    return (np.exp(base.astype(np.float64)) * (base - other)).sum(axis=1)
 
 
 def main(
@@ -37,7 +33,7 @@ def main(
     tokens = engine.tokenize(heldout.find(work).path.read_bytes()[: 12 * max(sizes)], max(sizes) + JUDGED)
     found: dict[tuple[str, int], np.ndarray] = {}
     for cache in ("f16", *caches.split(",")):
-        sides = [f"kvtc{bits}" for bits in cache.removeprefix("kvtc-k").split("v")] if "kvtc" in cache else [cache] * 2
+        sides = Cache(cache).types
         with engine.context((sides[0], sides[1]), max(sizes) + JUDGED) as context:
             for n in sizes:
                 context.cut(0)

@@ -29,6 +29,7 @@ from kvtc_gguf.reference_rows import HALF, RowModel
 from kvtc_gguf.state_file import Section, read
 
 from bench import heldout, machine
+from bench.caches import Cache
 
 TYPES = {"f16": 1, "q8_0": 8, **{f"kvtc{bits}": 42 + bits for bits in range(1, 7)}}
 BATCH, CONTINUE, REPEAT = 512, 64, 5  # tokens; best of
@@ -132,14 +133,16 @@ def entropy(model: RowModel, rows: np.ndarray) -> float:
 
 def decoding(section: Section) -> float:
     """CPU seconds of this thread to decode the coded blocks of a section, the least of REPEAT runs."""
-    codec, times = RowCodec.read(section.model.data) if section.model.coder else None, []
-    for _ in range(REPEAT if codec else 0):
+    if not section.model.coder:
+        return 0.0
+    codec, times = RowCodec.read(section.model.data), []
+    for _ in range(REPEAT):
         start = time.thread_time()
         for block in section.blocks:
-            if codec and block.coder:
+            if block.coder:
                 codec.decode(block.data, block.n_rows)
         times.append(time.thread_time() - start)
-    return min(times, default=0.0)
+    return min(times)
 
 
 def coders(sections: list[Section], what: tuple[int, ...]) -> dict[str, float]:
@@ -196,9 +199,7 @@ def measure(engine: Engine, caches: list[str], tokens: list[int], lengths: list[
     """Rows (cache, tokens, metric, value) of one model."""
     n_ctx = max(lengths) + CONTINUE + 2
     for cache in caches:
-        sides = (
-            [f"kvtc{bits}" for bits in cache.removeprefix("kvtc-k").split("v")] if "kvtc" in cache else [cache, cache]
-        )
+        sides = Cache(cache).types
         with engine.context((sides[0], sides[1]), n_ctx) as context:
             spent = 0.0
             for at in range(0, max(lengths), BATCH):

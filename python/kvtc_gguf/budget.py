@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtc_gguf.format import Calibration
+from kvtc_gguf.format import SIDES, Calibration
 from kvtc_gguf.layout import FormatError
-from kvtc_gguf.sensitivity import SIDES, LayerBits, Prober, measure, standard_error, uniform
+from kvtc_gguf.sensitivity import LayerBits, Prober, measure, standard_error, uniform
 
 PLANS = ((1.0, 1.0), (1.0, 3.0), (0.5, 3.0))
 """What is planned and then measured: (how far a plan follows the differences between layers, how much more keys count

@@ -19,7 +19,7 @@ from kvtc_gguf import budget, format, statistics_file
 from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.coder import library_check
-from kvtc_gguf.console import one_line_errors
+from kvtc_gguf.console import one_line_errors, warn
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
@@ -91,13 +91,13 @@ def fit_model(run: Run, request: Request) -> Calibration:
 def interrupted(run: Run, request: Request, beside: Path) -> NoReturn:
     """Keeps what there is after Ctrl-C, says how to go on, and exits with code 130."""
     if not run.statistics.texts:
-        print("interrupted: nothing was gathered yet, nothing is written", file=sys.stderr)
+        warn("interrupted: nothing was gathered yet, nothing is written")
         raise typer.Exit(130)
     stem = run.model.name.removesuffix(".gguf") + ".kvtc-statistics"
     names = (beside.with_name(f"{stem}{number}.gguf") for number in ("", *(f"-{n}" for n in range(2, 10**6))))
     path = request.statistics or next(name for name in names if not name.exists())
     statistics_file.write(run.statistics, path)
-    print(f"interrupted: statistics kept in {path}; go on with --in-file {path}", file=sys.stderr)
+    warn(f"interrupted: statistics kept in {path}; go on with --in-file {path}")
     raise typer.Exit(130)
 
 
@@ -197,7 +197,7 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
             interrupted(run, request, sidecar or request.embedded or request.model)
     if request.bpv or request.kv_size:
         spend_bits(request, calibration, run, console)
-    check = library_check(calibration, lambda line: print(line, file=sys.stderr))
+    check = library_check(calibration, warn)
     if sidecar:
         format.write(calibration, sidecar, check)
     if request.embedded:

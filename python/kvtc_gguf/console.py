@@ -18,6 +18,11 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+def warn(message: str) -> None:
+    """Print a message to stderr and go on."""
+    print(message, file=sys.stderr)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn FormatError and OSError into `fail`. A context manager, and a decorator of functions."""

@@ -19,10 +19,9 @@ import numpy as np
 from kvtc_gguf import format
 from kvtc_gguf.capture.library import set_kvtc_params
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
-from kvtc_gguf.format import Calibration
+from kvtc_gguf.format import SIDES, Calibration
 from kvtc_gguf.layout import FormatError
 
-SIDES = ("k", "v")
 ROWS_BYTES = 128 * 2**20  # log-probabilities kept of a chunk: its second half, of a large vocabulary fewer rows
 NOISY = 5e-4  # nats a token: a background above this drowns a layer at 2 bits, so layers are perturbed at 1
 KVTC_TYPE = 42  # ggml's number of kvtc<b> is KVTC_TYPE + b

@@ -113,9 +113,7 @@ def recode(section: Section, coder: Coder, eight: bool = False) -> Section:
             blocks, runs, kind = [eight_bits.narrow(b) for b in blocks], eight_bits.runs(model.row_bytes // 2), EIGHT
         except ValueError as error:
             raise FormatError(f"{section.model.name}: {error}") from None
-    codec = RowCodec.fit(
-        runs, np.concatenate(blocks)
-    )  # also of rows that are then stored: it says what fields they have
+    codec = RowCodec.fit(runs, np.concatenate(blocks))  # also of rows then stored: it says what fields they have
     head = replace(section.model, kind=MODEL, coder=kind, data=codec.to_bytes())
     out = []
     for block, rows in zip(section.blocks, blocks, strict=True):

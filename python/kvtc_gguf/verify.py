@@ -6,7 +6,6 @@ Fingerprint, shapes, and on a little text what coding does to attention, through
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from kvtc_gguf import corpus, score
 from kvtc_gguf.capture import LayerSample
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.coder import Coder, open_coder
-from kvtc_gguf.console import one_line_errors
+from kvtc_gguf.console import one_line_errors, warn
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import SIDES, Calibration, read
 from kvtc_gguf.layout import FormatError
@@ -58,7 +57,7 @@ def verify(model: Path, source: Path, text: Path | None, tokens: int, threads: i
         raise FormatError(f"{source}: is a calibration of model {calibration.fingerprint}, {model} is {mark}")
     if calibration.block_count != info.block_count:
         raise FormatError(f"{source}: is for {calibration.block_count} layers, {model} has {info.block_count}")
-    coder = open_coder(source, calibration, lambda line: print(line, file=sys.stderr))
+    coder = open_coder(source, calibration, warn)
     found: list[Errors] = []
     with LlamaCapture(model, tokens, threads) as capture:
         if text:
