@@ -120,7 +120,7 @@ wheel: $(if $(CUDA),check-cuda) venv ## wheels of the patched llama-cpp-python a
 wheel-test: build wheel calibration ## install the wheels into an empty environment, and what a user does first
 	$(VPYTHON) -m pytest -m slow tests/wheel $(TEST_ARGS)
 
-examples-test: build ## install LangChain and LlamaIndex into .venv, and run every example
+examples-test: build calibration ## install LangChain, LlamaIndex, lm-eval, transformers into .venv, and run every example
 	@ls dist/llama_cpp_python-*.whl >/dev/null 2>&1 || { echo "kvtc: run \`make wheel\` first: LlamaIndex would compile a llama-cpp-python of its own" >&2; exit 1; }
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
 	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
