@@ -1,4 +1,4 @@
-"""Failures caught, where nvcc is installed: a CUDA file of ours that one architecture no longer takes, or that CMake forgets."""
+"""Caught where nvcc is installed: a CUDA file of ours that one architecture no longer takes, or that CMake forgets."""
 
 from __future__ import annotations
 
