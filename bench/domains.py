@@ -35,6 +35,13 @@ def calibrated(model: Path, work: Path, tokens: int, threads: int, text: Path | 
     return file
 
 
+def written(path: Path, kind: str, held_out: bool) -> Path:
+    """The file of a text of `bench.corpora`; one that is there stays, as what is installed differs between machines."""
+    if not path.exists():
+        path.write_text(corpora.text(kind, held_out), encoding="utf-8")
+    return path
+
+
 def main(
     model: Path,
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV of KLDs.")] = Path("domains.csv"),
@@ -45,19 +52,17 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for texts, calibrations and logits.")] = Path("build/domains"),
     threads: Annotated[int, typer.Option("-t", "--threads")] = os.cpu_count() or 1,
 ) -> None:
-    """Measure the matrix; calibrations that lie in the work folder are used again."""
+    """Measure the matrix; texts and calibrations that lie in the work folder are used again."""
     work.mkdir(parents=True, exist_ok=True)
     files = {}
     for kind in (*corpora.KINDS, DEFAULT):
         text = None
         if kind != DEFAULT:
-            text = work / f"{kind}.txt"
-            text.write_text(corpora.text(kind, held_out=False), encoding="utf-8")
+            text = written(work / f"{kind}.txt", kind, held_out=False)
         files[kind] = calibrated(model, work, tokens, threads, text)
     rows = []
     for judged in corpora.KINDS:
-        text = work / f"{judged}-held-out.txt"
-        text.write_text(corpora.text(judged, held_out=True), encoding="utf-8")
+        text = written(work / f"{judged}-held-out.txt", judged, held_out=True)
         run = Perplexity(binaries / "llama-perplexity", model, text, work / "base.kld", 1024, chunks, threads)
         run.save_base()
         for made, file in files.items():
