@@ -8,6 +8,19 @@
 #include <cstdint>
 #include <cstring>
 
+namespace kvtc {
+
+// a hint: p need not be readable
+inline void prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void) p;
+#endif
+}
+
+} // namespace kvtc
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 #include <immintrin.h>

@@ -78,6 +78,15 @@ void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_
         return;
     }
 
+    // the next tile's codes come while this one is worked on: a gather waits for every line that it touches
+    uint32_t end = bytes[0];
+    for (int g = 0; g < G && widths[g] > 0; ++g) {
+        end = bytes[g] + widths[g];
+    }
+    for (int j = TILE; j < 2*TILE; ++j) {
+        prefetch(first_row + j*stride + bytes[0]);
+        prefetch(first_row + j*stride + end - 1);
+    }
     const uint32_t last = side.row_bytes - 4;
     alignas(64) int32_t offsets[TILE]; // all before the first is read: a vector just stored in parts would be waited for
     for (int j = 0; j < TILE; ++j) {
