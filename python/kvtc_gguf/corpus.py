@@ -52,8 +52,8 @@ def default_chunks(capture: Capture, n_chunks: int, size: int, step: Callable[[]
     own = np.zeros((0, size), np.int32)
     count = n_chunks // 2
     if count:
-        own = capture.sample(TEXTS * count, size // TEXTS, SEED, step).reshape(count, -1)
-        own = np.pad(own, ((0, 0), (0, size - own.shape[1])), mode="wrap")
+        texts = capture.sample(TEXTS * count, size // TEXTS, SEED, step).reshape(count, -1)
+        own = np.stack([joined(row, size, capture) for row in texts])
     need = n_chunks - count
     if len(read) < need * size:
         read = np.resize(read, need * size)
@@ -61,6 +61,18 @@ def default_chunks(capture: Capture, n_chunks: int, size: int, step: Callable[[]
     out = np.empty((n_chunks, size), np.int32)
     out[1::2], out[0::2] = own, given
     return out
+
+
+def joined(texts: np.ndarray, size: int, capture: Capture) -> np.ndarray:
+    """One chunk, i32 [size], of sampled texts i32 [n] that lie one behind the other; what is short wraps around.
+
+    Each text was begun by BOS. Models that start every context with one see no other, and its key is far from any other
+    key: levels that are spent on it are lost.
+    """
+    if not capture.add_bos:
+        return np.resize(texts, size)
+    rest = np.resize(texts[texts != capture.bos], size - 1)
+    return np.concatenate([[capture.bos], rest]).astype(np.int32)
 
 
 def file_chunks(capture: Capture, path: Path, n_chunks: int, size: int, least: int = 2) -> np.ndarray:

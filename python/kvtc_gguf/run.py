@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from kvtc_gguf import __version__, corpus
 from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, LayerSample
-from kvtc_gguf.codebook import BINS, REACH
+from kvtc_gguf.codebook import EDGES, WIDTHS
 from kvtc_gguf.fit import Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, GROUP, MAX_HEAD_DIM, FormatError
@@ -252,8 +252,9 @@ def kept(
 
 def histograms(side: Side, fitted: SideCalibration) -> np.ndarray:
     """Histograms f64 [H, G, DRAWN_BINS] of the groups of the transforms that won, in the order of the calibration."""
-    half = round(BINS * DRAWN_REACH / REACH / 2)
-    middle, shape = slice(BINS // 2 - half, BINS // 2 + half), (-1, GROUP, DRAWN_BINS, 2 * half // DRAWN_BINS)
+    drawn = np.linspace(-DRAWN_REACH, DRAWN_REACH, DRAWN_BINS + 1)
+    overlap = np.minimum(EDGES[1:, None], drawn[1:]) - np.maximum(EDGES[:-1, None], drawn[:-1])
+    share = np.maximum(overlap, 0.0) / WIDTHS[:, None]
     result = np.zeros((side.heads, side.head_dim // GROUP, DRAWN_BINS))
     for h, name in enumerate(fitted.transforms):
         histogram = side.histograms[name.removesuffix("+norm")]
@@ -262,5 +263,5 @@ def histograms(side: Side, fitted: SideCalibration) -> np.ndarray:
         order = [place[column.tobytes()] for column in np.ascontiguousarray(fitted.decode[h].T)]
         count = histogram.count[h, order].astype(np.float64)
         count /= np.maximum(count.sum(axis=1, keepdims=True), 1e-30)
-        result[h] = count[:, middle].reshape(shape).mean(axis=1).sum(axis=2)
+        result[h] = (count @ share).reshape(-1, GROUP, DRAWN_BINS).mean(axis=1)
     return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtc_gguf.codebook import BINS, REACH, Cumulative
+from kvtc_gguf.codebook import BINS, Cumulative, bins
 from kvtc_gguf.transforms import HeadStatistics, Transform
 
 WEIGHT_FLOOR = 1e-3
@@ -114,8 +114,7 @@ class Histogram:
         y = z / norm
         each = np.ascontiguousarray(weight.T, np.float64)[:, :, None]
         spread = np.broadcast_to(each, y.shape).ravel()
-        step = 2 * REACH / BINS * self.transforms.scale[:, None]
-        index = np.clip(np.floor(y / step) + BINS // 2, 0, BINS - 1).astype(np.int64)
+        index = bins(y / self.transforms.scale[:, None])
         index += (np.arange(heads)[:, None, None] * d + np.arange(d)) * BINS
         flat, size = index.ravel(), heads * d * BINS
         self.count += np.bincount(flat, weights=spread, minlength=size).reshape(self.count.shape)

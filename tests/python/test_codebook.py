@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kvtc_gguf.codebook import BINS, ITERATIONS, REACH, START, Cumulative, distortion, lloyd_max, to_f16
+from kvtc_gguf.codebook import BINS, ITERATIONS, START, Cumulative, bins, distortion, lloyd_max, to_f16
 
 
 def histogram(x: np.ndarray) -> Cumulative:
     """Cumulative of samples x [C, N], whose scale is their standard deviation."""
     scale = np.maximum(x.std(axis=1), 1e-3)
-    index = np.clip(np.floor(x / (2 * REACH / BINS * scale[:, None])) + BINS // 2, 0, BINS - 1).astype(int)
+    index = bins(x / scale[:, None])
     count = np.stack([np.bincount(i, minlength=BINS) for i in index])
     total = np.stack([np.bincount(i, weights=v, minlength=BINS) for i, v in zip(index, x, strict=True)])
     return Cumulative(count, total, (x**2).sum(axis=1), scale)
@@ -52,7 +52,8 @@ def test_predicted_distortion_is_the_measured_one(data: np.ndarray, bits: int) -
     cumulative = histogram(data)
     levels = lloyd_max(cumulative, bits)
     for x, mine, predicted in zip(data, levels, distortion(cumulative, levels), strict=True):
-        assert predicted == pytest.approx(mse(x, mine), rel=0.05)
+        # 256 levels are closer together than the outer bins are wide
+        assert predicted == pytest.approx(mse(x, mine), rel=0.05 if bits < 8 else 0.1)
     np.testing.assert_allclose(distortion(cumulative, None), (data**2).mean(axis=1))
 
 
@@ -63,3 +64,13 @@ def test_levels_rise_strictly_even_for_a_component_that_is_always_zero(bits: int
     levels = to_f16(lloyd_max(histogram(x), bits))
     assert levels.dtype == np.float16 and np.isfinite(levels).all()
     assert (np.diff(levels.astype(np.float64), axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_no_level_is_left_in_the_gap_before_samples_that_lie_far_out(bits: int) -> None:
+    """As keys do in gemma-3 of tokens that much attention goes to: some of them, more than ten deviations out."""
+    rng = np.random.default_rng(0)
+    near, far = rng.standard_normal((1, 20000)), 40 + 0.1 * rng.standard_normal((1, 100))
+    x = np.concatenate([near, far], axis=1)
+    alone = mse(near[0], lloyd_max(histogram(near), bits)[0])
+    assert mse(x[0], lloyd_max(histogram(x), bits)[0]) < 1.6 * alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kvtc_gguf.capture import rope_pairs
-from kvtc_gguf.codebook import BINS, REACH
+from kvtc_gguf.codebook import BINS, EDGES
 from kvtc_gguf.statistics import HeadTransforms, Histogram, Moments, query_weight
 from kvtc_gguf.transforms import build
 
@@ -87,5 +87,5 @@ def test_histogram_keeps_exact_sums_and_norms(x: np.ndarray) -> None:
     np.testing.assert_allclose(histogram.mean_norm_square(), (norm**2).mean(axis=(1, 2)), rtol=1e-4)
     np.testing.assert_allclose(histogram.median_norm(), np.median(norm, axis=(1, 2)), rtol=0.02)
     for h in range(H):
-        edges = np.linspace(-REACH, REACH, BINS + 1) * stacked.scale[h, 3]
+        edges = EDGES * stacked.scale[h, 3]
         np.testing.assert_allclose(histogram.count[h, 3], np.histogram(y[h, :, 3], edges)[0], atol=2)
