@@ -16,6 +16,8 @@ BENCH_ARGS ?=
 ASAN_NATIVE ?= $(wildcard tests/native tests/llama)
 ASAN_TESTS  ?= $(wildcard tests/serving)
 ASAN_TOOLS  := llama-server llama-completion llama-perplexity
+FUZZ_SECONDS ?= 600
+FUZZ_ARGS   ?=
 
 VENV    := .venv
 VPYTHON := $(VENV)/bin/python
@@ -32,7 +34,7 @@ NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/
 
 .DEFAULT_GOAL := help
 .PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
-	bench bench-full bench-gpu wheel wheel-test examples-test test test-asan lint clean
+	bench bench-full bench-gpu wheel wheel-test examples-test test test-asan fuzz lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -145,6 +147,21 @@ test-asan: venv ## the C++ and server tests under AddressSanitizer and UBSan (GC
 	$(call ASAN_ENV,1) $(VPYTHON) -m pytest $(ASAN_TESTS) $(TEST_ARGS) || failed=1; \
 	set +x; for report in $(ASAN_REPORTS)/*; do test -e "$$report" && cat "$$report" >&2 && failed=1; done; \
 	exit $$failed
+
+# Our files alone are instrumented; conversions of f16 are the built library's. A vector of KVTC_MAX_BYTES and what a reader holds
+# beside it is the most that it may ask for at once.
+CLANGXX ?= $(firstword $(foreach name,clang++ $(foreach n,20 19 18 17 16 15 14,clang++-$(n)),$(shell command -v $(name))))
+FUZZ_FILES := $(wildcard ggml_kvtc/kvtc-rows*.cpp) ggml_kvtc/llama/llama-kvtc-container.cpp tests/fuzz/states.cpp
+FUZZ_INCLUDE = ggml_kvtc ggml_kvtc/llama $(foreach part,include ggml/include,$(wildcard $(BUILD_DIR)/upstream/llama_cpp_python-*/vendor/llama.cpp/$(part)))
+
+fuzz: build ## ten minutes of damage to the reader of stored states (libFuzzer; needs clang): FUZZ_SECONDS, FUZZ_ARGS
+	@test -n "$(CLANGXX)" || { echo "kvtc: clang++ with libFuzzer was not found; install clang, or set CLANGXX" >&2; exit 1; }
+	@mkdir -p $(BUILD_DIR)/fuzz/corpus
+	$(CLANGXX) -std=c++17 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined $(addprefix -I,$(FUZZ_INCLUDE)) \
+		$(FUZZ_FILES) -L$(BUILD_DIR)/bin -lggml-base -Wl,-rpath,$(CURDIR)/$(BUILD_DIR)/bin -o $(BUILD_DIR)/fuzz/states
+	$(VPYTHON) tests/fuzz/seeds.py $(BUILD_DIR)/fuzz/seeds
+	$(BUILD_DIR)/fuzz/states -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -malloc_limit_mb=17 -rss_limit_mb=512 -print_final_stats=1 \
+		-artifact_prefix=$(BUILD_DIR)/fuzz/ $(FUZZ_ARGS) $(BUILD_DIR)/fuzz/corpus $(BUILD_DIR)/fuzz/seeds
 
 lint: venv ## ruff, as CONTRIBUTING.md asks
 	$(VENV)/bin/ruff check .

@@ -25,10 +25,10 @@ def table(rng: np.random.Generator, width: int) -> list[int]:
     return out.tolist()
 
 
-def model(runs: list[Run], seed: int) -> RowModel:
+def model(runs: list[Run], seed: int, most_tables: int = MAX_TABLES) -> RowModel:
     rng = np.random.default_rng(seed)
     widths = [run.table_bits for run in runs if run.table_bits for _ in range(run.count)]
-    levels = {w: [table(rng, w) for _ in range(rng.integers(1, MAX_TABLES + 1))] for w in sorted(set(widths))}
+    levels = {w: [table(rng, w) for _ in range(rng.integers(1, most_tables + 1))] for w in sorted(set(widths))}
     return RowModel(runs, levels, [int(rng.integers(len(levels[w]))) for w in widths])
 
 

@@ -7,17 +7,25 @@ import struct
 import numpy as np
 import row_models
 from kvtc_gguf import eight_bits
-from kvtc_gguf.reference_rows import CODE, HALF, Run
+from kvtc_gguf.reference_rows import CODE, HALF, MAX_TABLES, Run
 from kvtc_gguf.state_file import BLOCK, EIGHT, MODEL, PLAIN, RANS, STORED, Item, Record, Section, container_bytes
 
 RUNS = [Run(8, CODE, 1), Run(4, CODE, 8), Run(2, CODE, 8)]
 
 
 def section(
-    n_rows: int, layer: int = 0, what: int = 0, head: int = 0, seed: int = 0, block: int = 16, eight: bool = False
+    n_rows: int,
+    layer: int = 0,
+    what: int = 0,
+    head: int = 0,
+    seed: int = 0,
+    block: int = 16,
+    eight: bool = False,
+    most_tables: int = MAX_TABLES,
 ) -> Section:
     """Rows of a small cache in blocks of `block`; exact rows are f16, or in 8 bits."""
-    model = row_models.model(eight_bits.runs(4) if eight else RUNS if what < 2 else [Run(16, HALF, 4)], seed)
+    runs = eight_bits.runs(4) if eight else RUNS if what < 2 else [Run(16, HALF, 4)]
+    model = row_models.model(runs, seed, most_tables)
     rows = row_models.rows(model, n_rows, seed)
     place = {"what": what, "layer": layer, "head": head}
     blocks = [
