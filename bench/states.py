@@ -2,7 +2,8 @@
 
 ``python -m bench.states MODEL... -o results.csv`` evaluates held-out text with every cache, saves its sequence at some
 lengths, restores it, and compares the greedy continuation. ``--coders`` also measures zstd, zlib, LZMA and the order-0
-entropy on the same rows, a core each (zstd needs the package zstandard).
+entropy on the same rows, a core each (zstd needs the package zstandard); ``--no-others`` leaves out all but zstd of the
+f16 files and the entropy, which takes minutes off.
 """
 
 from __future__ import annotations
@@ -195,8 +196,11 @@ def others(sections: list[Section], what: tuple[int, ...]) -> dict[str, float]:
     return out
 
 
-def measure(engine: Engine, caches: list[str], tokens: list[int], lengths: list[int], with_coders: bool, keep: Path):
-    """Rows (cache, tokens, metric, value) of one model."""
+def measure(
+    engine: Engine, caches: list[str], tokens: list[int], lengths: list[int], kept: tuple[bool, bool], keep: Path
+) -> Iterator[dict[str, object]]:
+    """Rows (cache, tokens, metric, value) of one model. kept: whether coders, and other coders, are measured too."""
+    with_coders, with_others = kept
     n_ctx = max(lengths) + CONTINUE + 2
     for cache in caches:
         sides = Cache(cache).types
@@ -220,7 +224,7 @@ def measure(engine: Engine, caches: list[str], tokens: list[int], lengths: list[
                     sections = read(path).sections
                     for name, what in (("codes", (0, 1)), ("exact", (2, 3))):
                         found = coders(sections, what)
-                        if n == min(lengths, key=lambda m: abs(m - 2048)):  # they are slow
+                        if with_others and n == min(lengths, key=lambda m: abs(m - 2048)):  # they are slow
                             found |= others(sections, what)
                         row |= {f"{name}: {key}": value for key, value in found.items()}
                 elif with_coders and "zstd 3" in packers():
@@ -233,10 +237,11 @@ def main(
     models: list[Path],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     caches: Annotated[str, typer.Option(help="comma-separated")] = "f16,kvtc-k2v4,kvtc-k2v2,kvtc-k1v2",
-    lengths: Annotated[str, typer.Option(help="tokens, multiples of 512")] = "512,2048,4096,8192",
+    lengths: Annotated[str, typer.Option(help="tokens, multiples of 512")] = "512,1024,2048,4096,8192",
     text: Annotated[Path | None, typer.Option(help="held-out text (default: as bench.demo)")] = None,
     threads: Annotated[int, typer.Option("-t")] = machine.find().cores,
     with_coders: Annotated[bool, typer.Option("--coders/--no-coders")] = True,
+    with_others: Annotated[bool, typer.Option("--others/--no-others")] = True,
 ) -> None:
     """Measure saved states and write one figure a row."""
     sizes = [int(n) for n in lengths.split(",")]
@@ -246,7 +251,7 @@ def main(
         for path in models:
             engine = Engine(path, threads)
             tokens = engine.tokenize(source.path.read_bytes()[: 12 * max(sizes)], max(sizes) + 1)
-            for row in measure(engine, caches.split(","), tokens, sizes, with_coders, Path(scratch)):
+            for row in measure(engine, caches.split(","), tokens, sizes, (with_coders, with_others), Path(scratch)):
                 figures.append({"cpu": cpu, "threads": threads, "model": path.name, **row})
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)
     part = output.with_suffix(".part")

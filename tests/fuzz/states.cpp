@@ -1,7 +1,8 @@
 // libFuzzer target for the reader of stored states: `make fuzz` (clang). Containers of a few hundred bytes go to the reader as they
 // are and with checksums that fit, or nothing beyond those would ever be reached. What it takes must decode to the same rows with
 // vectors and without, and must be what the encoder writes of these rows, byte for byte. Reading through a model would take a
-// thousand times as long; tests/llama/test_states.py does that for damage of chosen places.
+// thousand times as long; tests/llama/test_states.py does that for damage of chosen places. With KVTC_REPLAY (test_states.py), a
+// program that takes inputs from its standard input, each a u32 size and the bytes.
 #include "llama-kvtc-container.h"
 
 #include <cstdio>
@@ -111,3 +112,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     check(fitting.data(), fitting.size());
     return 0;
 }
+
+#ifdef KVTC_REPLAY
+int main() {
+    uint32_t size;
+    uint64_t n = 0;
+    for (; fread(&size, sizeof(size), 1, stdin) == 1; ++n) {
+        bytes data(size);
+        if (fread(data.data(), 1, size, stdin) != size) {
+            return 1;
+        }
+        LLVMFuzzerTestOneInput(data.data(), size);
+    }
+    printf("%llu inputs\n", (unsigned long long) n);
+}
+#endif

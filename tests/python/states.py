@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import numpy as np
@@ -59,3 +60,23 @@ def sequence_file(tokens: int = 5, containers: int = 1) -> bytes:
     """A file as `llama_state_seq_save_file` writes it."""
     head = b"qsgg" + struct.pack("<II", 2, tokens) + bytes(4 * tokens)
     return head + container_bytes(items()) * containers
+
+
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, a piece cut out, or one put elsewhere."""
+    out = bytearray(whole)
+    for _ in range(rng.randint(1, 4)):
+        at, size = rng.randrange(len(out)), rng.randint(1, 40)
+        piece = out[at : at + size]
+        match rng.randrange(4):
+            case 0:
+                out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+            case 1:
+                del out[at : at + size]
+            case 2:
+                out[at:at] = piece
+            case 3:
+                out[at : at + len(piece)] = bytes(rng.randrange(256) for _ in piece)
+        if not out:
+            break
+    return bytes(out)
