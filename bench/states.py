@@ -27,7 +27,7 @@ from kvtc_gguf import state
 from kvtc_gguf.capture import library
 from kvtc_gguf.native.rows import RowCodec
 from kvtc_gguf.reference_rows import HALF, RowModel
-from kvtc_gguf.state_file import Section, read
+from kvtc_gguf.state_file import Section, container_bytes, read
 
 from bench import heldout, machine
 from bench.caches import Cache
@@ -221,7 +221,12 @@ def measure(
                 row["continuation identical"] = context.greedy(tokens[n], n, CONTINUE) == expected
                 context.restore(path, n)
                 if with_coders and "kvtc" in cache:
-                    sections = read(path).sections
+                    saved = read(path)
+                    for i, items in enumerate(
+                        saved.containers
+                    ):  # layers with a sliding window are a cache of their own
+                        row[f"cache {i}: bytes"] = len(container_bytes(items))
+                    sections = saved.sections
                     for name, what in (("codes", (0, 1)), ("exact", (2, 3))):
                         found = coders(sections, what)
                         if with_others and n == min(lengths, key=lambda m: abs(m - 2048)):  # they are slow
