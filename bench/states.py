@@ -1,9 +1,10 @@
 """Saved states: what they take on disk, how fast they load, and what other coders would make of them.
 
 ``python -m bench.states MODEL... -o results.csv`` evaluates held-out text with every cache, saves its sequence at some
-lengths, restores it, and compares the greedy continuation. ``--coders`` also measures zstd, zlib, LZMA and the order-0
-entropy on the same rows, a core each (zstd needs the package zstandard); ``--no-others`` leaves out all but zstd of the
-f16 files and the entropy, which takes minutes off.
+lengths, restores it, compares the greedy continuation and saves it again. (A cache of a sliding window has its cells in
+other places after a restore, f16's too: sums then round otherwise, and greedy text may part.) ``--coders`` also
+measures zstd, zlib, LZMA and the order-0 entropy on the same rows, a core each (zstd needs the package zstandard);
+``--no-others`` leaves out all but zstd of the f16 files and the entropy, which takes minutes off.
 """
 
 from __future__ import annotations
@@ -220,6 +221,9 @@ def measure(
                 row["restore s"] = best(lambda: context.restore(path, n))  # noqa: B023
                 row["continuation identical"] = context.greedy(tokens[n], n, CONTINUE) == expected
                 context.restore(path, n)
+                again = keep / "again.bin"
+                context.save(again, tokens[:n])
+                row["saved again identical"] = again.read_bytes() == path.read_bytes()
                 if with_coders and "kvtc" in cache:
                     saved = read(path)
                     for i, items in enumerate(
