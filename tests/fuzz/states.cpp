@@ -1,7 +1,7 @@
 // libFuzzer target for the reader of stored states: `make fuzz` (clang). Containers of a few hundred bytes go to the reader as they
 // are and with checksums that fit, or nothing beyond those would ever be reached. What it takes must decode to the same rows with
 // vectors and without, and must be what the encoder writes of these rows, byte for byte. Reading through a model would take a
-// thousand times as long; tests/llama/test_states.py does that for damage of chosen places. With KVTC_REPLAY (test_states.py), a
+// thousand times as long; tests/llama/test_states.py does that for damage of chosen places. With KVTC_REPLAY (test_reader.py), a
 // program that takes inputs from its standard input, each a u32 size and the bytes.
 #include "llama-kvtc-container.h"
 
