@@ -143,6 +143,18 @@ def configure(
     return options
 
 
+def warn_without_gpu(n_gpu_layers: int) -> None:
+    """Warns where layers should go to a GPU and this package, made for one, finds none.
+
+    llama.cpp then runs on the CPU, and its own line about it is in the log that only verbose=True shows.
+    """
+    made_for_gpus = any(llama_cpp._base_path.glob("*ggml-cuda.*"))
+    if n_gpu_layers and made_for_gpus and not llama_cpp.llama_supports_gpu_offload():
+        warnings.warn(
+            f"n_gpu_layers={n_gpu_layers} has no effect: no CUDA GPU was found, the model runs on the CPU", stacklevel=3
+        )
+
+
 _lock = threading.RLock()
 
 

@@ -51,6 +51,17 @@ def test_cache_is_what_was_asked_for(open_llama, log, arguments, types) -> None:
     assert (sizes.type_k, sizes.type_v, sizes.sink or types[2], sizes.window or types[3]) == types
 
 
+def test_layers_for_a_gpu_that_is_not_there_are_a_warning(open_llama, tmp_path, monkeypatch, recwarn) -> None:
+    open_llama(n_gpu_layers=-1)  # made for the CPU alone: as upstream
+    monkeypatch.setattr(llama_cpp.llama_cpp, "_base_path", tmp_path)
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_supports_gpu_offload", lambda: False)
+    (tmp_path / "libggml-cuda.so").touch()
+    open_llama()
+    assert not [w for w in recwarn if "n_gpu_layers" in str(w.message)]
+    with pytest.warns(UserWarning, match="n_gpu_layers=-1 has no effect: no CUDA GPU was found"):
+        open_llama(n_gpu_layers=-1)
+
+
 @pytest.mark.parametrize("arguments", [{"cache_type": "kvtc-k2v4"}, {"type_v": "q8_0"}, {"cache_type": "turbo2"}])
 def test_flash_attention_comes_on_and_says_so_to_who_refused_it(open_llama, recwarn, arguments) -> None:
     llama = open_llama(**arguments)
