@@ -162,6 +162,32 @@ def test_libllama_without_kvtc_is_named(monkeypatch) -> None:
         kvtc._function("llama_kvtc_of_another_day", [], None)
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("chatml", {}),
+        ("llama-2", {}),
+        ("chatml", {"response_format": {"type": "json_object", "schema": {"type": "boolean"}}}),
+        ("chatml-function-calling", {"tools": [TOOL], "tool_choice": "auto"}),
+    ],
+)
+def test_chat_handlers_answer_as_over_an_exact_cache(open_llama, form, more) -> None:
+    messages = [{"role": "user", "content": TEXT.decode()}]
+    limit = 24 if more else 4  # a few tokens on, a random model picks between two as likely
+
+    def answer(**arguments) -> dict:
+        llama = open_llama(chat_format=form, n_ctx=1024, **arguments)
+        return llama.create_chat_completion(messages, max_tokens=limit, temperature=0, **more)["choices"][0]
+
+    exact = answer(cache_type="kvtc-k2v4", kvtc_window=EXACT)
+    assert exact == answer(flash_attn=True)
+    coded = answer(cache_type="kvtc-k2v4")
+    assert coded["message"].keys() == exact["message"].keys()
+
+
 def test_pickled_object_comes_back_with_its_cache(open_llama, other) -> None:
     llama = open_llama(cache_type="kvtc-k2v4", kvtc_window=8, kvtc_file=str(other))
     copy = pickle.loads(pickle.dumps(llama))
