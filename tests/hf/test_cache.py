@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 from kvtc_gguf.hf import KVTCCache, everywhere  # noqa: E402
+from kvtc_gguf.hf.attention import attend  # noqa: E402
 from kvtc_gguf.hf.codec import SideCodec  # noqa: E402
 
 torch.set_num_threads(1)
@@ -107,6 +108,19 @@ def test_generation_and_calls_without_a_cache(gguf, model) -> None:
     with everywhere(cache, model):
         assert np.array_equal(logits(model, tokens), expected)
     assert np.array_equal(logits(model, tokens), plain)
+
+
+@pytest.mark.parametrize("device", torch_devices.devices())
+def test_a_sinks_logit_takes_its_share_and_gives_nothing(device) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 5, 8, device=device) for heads in (4, 2, 2))
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0], device=device)
+    got, _ = attend(torch.nn.Module(), q, k, v, None, s_aux=sinks)
+    plain, _ = attend(torch.nn.Module(), q, k, v, None)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5).tril()
+    own = logits.exp().tril().sum(-1)
+    share = own / (own + sinks.exp()[None, :, None])
+    torch.testing.assert_close(got, plain * share.transpose(1, 2)[..., None])
 
 
 def test_what_does_not_belong_together_is_refused(gguf, model, tmp_path) -> None:
