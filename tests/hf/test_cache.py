@@ -107,6 +107,9 @@ def test_generation_and_calls_without_a_cache(gguf, model) -> None:
     expected, plain = logits(model, tokens, cache.fresh()), logits(model, tokens)
     with everywhere(cache, model):
         assert np.array_equal(logits(model, tokens), expected)
+        own = transformers.DynamicCache()  # one that a caller passes stays
+        logits(model, tokens, own)
+        assert own.get_seq_length() == N
     assert np.array_equal(logits(model, tokens), plain)
 
 
