@@ -179,7 +179,7 @@ def table(found: list[Errors]) -> Table:
     out.add_column("layer", justify="right")
     for side in ("K", "V"):
         for bits in found[0].keys:
-            out.add_column(f"{side} error @{bits}", justify="right")
+            out.add_column(f"{side} @{bits}", justify="right")
     for bits_k, bits_v in found[0].both:
         out.add_column(f"k{bits_k}v{bits_v}", justify="right")
     for errors in found:

@@ -40,7 +40,7 @@ def test_a_calibration_beside_or_inside_its_model_fits(model: Path, tmp_path: Pa
     result = run(model)
     assert result.exit_code == 0, result.output
     assert f"{model.with_name('model.kvtc.gguf')}: fits {model}" in result.stdout
-    for column in ("K error @2", "V error @4", "k2v4"):
+    for column in ("K @2", "V @4", "k2v4"):
         assert all(word in result.stdout for word in column.split())
     found = verify.verify(model, model.with_name("model.kvtc.gguf"), None, 512, 1)
     assert [errors.layer for errors in found] == [0, 1]
