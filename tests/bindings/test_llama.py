@@ -157,6 +157,25 @@ def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> Non
     assert any("cannot open calibration" in line for line in log)
 
 
+def test_threads_hear_their_own_errors_and_the_logger_outlives_them(log, tmp_path) -> None:
+    """A callback freed while another thread logs ends the process."""
+
+    def work(n: int) -> None:
+        for turn in range(60):
+            path = str(tmp_path / f"absent-{n}-{turn}.gguf")
+            with kvtc._errors() as lines:
+                assert not llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+            named = [line for line in lines if "absent-" in line]
+            assert named and all(path in line for line in named)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert not kvtc._heard
+    log.clear()
+    llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", llama_cpp.llama_model_default_params())
+    assert any("/nowhere.gguf" in line for line in log)
+
+
 def test_libllama_without_kvtc_is_named(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="has no kvtc cache types"):
         kvtc._function("llama_kvtc_of_another_day", [], None)
