@@ -144,12 +144,24 @@ def test_model_without_a_calibration_raises_with_the_command_that_makes_one(open
         open_llama(path=tmp_path / "bare.gguf", cache_type="kvtc-k2v4")
 
 
-def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> None:
-    def current() -> int:
-        callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-        llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
-        return ctypes.cast(callback, ctypes.c_void_p).value
+def current() -> int:
+    """The logger in place."""
+    callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    return ctypes.cast(callback, ctypes.c_void_p).value
 
+
+def test_threads_that_leave_in_the_order_they_came_leave_the_users_logger(log) -> None:
+    before, blocks = current(), [kvtc._errors(), kvtc._errors()]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for thread, block in zip((first, second), blocks, strict=True):
+            thread.submit(block.__enter__).result()
+        for thread, block in zip((first, second), blocks, strict=True):
+            thread.submit(block.__exit__, None, None, None).result()
+    assert current() == before
+
+
+def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> None:
     before = current()
     with pytest.raises(ValueError, match="cannot open"):
         open_llama(cache_type="kvtc-k2v4", kvtc_file="/nowhere.gguf")
