@@ -34,7 +34,7 @@ NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/
 
 .DEFAULT_GOAL := help
 .PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
-	bench bench-full bench-gpu wheel wheel-test examples-test test test-asan fuzz lint clean
+	bench bench-full bench-gpu wheel wheel-test examples-test hf-test test test-asan fuzz lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -126,6 +126,10 @@ examples-test: build calibration ## install LangChain, LlamaIndex, lm-eval, tran
 	@ls dist/llama_cpp_python-*.whl >/dev/null 2>&1 || { echo "kvtc: run \`make wheel\` first: LlamaIndex would compile a llama-cpp-python of its own" >&2; exit 1; }
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
 	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
+
+hf-test: build ## install torch and transformers into .venv, and run the tests of what uses them (KVTC_TORCH_DEVICE: where)
+	$(VPYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,bench,hf]"
+	$(VPYTHON) -m pytest tests/hf tests/python/test_transformers_capture.py $(TEST_ARGS)
 
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)

@@ -4,6 +4,14 @@ set(wheel_libraries ggml-base ggml-cpu ggml-cuda ggml llama llama-common mtmd
     llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl)
 set(wheel_tools llama-server llama-cli llama-bench llama-perplexity)
 
+# CUDA's own libraries are not in the wheel: those of the system count, or those that PyPI's nvidia-cuda-runtime and nvidia-cublas
+# put beside it (of CUDA 13 and newer).
+set(beside "$ORIGIN")
+if(TARGET ggml-cuda)
+    find_package(CUDAToolkit REQUIRED)
+    list(APPEND beside "$ORIGIN/../../nvidia/cu${CUDAToolkit_VERSION_MAJOR}/lib")
+endif()
+
 foreach(target ${wheel_libraries})
     if(NOT TARGET ${target})
         continue()
@@ -11,7 +19,7 @@ foreach(target ${wheel_libraries})
     # A wheel holds no links: with versions in the names every library would be in it three times.
     set_property(TARGET ${target} PROPERTY VERSION)
     set_property(TARGET ${target} PROPERTY SOVERSION)
-    set_target_properties(${target} PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
+    set_target_properties(${target} PROPERTIES INSTALL_RPATH "${beside}" BUILD_WITH_INSTALL_RPATH ON)
     install(TARGETS ${target} COMPONENT wheel
         LIBRARY DESTINATION llama_cpp/lib RUNTIME DESTINATION llama_cpp/lib ARCHIVE DESTINATION llama_cpp/lib)
 endforeach()

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvtc_gguf.format import SideCalibration
 from kvtc_gguf.reference import decode_rows
-from kvtc_gguf.reference_rope import Rope
+from kvtc_gguf.reference_rope import Rope, Turns
 
 
 @dataclass
@@ -55,7 +55,7 @@ def attention(
     cell_positions: np.ndarray,
     mask: np.ndarray,
     scale: float,
-    rope: Rope | None = None,
+    rope: Rope | Turns | None = None,
     sinks: int = 4,
     window: int = 128,
     softcap: float = 0.0,

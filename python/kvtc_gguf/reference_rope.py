@@ -10,6 +10,34 @@ import numpy as np
 
 
 @dataclass
+class Turns:
+    """A rotation by one position, whatever rule its frequencies come from."""
+
+    frequencies: np.ndarray  # radians per position f64 [n]
+    neox: bool  # pairs (i, i + n) rather than (2 i, 2 i + 1)
+    scale: float = 1.0  # factor on the rotated channels
+    n_offs: int = 0  # first rotated channel
+
+    @property
+    def n_dims(self) -> int:
+        """Rotated channels."""
+        return 2 * len(self.frequencies)
+
+    def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """x [n, H, d] rotated to positions [n], f64."""
+        angle = positions.astype(np.float64)[:, None, None] * self.frequencies
+        cos, sin = np.cos(angle) * self.scale, np.sin(angle) * self.scale
+        result = x.astype(np.float64)
+        half, end = self.n_dims // 2, self.n_offs + self.n_dims
+        first = slice(self.n_offs, self.n_offs + half) if self.neox else slice(self.n_offs, end, 2)
+        second = slice(self.n_offs + half, end) if self.neox else slice(self.n_offs + 1, end, 2)
+        x0, x1 = result[..., first].copy(), result[..., second].copy()
+        result[..., first] = x0 * cos - x1 * sin
+        result[..., second] = x0 * sin + x1 * cos
+        return result
+
+
+@dataclass
 class Rope:
     """Parameters of one GGML_OP_ROPE; the names are ggml's."""
 
@@ -50,13 +78,4 @@ class Rope:
     def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """x [n, H, d] rotated to positions [n], f64."""
         theta, scale = self.frequencies()
-        angle = positions.astype(np.float64)[:, None, None] * theta
-        cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
-        result = x.astype(np.float64)
-        half, end = self.n_dims // 2, self.n_offs + self.n_dims
-        first = slice(self.n_offs, self.n_offs + half) if self.neox else slice(self.n_offs, end, 2)
-        second = slice(self.n_offs + half, end) if self.neox else slice(self.n_offs + 1, end, 2)
-        x0, x1 = result[..., first].copy(), result[..., second].copy()
-        result[..., first] = x0 * cos - x1 * sin
-        result[..., second] = x0 * sin + x1 * cos
-        return result
+        return Turns(theta, self.neox, scale, self.n_offs).rotate(x, positions)

@@ -1,6 +1,6 @@
 """Check a calibration against its model: `python -m kvtc_gguf.verify model.gguf [calibration.kvtc.gguf]`.
 
-Fingerprint, shapes, and on a little text what coding does to attention, through the library's own codec.
+Fingerprint, shapes, and on a little text what coding does to attention, through the library's own codec and kernels.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from rich.table import Table
 from kvtc_gguf import corpus, score
 from kvtc_gguf.capture import LayerSample
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
-from kvtc_gguf.coder import Coder, open_coder
+from kvtc_gguf.coder import ALL, Coder, open_coder
 from kvtc_gguf.console import one_line_errors, warn
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import SIDES, Calibration, read
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
-from kvtc_gguf.rotation import rotate, rotation
+from kvtc_gguf.reference_attention import PlainCells, attention, span_mask
+from kvtc_gguf.rotation import rotate, rotation, turns
 from kvtc_gguf.sidecar import locate
 
 SHOWN_BITS = (2, 4)
+SHOWN_TYPES = ((2, 2), (2, 4), (4, 4))
 NOTHING = 1.0  # relative error of a code that says nothing
 
 app = typer.Typer(add_completion=False)
@@ -35,11 +37,20 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors (amplitudes) of one layer, by bits asked for: of the logits, and of attention's output."""
+    """Relative errors (amplitudes) of one layer, by bits asked for.
+
+    keys: of the logits, values: of attention's output, each as far as codes count and the other side exact. both: of
+    attention's output as the cache type gives it, with sinks and window.
+    """
 
     layer: int
     keys: dict[int, float]
     values: dict[int, float]
+    both: dict[tuple[int, int], float]
+
+    @property
+    def worst(self) -> float:
+        return max([0.0, *self.keys.values(), *self.values.values(), *self.both.values()])
 
 
 def find(model: Path, calibration: Path | None) -> Path:
@@ -94,20 +105,42 @@ def check_layer(sample: LayerSample, calibration: Calibration, source: Path) -> 
 def layer_errors(
     sample: LayerSample, calibration: Calibration, coder: Coder, pairs: np.ndarray, gram: np.ndarray, softcap: float
 ) -> Errors:
-    """What coding the keys alone, or the values alone, does to attention outside sinks and window."""
-    attention = score.far_attention(sample, softcap)
+    """What coding the keys alone, or the values alone, does to attention outside sinks and window; and both inside."""
+    far = score.far_attention(sample, softcap)
     # keys grow by YaRN's magnitude where RoPE turns them, and so do their errors
     size = [np.linalg.norm(x[..., pairs]) for x in (sample.k_rope, sample.k)]
-    turn = rotation(sample, pairs) * (size[0] / max(size[1], 1e-30))
-    keys, values = {}, {}
-    for bits in [b for b in SHOWN_BITS if b in calibration.bits]:
+    scale = float(size[0] / max(size[1], 1e-30))
+    turn = rotation(sample, pairs)
+    keys, values, both = {}, {}, {}
+    for bits in [b for b in SHOWN_BITS if b in calibration.bits] or calibration.bits:
         k, v = (
             coder.coded(sample.layer, side, x, calibration.kept_bits(sample.layer, side, bits))
             for side, x in zip(SIDES, (sample.k, sample.v), strict=True)
         )
-        keys[bits] = logit_error(sample, attention, rotate(k - sample.k, turn[:, None], pairs))
-        values[bits] = output_error(sample, attention, v - sample.v, gram)
-    return Errors(sample.layer, keys, values)
+        keys[bits] = logit_error(sample, far, rotate(k - sample.k, scale * turn[:, None], pairs))
+        values[bits] = output_error(sample, far, v - sample.v, gram)
+    rows = score.query_rows(len(sample.q))
+    exact = exact_output(sample, rows, softcap)
+    for asked in [t for t in SHOWN_TYPES if set(t) <= set(calibration.bits)] or [(b, b) for b in calibration.bits]:
+        kept = tuple(calibration.kept_bits(sample.layer, side, bits) for side, bits in zip(SIDES, asked, strict=True))
+        coded = coder.attend(sample, rows, kept, turns(turn, pairs, scale), softcap)
+        both[asked] = relative_energy(coded - exact, exact, gram)
+    return Errors(sample.layer, keys, values, both)
+
+
+def exact_output(sample: LayerSample, rows: np.ndarray, softcap: float) -> np.ndarray:
+    """Attention's output f64 [R, n_head, d_v] of the queries `rows` i64 [R], nothing coded."""
+    tokens = np.arange(len(sample.k))
+    mask = span_mask(rows, tokens, sample.window or ALL)
+    cells = PlainCells(sample.k_rope), PlainCells(sample.v)
+    where = {"query_positions": rows, "cell_positions": tokens, "mask": mask}
+    return attention(sample.q_rope[rows], *cells, scale=1.0, softcap=softcap, **where)
+
+
+def relative_energy(error: np.ndarray, of: np.ndarray, gram: np.ndarray) -> float:
+    """Root mean square of outputs [R, n_head, d] over that of others, both through W_o (gram [n_head, d, d])."""
+    power = [np.einsum("rhd,hde,rhe->", x, gram, x, optimize=True) for x in (error, of)]
+    return float(np.sqrt(power[0] / max(power[1], 1e-30)))
 
 
 def logit_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray) -> float:
@@ -139,13 +172,18 @@ def output_error(sample: LayerSample, attention: np.ndarray, error: np.ndarray, 
 
 def table(found: list[Errors]) -> Table:
     """One row a layer."""
-    out = Table(caption="relative errors of what attention sees: keys of the logits, values of attention's output")
+    out = Table(
+        caption="relative errors: K of the logits, V of attention's output, each alone; then of attention's output "
+        "with the cache type, sinks and window exact"
+    )
     out.add_column("layer", justify="right")
     for side in ("K", "V"):
         for bits in found[0].keys:
-            out.add_column(f"{side} error @{bits}", justify="right")
+            out.add_column(f"{side} @{bits}", justify="right")
+    for bits_k, bits_v in found[0].both:
+        out.add_column(f"k{bits_k}v{bits_v}", justify="right")
     for errors in found:
-        cells = [*errors.keys.values(), *errors.values.values()]
+        cells = [*errors.keys.values(), *errors.values.values(), *errors.both.values()]
         out.add_row(str(errors.layer), *(f"{cell:.1%}" for cell in cells))
     return out
 
@@ -165,7 +203,7 @@ def main(
         source = find(model, calibration)
         found = verify(model, source, file, tokens, threads)
         for errors in found:
-            worst = max(*errors.keys.values(), *errors.values.values(), 0.0)
+            worst = errors.worst
             if not worst < NOTHING:
                 raise FormatError(
                     f"{source}: layer {errors.layer}: an error of {worst:.0%} says nothing of keys or values; "

@@ -143,6 +143,18 @@ def configure(
     return options
 
 
+def warn_without_gpu(n_gpu_layers: int) -> None:
+    """Warns where layers should go to a GPU and this package, made for one, finds none.
+
+    llama.cpp then runs on the CPU, and its own line about it is in the log that only verbose=True shows.
+    """
+    made_for_gpus = any(llama_cpp._base_path.glob("*ggml-cuda.*"))
+    if n_gpu_layers and made_for_gpus and not llama_cpp.llama_supports_gpu_offload():
+        warnings.warn(
+            f"n_gpu_layers={n_gpu_layers} has no effect: no CUDA GPU was found, the model runs on the CPU", stacklevel=3
+        )
+
+
 _lock = threading.RLock()
 
 
@@ -166,24 +178,41 @@ def _process_params(options: Options) -> Iterator[None]:
         set_params(_Params(*before))
 
 
+_log_lock = threading.Lock()
+_heard: Dict[int, List[str]] = {}  # by thread: the error lines of those inside `_errors`
+_forward: Tuple[Any, Any] = (None, None)  # the logger in place before, and its data
+
+
+@llama_cpp.llama_log_callback
+def _collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Never freed: another thread may be in it, or on its way, when the last one leaves `_errors`."""
+    lines = _heard.get(threading.get_ident())
+    if lines is not None and level == LOG_ERROR and text.strip():
+        lines.append(text.decode("utf-8", "replace").strip())
+    logger, data = _forward
+    if logger:
+        logger(level, text, data)
+
+
 @contextlib.contextmanager
 def _errors() -> Iterator[List[str]]:
     """The error lines that the library logs for this thread inside; the logger in place still gets everything."""
-    previous, data, lines = llama_cpp.llama_log_callback(), ctypes.c_void_p(), []
-    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(data))
-    thread = threading.get_ident()
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-        if level == LOG_ERROR and text.strip() and threading.get_ident() == thread:
-            lines.append(text.decode("utf-8", "replace").strip())
-        previous(level, text, data)
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    global _forward
+    thread, lines = threading.get_ident(), []
+    with _log_lock:
+        if not _heard:
+            logger, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+            llama_cpp.llama_log_get(ctypes.byref(logger), ctypes.byref(data))
+            _forward = logger, data
+            llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+        _heard[thread] = lines
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(previous, data)
+        with _log_lock:
+            del _heard[thread]
+            if not _heard:
+                llama_cpp.llama_log_set(*_forward)
 
 
 def create_context(model: Any, params: llama_cpp.llama_context_params, options: Optional[Options] = None) -> Any:

@@ -51,6 +51,17 @@ def test_cache_is_what_was_asked_for(open_llama, log, arguments, types) -> None:
     assert (sizes.type_k, sizes.type_v, sizes.sink or types[2], sizes.window or types[3]) == types
 
 
+def test_layers_for_a_gpu_that_is_not_there_are_a_warning(open_llama, tmp_path, monkeypatch, recwarn) -> None:
+    open_llama(n_gpu_layers=-1)  # made for the CPU alone: as upstream
+    monkeypatch.setattr(llama_cpp.llama_cpp, "_base_path", tmp_path)
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_supports_gpu_offload", lambda: False)
+    (tmp_path / "libggml-cuda.so").touch()
+    open_llama()
+    assert not [w for w in recwarn if "n_gpu_layers" in str(w.message)]
+    with pytest.warns(UserWarning, match="n_gpu_layers=-1 has no effect: no CUDA GPU was found"):
+        open_llama(n_gpu_layers=-1)
+
+
 @pytest.mark.parametrize("arguments", [{"cache_type": "kvtc-k2v4"}, {"type_v": "q8_0"}, {"cache_type": "turbo2"}])
 def test_flash_attention_comes_on_and_says_so_to_who_refused_it(open_llama, recwarn, arguments) -> None:
     llama = open_llama(**arguments)
@@ -133,12 +144,24 @@ def test_model_without_a_calibration_raises_with_the_command_that_makes_one(open
         open_llama(path=tmp_path / "bare.gguf", cache_type="kvtc-k2v4")
 
 
-def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> None:
-    def current() -> int:
-        callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-        llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
-        return ctypes.cast(callback, ctypes.c_void_p).value
+def current() -> int:
+    """The logger in place."""
+    callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    return ctypes.cast(callback, ctypes.c_void_p).value
 
+
+def test_threads_that_leave_in_the_order_they_came_leave_the_users_logger(log) -> None:
+    before, blocks = current(), [kvtc._errors(), kvtc._errors()]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for thread, block in zip((first, second), blocks, strict=True):
+            thread.submit(block.__enter__).result()
+        for thread, block in zip((first, second), blocks, strict=True):
+            thread.submit(block.__exit__, None, None, None).result()
+    assert current() == before
+
+
+def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> None:
     before = current()
     with pytest.raises(ValueError, match="cannot open"):
         open_llama(cache_type="kvtc-k2v4", kvtc_file="/nowhere.gguf")
@@ -146,9 +169,54 @@ def test_failed_context_leaves_the_users_logger_in_place(open_llama, log) -> Non
     assert any("cannot open calibration" in line for line in log)
 
 
+def test_threads_hear_their_own_errors_and_the_logger_outlives_them(log, tmp_path) -> None:
+    """A callback freed while another thread logs ends the process."""
+
+    def work(n: int) -> None:
+        for turn in range(60):
+            path = str(tmp_path / f"absent-{n}-{turn}.gguf")
+            with kvtc._errors() as lines:
+                assert not llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+            named = [line for line in lines if "absent-" in line]
+            assert named and all(path in line for line in named)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert not kvtc._heard
+    log.clear()
+    llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", llama_cpp.llama_model_default_params())
+    assert any("/nowhere.gguf" in line for line in log)
+
+
 def test_libllama_without_kvtc_is_named(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="has no kvtc cache types"):
         kvtc._function("llama_kvtc_of_another_day", [], None)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("chatml", {}),
+        ("llama-2", {}),
+        ("chatml", {"response_format": {"type": "json_object", "schema": {"type": "boolean"}}}),
+        ("chatml-function-calling", {"tools": [TOOL], "tool_choice": "auto"}),
+    ],
+)
+def test_chat_handlers_answer_as_over_an_exact_cache(open_llama, form, more) -> None:
+    messages = [{"role": "user", "content": TEXT.decode()}]
+    limit = 24 if more else 4  # a few tokens on, a random model picks between two as likely
+
+    def answer(**arguments) -> dict:
+        llama = open_llama(chat_format=form, n_ctx=1024, **arguments)
+        return llama.create_chat_completion(messages, max_tokens=limit, temperature=0, **more)["choices"][0]
+
+    exact = answer(cache_type="kvtc-k2v4", kvtc_window=EXACT)
+    assert exact == answer(flash_attn=True)
+    coded = answer(cache_type="kvtc-k2v4")
+    assert coded["message"].keys() == exact["message"].keys()
 
 
 def test_pickled_object_comes_back_with_its_cache(open_llama, other) -> None:

@@ -1,6 +1,6 @@
-"""Failures caught: errors that verify reports for another code than the cache's, layers of other bits coded by other
-tables, numpy in place of the library without a word, a calibration that llama.cpp refuses and that is written all the
-same."""
+"""Failures caught: errors that verify reports for another code or another attention than the cache's, layers of other
+bits coded by other tables, numpy in place of the library without a word, a calibration that llama.cpp refuses and that
+is written all the same."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from kvtc_gguf import coder, native
+from kvtc_gguf import coder, native, reference, verify
+from kvtc_gguf.capture import LayerSample
 from kvtc_gguf.format import Calibration, write
 from kvtc_gguf.libraries import NativeError
+from kvtc_gguf.reference_rope import Turns
 
-HEADS, DIM = 2, 64
+HEADS, DIM, TOKENS = 2, 64, 300
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,32 @@ def test_library_and_twin_give_the_same_vectors_back(calibration, source) -> Non
                 assert ((got - expected) ** 2).mean() < 1e-4 * (expected**2).mean()
                 errors[asked] = ((got - x) ** 2).mean()
             assert errors[4] < errors[2] < errors[1]
+
+
+def sample(calibration: Calibration, turns: Turns, window: int) -> LayerSample:
+    """A layer's attention inputs, of keys and values as the calibration expects them; three query heads a kv head."""
+    rng, own = np.random.default_rng(1), calibration.layers[1]
+    k, v = (reference.reconstruct(own[side], synthetic.draw(rng, own[side], TOKENS)) for side in "kv")
+    q = rng.standard_normal((TOKENS, 3 * HEADS, DIM)).astype(np.float32)
+    q_rope, k_rope = (turns.rotate(x, np.arange(TOKENS)).astype(np.float32) for x in (q, k))
+    return LayerSample(1, q, k, v, q_rope / np.float32(DIM), k_rope, window)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("neox", [False, True])
+def test_library_and_twin_attend_alike(calibration, source, neox, window, softcap) -> None:
+    turns = Turns(100.0 ** -np.linspace(0, 1, DIM // 4), neox, scale=1.2)  # half of a head's channels
+    rows, given = np.arange(132, TOKENS, 7), sample(calibration, turns, window)
+    used, twin = coder.open_coder(source, calibration, pytest.fail), coder.NumpyCoder(calibration)
+    bits = (calibration.kept_bits(1, "k", 2), calibration.kept_bits(1, "v", 4))
+    got, expected = (c.attend(given, rows, bits, turns, softcap) for c in (used, twin))
+    assert got.shape == (len(rows), 3 * HEADS, DIM)
+    plain = verify.exact_output(given, rows, softcap)
+    coding = ((got - plain) ** 2).mean()
+    assert 1e-5 < coding / (plain**2).mean() < 0.1
+    # z comes from another matrix product: a component near a midpoint may get the next code
+    assert ((got - expected) ** 2).mean() < 0.02 * coding
 
 
 def test_numpy_codes_where_there_is_no_library_and_says_so(calibration, source, no_library) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch_devices
 from kvtc_gguf import statistics_file
 from kvtc_gguf.capture import LayerSample, channels, rope_pairs
 from kvtc_gguf.fingerprint import fingerprint
@@ -25,6 +26,7 @@ transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 from kvtc_gguf.capture.transformers import TransformersCapture  # noqa: E402
 
+DEVICES = torch_devices.devices()
 T, D, WINDOW = 96, 32, 24
 PLAIN: dict[str, Any] = dict(
     vocab_size=64, hidden_size=4 * D, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -123,20 +125,21 @@ def attended(sample: LayerSample, softcap: float) -> np.ndarray:
     return out.reshape(tokens, -1)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_samples_are_what_the_model_computes(tmp_path: Path, name: str) -> None:
+def test_samples_are_what_the_model_computes(tmp_path: Path, name: str, device: str) -> None:
     model = checkpoint(tmp_path / "hf", name)
     order, interleaved = converted(name, move=name in ("default", "llama3", "QK-norm"))
     info = gguf_of(model, tmp_path / "model.gguf", name, order)
     seen: dict[tuple[int, str], np.ndarray] = {}
     samples: dict[int, LayerSample] = {}
-    with TransformersCapture(str(tmp_path / "hf"), info) as capture:
-        assert capture.interleaved == interleaved
+    with TransformersCapture(str(tmp_path / "hf"), info, device) as capture:
+        assert capture.interleaved == interleaved and capture.model.device.type == torch.device(device).type
         for layer in range(3):
             module = key_module(capture.model, layer)
             source = getattr(module, "k_norm", None) or getattr(module, "k_proj", None) or module.qkv_proj
-            source.register_forward_hook(lambda m, x, y, n=layer: seen.update({(n, "k"): y.detach().numpy()}))
-            module.o_proj.register_forward_pre_hook(lambda m, x, n=layer: seen.update({(n, "o"): x[0].numpy()}))
+            source.register_forward_hook(lambda m, x, y, n=layer: seen.update({(n, "k"): y.cpu().numpy()}))
+            module.o_proj.register_forward_pre_hook(lambda m, x, n=layer: seen.update({(n, "o"): x[0].cpu().numpy()}))
         capture.run(
             np.random.default_rng(0).integers(3, 64, T).astype(np.int32), lambda s: samples.update({s.layer: s})
         )
@@ -172,17 +175,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         TransformersCapture(str(tmp_path / "absent"), info)
 
 
-def test_text_is_tokenized_and_sampled_alike_every_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_text_is_tokenized_and_sampled_alike_every_time(tmp_path: Path, device: str) -> None:
     model = checkpoint(tmp_path / "hf", "default")
     info = gguf_of(model, tmp_path / "model.gguf", "default", np.arange(D))
-    with TransformersCapture(str(tmp_path / "hf"), info) as capture:
+    with TransformersCapture(str(tmp_path / "hf"), info, device) as capture:
         assert capture.tokenize("w7 w9 <s>").tolist()[:2] == [7, 9] and 1 not in capture.tokenize("w7 <s>")
         first, second = capture.sample(3, 20, seed=1), capture.sample(3, 20, seed=1)
     np.testing.assert_array_equal(first, second)
     assert (first[:, 0] == 1).all() and 2 not in first and len({row.tobytes() for row in first}) == 3
 
 
-def test_the_convert_script_writes_a_calibration_of_the_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_convert_script_writes_a_calibration_of_the_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     model = checkpoint(tmp_path / "hf", "QK-norm")
     order, interleaved = converted("QK-norm", move=True)
     info = gguf_of(model, tmp_path / "model.gguf", "QK-norm", order)
@@ -190,7 +197,7 @@ def test_the_convert_script_writes_a_calibration_of_the_gguf(tmp_path: Path, mon
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
     script = Path(__file__).resolve().parents[2] / "convert" / "convert_hf_to_kvtc.py"
     arguments = [tmp_path / "hf", "--model", info.path, "-f", tmp_path / "text.txt", "-c", 256, "-t", 1]
-    arguments += ["--statistics", tmp_path / "s.gguf"]
+    arguments += ["--statistics", tmp_path / "s.gguf", "--device", device]
     monkeypatch.setattr("sys.argv", [str(a) for a in (script, *arguments)])
     monkeypatch.setattr("sys.path", list(sys.path))
     with pytest.raises(SystemExit) as end:
@@ -200,7 +207,7 @@ def test_the_convert_script_writes_a_calibration_of_the_gguf(tmp_path: Path, mon
     assert calibration.fingerprint == fingerprint(info.path)
     assert (calibration.corpus, calibration.tokens, sorted(calibration.layers)) == ("text.txt", 512, [0, 1, 2])
     moments, keys = statistics_file.read(tmp_path / "s.gguf").moments, []
-    with TransformersCapture(str(tmp_path / "hf"), info) as capture:
+    with TransformersCapture(str(tmp_path / "hf"), info, device) as capture:
         assert capture.interleaved == interleaved
         for chunk in words[:512].reshape(2, 256).astype(np.int32):
             capture.run(chunk, lambda sample: keys.append((sample.layer, sample.k[SINKS:])))

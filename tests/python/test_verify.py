@@ -13,9 +13,11 @@ import pytest
 import synthetic
 from kvtc_gguf import calibrate, corpus, embed, native, verify
 from kvtc_gguf.capture import LayerSample, rope_pairs
+from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import Calibration, read, write
 from kvtc_gguf.libraries import NativeError
+from kvtc_gguf.rotation import rotation, turns
 from typer.testing import CliRunner, Result
 
 
@@ -38,12 +40,15 @@ def test_a_calibration_beside_or_inside_its_model_fits(model: Path, tmp_path: Pa
     result = run(model)
     assert result.exit_code == 0, result.output
     assert f"{model.with_name('model.kvtc.gguf')}: fits {model}" in result.stdout
-    assert "K error @2" in result.stdout and "V error @4" in result.stdout
+    for column in ("K @2", "V @4", "k2v4"):
+        assert all(word in result.stdout for word in column.split())
     found = verify.verify(model, model.with_name("model.kvtc.gguf"), None, 512, 1)
     assert [errors.layer for errors in found] == [0, 1]
     for errors in found:
         for side in (errors.keys, errors.values):
             assert 0 < side[4] < 0.5 * side[2] < 0.5
+        both = errors.both
+        assert 0 < both[4, 4] < both[2, 4] < both[2, 2] < 0.5
     embed.embed(model, read(model.with_name("model.kvtc.gguf")), tmp_path / "embedded.gguf")
     result = run(tmp_path / "embedded.gguf")
     assert result.exit_code == 0 and f"{tmp_path / 'embedded.gguf'}: fits" in result.stdout
@@ -65,6 +70,53 @@ def test_errors_are_those_of_the_librarys_codes_and_of_its_twin(
     for ours, theirs in zip(by_library, by_twin, strict=True):
         assert ours.keys == pytest.approx(theirs.keys, rel=0.01)
         assert ours.values == pytest.approx(theirs.values, rel=0.01)
+        assert ours.both == pytest.approx(theirs.both, rel=0.01)
+
+
+def test_attention_that_the_librarys_kernels_get_wrong_is_an_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes that decode well say nothing of the kernels that read them."""
+    attend = native.attend
+    monkeypatch.setattr(native, "attend", lambda *a, **k: -attend(*a, **k))
+    result = run(model)
+    assert result.exit_code == 1 and "says nothing" in result.stderr, result.stdout
+
+
+ROPES = {
+    "llama": {},
+    "qwen2": {},
+    "yarn": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 1024},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotation_is_read_off_the_keys_whatever_the_rule(name: str, tmp_path: Path) -> None:
+    architecture = "qwen2" if name == "yarn" else name
+    synthetic.tiny_model(tmp_path / "model.gguf", architecture, extra=ROPES[name])
+    samples: list[LayerSample] = []
+    with LlamaCapture(tmp_path / "model.gguf", 600, 1) as capture:
+        capture.run(np.random.default_rng(0).integers(0, 256, 600).astype(np.int32), samples.append)
+        pairs = rope_pairs(32, 32, capture.interleaved)
+    for sample in samples:
+        turn = rotation(sample, pairs)
+        scale = np.linalg.norm(sample.k_rope[..., pairs]) / np.linalg.norm(sample.k[..., pairs])
+        assert (scale > 1.05) == (name == "yarn")
+        got = turns(turn, pairs, scale).rotate(sample.k, np.arange(600))
+        np.testing.assert_allclose(got, sample.k_rope, atol=2e-4 * np.abs(sample.k).max())
+
+
+def test_a_calibration_without_the_usual_bits_is_tried_with_those_it_has(model: Path, tmp_path: Path) -> None:
+    calibration = read(model.with_name("model.kvtc.gguf"))
+    for sides in calibration.layers.values():
+        for side in sides.values():
+            side.widths = side.widths[:, [calibration.bits.index(3)]]
+            used = {(h, g, int(w)) for h, rows in enumerate(side.widths) for g, w in enumerate(rows[0])}
+            side.codebooks = {key: book for key, book in side.codebooks.items() if key in used}
+    calibration.bits, calibration.layer_bits = [3], {}
+    write(calibration, tmp_path / "c.gguf")
+    (errors, _) = verify.verify(model, tmp_path / "c.gguf", None, 512, 1)
+    assert list(errors.keys) == list(errors.values) == [3] and 0 < errors.both[3, 3] < 0.5
 
 
 def no_layer(c: Calibration) -> None:

@@ -1,6 +1,7 @@
 """A wheel that a user cannot install and run fails here. Slow: `make wheel-test` builds the wheels and runs this.
 
-They are installed into an empty environment, with what they ask for from the package index and nothing else.
+They are installed into an empty environment, with what they ask for from the package index and nothing else; a CUDA
+wheel (KVTC_WHEELS=dist/cuda) with CUDA's libraries from there.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import tools
 
 DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist")
 MODEL = tools.ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-LARGEST = 40 * 2**20  # bytes of the CPU's wheel
+LARGEST = {False: 40 * 2**20, True: 600 * 2**20}  # bytes of a wheel, by whether it has the CUDA kernels
 TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity")
 SCRIPT = """
 from llama_cpp import Llama
-llm = Llama("embedded.gguf", cache_type="kvtc-k2v4", verbose=False)
+llm = Llama("embedded.gguf", cache_type="kvtc-k2v4", verbose=False{more})
 out = llm("The three most important ideas in data compression are", max_tokens=24, temperature=0)
 print(out["choices"][0]["text"])
 """
@@ -41,8 +42,16 @@ def home(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheels."""
     home = tmp_path_factory.mktemp("empty")
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels)
+    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels, *cuda(wheels[1]))
     return home
+
+
+def cuda(wheel: Path) -> list[str]:
+    """CUDA's libraries that a wheel asks for, as packages; none for a wheel of the CPU."""
+    with zipfile.ZipFile(wheel) as archive:
+        kernels = [archive.read(name) for name in archive.namelist() if name.endswith("libggml-cuda.so")]
+    versions = {int(major) for code in kernels for major in re.findall(rb"libcudart\.so\.(\d+)", code)}
+    return [f"{name}=={major}.*" for major in versions for name in ("nvidia-cuda-runtime", "nvidia-cublas")]
 
 
 def run(home: Path, program: str, *arguments: object, cwd: Path | None = None) -> str:
@@ -61,7 +70,7 @@ def test_wheel_holds_every_library_once_and_what_upstreams_holds(wheels) -> None
         metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
     assert len(sums) == len(set(sums)) >= 6
     assert re.match(r"llama_cpp_python-0\.3\.36\+kvtc\.\d+-py3-none-", wheels[1].name)
-    assert wheels[1].stat().st_size < LARGEST
+    assert wheels[1].stat().st_size < LARGEST[bool(cuda(wheels[1]))]
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not re.search(r"^llama_cpp$|\.(dist-info|libs)$", t)} == set()
     assert "Requires-Dist: diskcache" in metadata and "Andrei Betlen" in metadata
@@ -83,13 +92,31 @@ def test_packages_are_consistent(home) -> None:
     assert "No broken requirements" in run(home, "python", "-m", "pip", "check")
 
 
-def test_five_lines_generate_from_a_model_that_embeds_its_calibration(home, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def embedded(home, tmp_path_factory) -> Path:
+    """A folder with SmolLM2 and its calibration in one file."""
+    folder = tmp_path_factory.mktemp("embedded")
     sidecar = MODEL.with_name(MODEL.name.removesuffix(".gguf") + ".kvtc.gguf")
     assert sidecar.is_file(), "run `make calibration`"
-    run(home, "python", "-m", "kvtc_gguf.embed", MODEL, sidecar, "-o", tmp_path / "embedded.gguf")
-    (tmp_path / "five.py").write_text(SCRIPT)
-    text = run(home, "python", "five.py", cwd=tmp_path)
+    run(home, "python", "-m", "kvtc_gguf.embed", MODEL, sidecar, "-o", folder / "embedded.gguf")
+    return folder
+
+
+def script(home: Path, folder: Path, more: str = "") -> str:
+    """What the five lines print, with more arguments of `Llama`."""
+    (folder / "five.py").write_text(SCRIPT.format(more=more))
+    return run(home, "python", "five.py", cwd=folder)
+
+
+def test_five_lines_generate_from_a_model_that_embeds_its_calibration(home, embedded) -> None:
+    text = script(home, embedded)
     assert len(re.findall(r"[A-Za-z]{3,}", text)) >= 8, text
+
+
+def test_layers_for_a_gpu_go_there_or_a_line_says_that_there_is_none(home, wheels, embedded) -> None:
+    said = "no CUDA GPU was found" in script(home, embedded, ", n_gpu_layers=-1")
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    assert said == (bool(cuda(wheels[1])) and not has_gpu)
 
 
 def test_console_scripts_are_the_tools(home) -> None:

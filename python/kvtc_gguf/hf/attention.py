@@ -29,15 +29,14 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; attention_mask [B, 1, T, N] is added to the logits.
 
     query [B, n_head, T, d]; key, value [B, H, N, d], or of a KVTCLayer [B, H, N + E, d]: N decoded tokens, then the
-    exact ones of its `exact_index`.
+    exact ones of its `exact_index`. s_aux [n_head]: one more logit, of no key, in every softmax of a head.
     """
-    if options.get("s_aux") is not None:
-        raise NotImplementedError("kvtc_gguf.hf does not serve models with attention sinks as logits")
     layer: KVTCLayer | None = getattr(key, "kvtc_layer", None)
     group = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -51,5 +50,8 @@ def attend(
         attention_mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))[None, None]
     if layer is not None:
         attention_mask = layer.split_mask(attention_mask.float(), query.shape[2])
-    weights = (logits + attention_mask).softmax(-1).to(value.dtype)
+    logits = logits + attention_mask
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.float()[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    weights = logits.softmax(-1)[..., : keys.shape[2]].to(value.dtype)
     return (weights @ values).transpose(1, 2).contiguous(), None

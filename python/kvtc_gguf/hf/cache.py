@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvtc_gguf.hf.prepare import Codecs, cache_argument, prepare, watch
+from kvtc_gguf.hf.prepare import CACHE_ARGUMENTS, Codecs, cache_argument, prepare, watch
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -192,8 +192,9 @@ def everywhere(cache: KVTCCache, model: nn.Module) -> Iterator[None]:
     forward, name = model.forward, cache_argument(model)
 
     def with_cache(*arguments: Any, **options: Any) -> Any:
-        if options.get(name) is None:
-            options |= {name: cache.fresh(), "use_cache": True}
+        if all(options.get(argument) is None for argument in CACHE_ARGUMENTS):
+            given = {key: value for key, value in options.items() if key not in CACHE_ARGUMENTS}
+            options = {**given, name: cache.fresh(), "use_cache": True}
         return forward(*arguments, **options)
 
     model.forward = with_cache

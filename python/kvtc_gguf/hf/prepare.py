@@ -20,6 +20,8 @@ from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.sidecar import locate
 
 Codecs = tuple[SideCodec, SideCodec]
+# Of models and of their layers; the library renames it.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
 
 
 def prepare(model: nn.Module, gguf: Path, sidecar: Path | None, cache_type: str) -> list[Codecs]:
@@ -89,13 +91,12 @@ def watch(model: nn.Module) -> None:
 
 
 def _hand_over(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    cache = next(
-        (options[k] for k in ("cache", "past_key_values", "past_key_value") if options.get(k) is not None), None
-    )
-    layers = getattr(cache, "layers", None)
-    if layers and hasattr(layers[module.layer_idx], "rotation"):
-        given = options.get("position_embeddings") or next((a for a in arguments if isinstance(a, tuple)), None)
-        layers[module.layer_idx].rotation = None if given is None else (given[0], given[1])
+    cache = next((options[k] for k in CACHE_ARGUMENTS if options.get(k) is not None), None)
+    # other caches may make their layers as they are filled
+    for layer in getattr(cache, "layers", [])[module.layer_idx : module.layer_idx + 1]:
+        if hasattr(layer, "rotation"):
+            given = options.get("position_embeddings") or next((a for a in arguments if isinstance(a, tuple)), None)
+            layer.rotation = None if given is None else (given[0], given[1])
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kvtc_gguf.native.library import K, Library, NativeError, V, load
-
-if TYPE_CHECKING:
-    from kvtc_gguf.reference_rope import Rope
+from kvtc_gguf.reference_rope import Rope, Turns
 
 ERROR_SIZE = 1024
+ROPE_NORMAL, ROPE_NEOX = 1, 2  # enum ggml_kvtc_rope_type
 
 
 def fingerprint(path: str | os.PathLike[str], library: Library | None = None) -> str:
@@ -129,7 +128,7 @@ class Pack:
             raise ValueError(f"rows of {'KV'[side]} have {self.row_bytes(side)} bytes, not {rows.shape[1:]}")
         return decode_rows(self.library, self.memory, side, rows, *self.shapes[side])
 
-    def set_rope(self, rope: Rope) -> None:
+    def set_rope(self, rope: Rope | Turns) -> None:
         """Give the pack the rotation of the model's keys; attention applies it. Not while another thread attends.
 
         Raises NativeError for what is no rotation of these heads by one position.
@@ -173,8 +172,14 @@ def decode_rows(lib: Library, pack: np.ndarray, side: int, rows: np.ndarray, n_h
     return z
 
 
-def rope_struct(lib: Library, rope: Rope) -> Any:
-    """struct ggml_kvtc_rope of a rotation, by way of the op_params of ggml's ROPE node. Raises NativeError."""
+def rope_struct(lib: Library, rope: Rope | Turns) -> Any:
+    """struct ggml_kvtc_rope of a rotation; a Rope goes by op_params, as of ggml's ROPE node. Raises NativeError."""
+    if isinstance(rope, Turns):
+        if rope.n_offs:
+            raise NativeError("this is no rotation of a head's first channels")
+        kind = ROPE_NEOX if rope.neox else ROPE_NORMAL
+        table = {"type": kind, "n_rot": rope.n_dims, "mscale": rope.scale, "inv_freq": rope.frequencies.tolist()}
+        return lib.ffi.new("struct ggml_kvtc_rope *", table)
     floats = [rope.freq_base, rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow]
     params = np.zeros(16, np.int32)
     params[[1, 2, 4]] = rope.n_dims, 2 if rope.neox else 0, rope.n_ctx_orig
@@ -187,6 +192,6 @@ def rope_struct(lib: Library, rope: Rope) -> Any:
     return result
 
 
-def set_rope(lib: Library, pack: np.ndarray, rope: Rope) -> None:
+def set_rope(lib: Library, pack: np.ndarray, rope: Rope | Turns) -> None:
     """Give a pack in the CPU's layout a rotation."""
     lib.base.ggml_kvtc_pack_set_rope(lib.pointer(pack), rope_struct(lib, rope))
