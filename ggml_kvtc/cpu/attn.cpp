@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
 namespace kvtc {
@@ -195,19 +194,14 @@ private:
         return min_pos - pos < p.n_window ? EITHER : CODES;
     }
 
-    // does no query of the block that sees by position alone leave out any of the cells?
-    bool sees_all(const tile_cells & cells, int32_t first_query, int32_t last_query) const {
-        return !dst->src[3] && cells.filled && cells.high <= first_query && (p.n_span == 0 || last_query - cells.low < p.n_span);
-    }
-
     // is any query of the block allowed to see any of the cells?
-    bool visible(const tile_cells & cells, int64_t first) const {
+    bool visible(int64_t first, int n) const {
         const ggml_tensor * mask = dst->src[3];
-        if (sees_all(cells, min_pos, max_pos) || (!mask && p.n_span == 0)) {
+        if (!mask && p.n_span == 0) {
             return true;
         }
         if (!mask) {
-            for (int j = 0; j < cells.n; ++j) {
+            for (int j = 0; j < n; ++j) {
                 const int32_t pos = cell_info[2*(first + j)];
                 if (pos >= 0 && pos <= max_pos && min_pos - pos < p.n_span) {
                     return true; // or none does, where the block's positions have gaps
@@ -217,7 +211,7 @@ private:
         }
         for (int t = 0; t < n_tok; ++t) {
             const ggml_fp16_t * row = mask_row(t) + first;
-            for (int j = 0; j < cells.n; ++j) {
+            for (int j = 0; j < n; ++j) {
                 if (row[j] != 0xfc00) { // -inf
                     return true;
                 }
@@ -232,35 +226,14 @@ private:
     }
 
     void tile(int64_t first, int n) {
+        if (!visible(first, n)) {
+            return;
+        }
         tile_cells main;
         tile_cells rest; // keys that are exact for some queries only: once more, under the complementary mask
-        const int32_t * info = cell_info + 2*first;
-        int32_t stored = -1; // of all slots together, -1 if none has an exact row
-        main.n    = n;
-        main.low  = INT32_MAX;
-        main.high = INT32_MIN;
-        for (int j = 0; j < n; ++j) {
-            main.low  = std::min(main.low,  info[2*j]);
-            main.high = std::max(main.high, info[2*j]);
-            stored   &= info[2*j + 1];
-        }
-        main.filled = main.low >= 0;
-        if (!visible(main, first)) {
-            return;
-        }
-        main.coded = main.exact = false;
-        if (main.filled && stored == -1) { // most tiles of a long context
-            for (int j = 0; j < n; ++j) {
-                main.cell[j] = (int32_t) first + j;
-                main.pos [j] = info[2*j];
-                main.slot[j] = -1;
-            }
-            main.coded = true;
-            attend(main, nullptr, false);
-            return;
-        }
+        main.n = n;
         rest.n = 0;
-        rest.filled = false;
+        main.coded = main.exact = false;
         bool either[TILE];
         int32_t last = -1;
         for (int j = 0; j < n; ++j) {
@@ -350,8 +323,7 @@ private:
             for (int j = 0; mask && j < cells.n; ++j) {
                 bias[j] = GGML_CPU_FP16_TO_FP32(mask[cells.cell[j]]);
             }
-            const bool by_position = p.n_span > 0 && !sees_all(cells, query_pos[t], query_pos[t]);
-            for (int j = 0; by_position && j < cells.n; ++j) {
+            for (int j = 0; p.n_span > 0 && j < cells.n; ++j) {
                 const int32_t pos = cell_info[2*cells.cell[j]]; // of an empty cell, cells.pos has another
                 if (pos < 0 || pos > query_pos[t] || query_pos[t] - pos >= p.n_span) {
                     bias[j] = NONE;

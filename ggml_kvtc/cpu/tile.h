@@ -27,8 +27,6 @@ struct tile_cells {
     int32_t slot[TILE];  // as in the info tensor; -1: use the codes
     bool    coded;       // some key uses its codes; then cell[] is contiguous
     bool    exact;       // some key does not
-    bool    filled;      // no cell is empty; then these are the least and the greatest position:
-    int32_t low, high;
 };
 
 // z of the tile, component-major [d][TILE]. rows: first row of the stream. Returns how many components may be non-zero.
