@@ -213,6 +213,19 @@ std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data,
     }
 }
 
+std::vector<kvtc_item> kvtc_read_container(const uint8_t * data, size_t size, size_t & used) {
+    used = 0;
+    return kvtc_read_container([&](void * to, size_t n) {
+        if (n > size - used) {
+            refuse("the state is truncated");
+        }
+        if (n > 0) {
+            memcpy(to, data + used, n);
+        }
+        used += n;
+    });
+}
+
 kvtc_section_reader::kvtc_section_reader(const kvtc_item & section) : section(section), model(nullptr, ggml_kvtc_rows_free) {
     const auto & data = section.model.data;
     bool ok;
@@ -269,18 +282,9 @@ void kvtc_section_reader::decode(uint8_t * rows) const {
 }
 
 bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, size_t err_size) {
-    size_t at = 0;
+    size_t used = 0;
     try {
-        const auto items = kvtc_read_container([&](void * to, size_t n) {
-            if (n > size - at) {
-                refuse("the state is truncated");
-            }
-            if (n > 0) {
-                memcpy(to, data + at, n);
-            }
-            at += n;
-        });
-        for (const kvtc_item & item : items) {
+        for (const kvtc_item & item : kvtc_read_container(data, size, used)) {
             if (item.plain) {
                 continue;
             }
@@ -293,7 +297,7 @@ bool llama_kvtc_container_check(const uint8_t * data, size_t size, char * err, s
                 section.decode(block, rows.data());
             }
         }
-        if (at != size) {
+        if (used != size) {
             refuse("the state is damaged: bytes after its end");
         }
         return true;

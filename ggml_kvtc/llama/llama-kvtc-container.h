@@ -102,6 +102,9 @@ private:
 // names the block that is damaged. Allocates no more than KVTC_MAX_BYTES beyond what it has been given.
 std::vector<kvtc_item> kvtc_read_container(const std::function<void(void * data, size_t size)> & pull);
 
+// The same of a container in memory. used: its bytes; some may follow.
+std::vector<kvtc_item> kvtc_read_container(const uint8_t * data, size_t size, size_t & used);
+
 // A section's model, read once. Throws one line that names the model or the block that is none.
 class kvtc_section_reader {
 public:

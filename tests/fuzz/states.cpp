@@ -75,18 +75,9 @@ void check_block(const kvtc_item & item, const kvtc_section_reader & section, co
 }
 
 void check(const uint8_t * data, size_t size) {
-    size_t at = 0;
+    size_t used;
     try {
-        const auto items = kvtc_read_container([&](void * to, size_t n) {
-            if (n > size - at) {
-                throw std::runtime_error("it ends");
-            }
-            if (n > 0) {
-                memcpy(to, data + at, n);
-            }
-            at += n;
-        });
-        for (const kvtc_item & item : items) {
+        for (const kvtc_item & item : kvtc_read_container(data, size, used)) {
             if (item.plain) {
                 continue;
             }
