@@ -36,14 +36,13 @@ def stop(message: str) -> None:
     raise typer.Exit(1)
 
 
-def find_nvcc() -> Path:
-    """nvcc of $CUDACXX, of PATH, or of the toolkit's usual folder."""
+def find_nvcc() -> Path | None:
+    """nvcc of $CUDACXX, of PATH, or of the toolkit's usual folder; None if there is none."""
     for name in (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"):
         found = shutil.which(name) if name else None
         if found:
             return Path(found)
-    stop("nvcc was not found; install NVIDIA's CUDA toolkit, or set CUDACXX=/path/to/nvcc")
-    raise AssertionError
+    return None
 
 
 def listed_files() -> list[Path]:
@@ -104,6 +103,9 @@ def main(
 ) -> None:
     """Compile every CUDA file of ours for each architecture; objects are thrown away."""
     nvcc = find_nvcc()
+    if nvcc is None:
+        stop("nvcc was not found; install NVIDIA's CUDA toolkit, or set CUDACXX=/path/to/nvcc")
+        raise AssertionError
     ggml = llama_cpp / "ggml"
     if not (ggml / "src" / "ggml-cuda" / "common.cuh").is_file():
         stop(f"{llama_cpp} is no llama.cpp tree; `make cuda-compile` makes one")
