@@ -41,19 +41,18 @@ DEAD = 0.4  # what is added before a component over its step is cut off: fewer o
 class Live:
     """A kvtc cache's codes: what they decode to, and back. Rows are keys before RoPE and values."""
 
-    source: Path  # the calibration
+    opened: native.Calibration
+    calibration: format.Calibration  # the same
     bits: tuple[int, int]
 
     def decode(self, layer: int, side: int, rows: np.ndarray) -> np.ndarray:
         """f32 [n, H * d] of rows u8 [n, row_bytes]."""
-        opened, own = native.Calibration(self.source), format.read(self.source).layers[layer][SIDES[side]]
-        z = opened.pack(layer, *self.bits).decode(side, rows)
-        return reference.reconstruct(own, z).reshape(len(rows), -1)
+        z = self.opened.pack(layer, *self.bits).decode(side, rows)
+        return reference.reconstruct(self.calibration.layers[layer][SIDES[side]], z).reshape(len(rows), -1)
 
     def encode(self, layer: int, side: int, x: np.ndarray) -> np.ndarray:
-        opened = native.Calibration(self.source)
-        heads = x.reshape(len(x), opened.shape(layer, side)[0], -1)
-        return opened.pack(layer, *self.bits).encode(side, opened.transform(layer, side, heads))
+        heads = x.reshape(len(x), self.opened.shape(layer, side)[0], -1)
+        return self.opened.pack(layer, *self.bits).encode(side, self.opened.transform(layer, side, heads))
 
 
 def entropy_and_tables(codes: np.ndarray) -> tuple[float, float]:
@@ -128,10 +127,11 @@ def main(
     captured, info, n = capture(model, work, chunks, threads), ModelInfo(model), length
     n_layers, n_heads, d, _ = captured.queries.shape
     base = float(info.reader.value(f"{info.architecture}.rope.freq_base", GGUFValueType.FLOAT32) or 10000.0)
-    rope, calibration = Rope(d, False, base), model.with_suffix(".kvtc.gguf")
+    rope, sidecar = Rope(d, False, base), model.with_suffix(".kvtc.gguf")
+    opened, calibration = native.Calibration(sidecar), format.read(sidecar)
     engine, figures = Engine(model, threads), []
     tokens = engine.tokenize(heldout.find(work).path.read_bytes()[: 12 * n], n + JUDGED)
-    lives = {name: Live(calibration, (int(name[6]), int(name[8]))) for name in live.split(",")}
+    lives = {name: Live(opened, calibration, (int(name[6]), int(name[8]))) for name in live.split(",")}
 
     def judge(cache: str, path: Path) -> np.ndarray:
         sides = Cache(cache).types

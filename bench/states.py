@@ -226,9 +226,8 @@ def measure(
                 row["saved again identical"] = again.read_bytes() == path.read_bytes()
                 if with_coders and "kvtc" in cache:
                     saved = read(path)
-                    for i, items in enumerate(
-                        saved.containers
-                    ):  # layers with a sliding window are a cache of their own
+                    # layers with a sliding window are a cache of their own
+                    for i, items in enumerate(saved.containers):
                         row[f"cache {i}: bytes"] = len(container_bytes(items))
                     sections = saved.sections
                     for name, what in (("codes", (0, 1)), ("exact", (2, 3))):
