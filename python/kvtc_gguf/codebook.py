@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 BINS = 512
-REACH, BEND = 32.0, 2.0
+REACH, BEND = 20.0, 2.0
 """Some keys lie 17 deviations out (those of tokens that much attention goes to, in gemma-3). Bins are even in
-asinh(x / BEND): 1/46 of a deviation in the middle, 1/21 at 4."""
+asinh(x / BEND): 1/43 of a deviation in the middle, 1/19 at 4."""
 EDGES = BEND * np.sinh(np.linspace(-1, 1, BINS + 1) * np.arcsinh(REACH / BEND))
-WIDTHS = np.diff(EDGES)
+BIN_WIDTHS = np.diff(EDGES)
 START = {1: 0.8, 2: 1.5, 3: 2.15, 4: 2.73, 5: 3.25, 6: 3.7, 8: 4.4}
 """Outermost starting level, in standard deviations. Started from quantiles instead, the outer levels never reach the
 tails (measured KLD at 2 bits: 0.0070 against 0.0054)."""
@@ -51,7 +51,7 @@ class Cumulative:
 
         Panter and Dite, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels" (1951).
         """
-        dense = np.cumsum(np.cbrt(np.diff(self.count, axis=1) * WIDTHS**2), axis=1)
+        dense = np.cumsum(np.cbrt(np.diff(self.count, axis=1) * BIN_WIDTHS**2), axis=1)
         share = (np.arange(n) + 0.5) / n
         rows = [np.interp(share * d[-1], np.concatenate([[0.0], d]), EDGES) for d in dense]
         return np.stack(rows) * self.scale[:, None]
@@ -60,7 +60,7 @@ class Cumulative:
         """(count, sum) of the samples below x [C, L], each [C, L]."""
         deviations = x / self.scale[:, None]
         index = bins(deviations)
-        width = WIDTHS[index]
+        width = BIN_WIDTHS[index]
         part = np.minimum(np.maximum((deviations - EDGES[index]) / width, 0.0), 1.0)
         width *= self.scale[:, None]
         index += self.start
@@ -74,11 +74,11 @@ class Cumulative:
 
 
 def lloyd_max(data: Cumulative, bits: int, iterations: int = ITERATIONS) -> np.ndarray:
-    """Levels [C, 2**bits], rising, that minimise the mean squared error; started wide, as the measured recipe does.
+    """Levels [C, 2**bits], rising, that minimise the mean squared error.
 
-    Components of another shape start once more from where their samples are, and keep what is better: where a few
-    samples lie far from all others (tokens that much attention goes to), a wide start leaves levels in the gap between,
-    which no sample ever moves.
+    Each component is started wide, as the measured recipe does, and from where its samples are, and keeps the better:
+    where a few samples lie far from all others (tokens that much attention goes to), a wide start leaves levels in the
+    gap between, which no sample ever moves.
     """
     wide = data.mean[:, None] + data.deviation[:, None] * np.linspace(-START[bits], START[bits], 2**bits)
     each = [refined(data, start, iterations) for start in (wide, data.companded(2**bits))]

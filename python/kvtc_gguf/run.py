@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from kvtc_gguf import __version__, corpus
 from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, LayerSample
-from kvtc_gguf.codebook import EDGES, WIDTHS
+from kvtc_gguf.codebook import BIN_WIDTHS, EDGES
 from kvtc_gguf.fit import Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, GROUP, MAX_HEAD_DIM, FormatError
@@ -254,7 +254,7 @@ def histograms(side: Side, fitted: SideCalibration) -> np.ndarray:
     """Histograms f64 [H, G, DRAWN_BINS] of the groups of the transforms that won, in the order of the calibration."""
     drawn = np.linspace(-DRAWN_REACH, DRAWN_REACH, DRAWN_BINS + 1)
     overlap = np.minimum(EDGES[1:, None], drawn[1:]) - np.maximum(EDGES[:-1, None], drawn[:-1])
-    share = np.maximum(overlap, 0.0) / WIDTHS[:, None]
+    share = np.maximum(overlap, 0.0) / BIN_WIDTHS[:, None]
     result = np.zeros((side.heads, side.head_dim // GROUP, DRAWN_BINS))
     for h, name in enumerate(fitted.transforms):
         histogram = side.histograms[name.removesuffix("+norm")]
