@@ -52,7 +52,8 @@ def longest(measure: Callable[[int], float], budget: float, most: int, step: int
     """The largest multiple of `step` up to `most` whose measure is at most `budget`; 0 if none is.
 
     Sizes grow almost linearly with the context, so a straight line through two points lands next to the answer; what is
-    returned was measured, and so was the next larger one.
+    returned was measured, and so was the next larger one. Every second guess halves what is left: a jump between the
+    two points bends the line so much that it would go on by one step at a time.
     """
     low, high = 0, most // step + 1  # low fits, high does not (or is not allowed)
     known: dict[int, float] = {}
@@ -68,7 +69,7 @@ def longest(measure: Callable[[int], float], budget: float, most: int, step: int
         else:
             high = guess
         points = sorted(known.items())[:: max(1, len(known) - 1)]
-        if len(points) == 2 and points[1][1] > points[0][1]:
+        if len(points) == 2 and points[1][1] > points[0][1] and (len(known) < 4 or len(known) % 2):
             (x0, y0), (x1, y1) = points
             guess = int(x0 + (budget - y0) * (x1 - x0) / (y1 - y0))
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import synthetic
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kvtc_gguf import plan
 from kvtc_gguf.dry_run import DryRun, types_of
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
     a=st.floats(0, 100), b=st.floats(1e-4, 1), kink=st.integers(0, 500), jump=st.floats(0, 50),
     budget=st.floats(0, 400), most=st.integers(0, 1000),
 )  # fmt: skip
+@example(a=0.0, b=1e-4, kink=40, jump=2.0, budget=0.0, most=80)
 def test_the_longest_that_fits_is_found_in_few_steps(
     a: float, b: float, kink: int, jump: float, budget: float, most: int
 ) -> None:
@@ -36,7 +37,7 @@ def test_the_longest_that_fits_is_found_in_few_steps(
     found = plan.longest(measure, budget, most * 8, 8)
     fitting = [n for n in range(8, most * 8 + 1, 8) if a + b * n + jump * (n > kink * 8) <= budget]
     assert found == (max(fitting) if fitting else 0)
-    assert len(calls) == len(set(calls)) <= 40
+    assert len(calls) == len(set(calls)) <= 24
 
 
 @pytest.mark.parametrize(
