@@ -99,10 +99,10 @@ public:
         queries = take((size_t) s.rows*dmax);
         scores  = take((size_t) s.rows*TILE);
         acc     = take((size_t) s.rows*s.dvp);
-        top     = take(s.rows);
-        sum     = take(s.rows);
         few     = coded[GGML_KVTC_V] && n_row <= FEW_ROWS;
         lanes   = few ? take((size_t) n_row*s.dvp*W) : nullptr;
+        top     = take(s.rows); // behind all that is read in whole vectors, which do not lie in two lines there
+        sum     = take(s.rows);
 
         const ggml_tensor * q = dst->src[0];
         const float scale = p.logit_softcap != 0.0f ? p.scale/p.logit_softcap : p.scale;

@@ -48,6 +48,25 @@ inline vf   gather(const float * p, vi i) { return _mm512_i32gather_ps(i, p, 4);
 inline vi   gather_bytes(const uint8_t * p, vi offset) { return _mm512_i32gather_epi32(offset, p, 1); }
 inline vi   shift_right (vi a, int n)                  { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 template <int n> inline vi shift_right(vi a)           { return _mm512_srli_epi32(a, n); }
+inline vi   shift_left  (vi a, int n)                  { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+inline vi   bit_or      (vi a, vi b)                   { return _mm512_or_si512(a, b); }
+// 16 bytes at each offset, as four words of 32 bits
+inline void load_pieces(const uint8_t * p, const int32_t * offsets, vi * word) {
+    vi x[4];
+    for (int i = 0; i < 4; ++i) { // rows i, i + 4, i + 8, i + 12
+        const auto piece = [&](int l) { return _mm_loadu_si128((const __m128i *) (p + offsets[i + 4*l])); };
+        x[i] = _mm512_castsi128_si512(piece(0));
+        x[i] = _mm512_inserti32x4(x[i], piece(1), 1);
+        x[i] = _mm512_inserti32x4(x[i], piece(2), 2);
+        x[i] = _mm512_inserti32x4(x[i], piece(3), 3);
+    }
+    const vi lo[2] = { _mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3]) };
+    const vi hi[2] = { _mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3]) };
+    word[0] = _mm512_unpacklo_epi64(lo[0], lo[1]);
+    word[1] = _mm512_unpackhi_epi64(lo[0], lo[1]);
+    word[2] = _mm512_unpacklo_epi64(hi[0], hi[1]);
+    word[3] = _mm512_unpackhi_epi64(hi[0], hi[1]);
+}
 
 // table[code] with code in the low w bits of index; tables of w <= 4 bits repeat up to 16 entries
 template <int w> inline vf lookup(const float * table, vi index) {
@@ -102,6 +121,21 @@ inline vf   gather(const float * p, vi i) { return _mm256_i32gather_ps(p, i, 4);
 inline vi   gather_bytes(const uint8_t * p, vi offset) { return _mm256_i32gather_epi32((const int *) p, offset, 1); }
 inline vi   shift_right (vi a, int n)                  { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 template <int n> inline vi shift_right(vi a)           { return _mm256_srli_epi32(a, n); }
+inline vi   shift_left  (vi a, int n)                  { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+inline vi   bit_or      (vi a, vi b)                   { return _mm256_or_si256(a, b); }
+inline void load_pieces(const uint8_t * p, const int32_t * offsets, vi * word) {
+    vi x[4];
+    for (int i = 0; i < 4; ++i) { // rows i, i + 4
+        const auto piece = [&](int l) { return _mm_loadu_si128((const __m128i *) (p + offsets[i + 4*l])); };
+        x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(1), 1);
+    }
+    const vi lo[2] = { _mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpacklo_epi32(x[2], x[3]) };
+    const vi hi[2] = { _mm256_unpackhi_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[2], x[3]) };
+    word[0] = _mm256_unpacklo_epi64(lo[0], lo[1]);
+    word[1] = _mm256_unpackhi_epi64(lo[0], lo[1]);
+    word[2] = _mm256_unpacklo_epi64(hi[0], hi[1]);
+    word[3] = _mm256_unpackhi_epi64(hi[0], hi[1]);
+}
 
 template <int w> inline vf lookup(const float * table, vi index) {
     if constexpr (w <= 3) {
@@ -152,6 +186,13 @@ inline vi   gather_bytes(const uint8_t * p, vi offset) {
 }
 inline vi   shift_right(vi a, int n)      { vi r; KVTC_EACH((int32_t) ((uint32_t) a.x[l] >> n)); return r; }
 template <int n> inline vi shift_right(vi a) { return shift_right(a, n); }
+inline vi   shift_left (vi a, int n)      { vi r; KVTC_EACH((int32_t) ((uint32_t) a.x[l] << n)); return r; }
+inline vi   bit_or     (vi a, vi b)       { vi r; KVTC_EACH(a.x[l] | b.x[l]); return r; }
+inline void load_pieces(const uint8_t * p, const int32_t * offsets, vi * word) {
+    for (int i = 0; i < 4; ++i) {
+        word[i] = gather_bytes(p + 4*i, iload(offsets));
+    }
+}
 
 template <int w> inline vf lookup(const float * table, vi index) { vf r; KVTC_EACH(table[index.x[l] & ((1 << w) - 1)]); return r; }
 

@@ -44,19 +44,56 @@ vf from_f16(vi bits) {
     return load(value);
 }
 
-// rows of less than four bytes cannot be read in words of 32 bits
-void load_group_bytes(const uint8_t * row, size_t stride, int n, int w, const float * table, const float * gains, uint32_t payload, float * z) {
+// rows of less than a piece, one after the other
+void load_group_bytes(const uint8_t * codes, int w, const float * table, float gain, float * z) {
     const int T = std::max(16, 1 << w);
-    for (int j = 0; j < n; ++j, row += stride) {
-        uint64_t word = 0;
-        for (int i = 0; i < w; ++i) {
-            word |= (uint64_t) row[i] << (8*i);
-        }
-        for (int i = 0; i < GGML_KVTC_GROUP; ++i) {
-            z[i*TILE + j] = gains[payload]*table[i*T + (int) ((word >> (i*w)) & ((1u << w) - 1))];
-        }
+    uint64_t word = 0;
+    for (int i = 0; i < w; ++i) {
+        word |= (uint64_t) codes[i] << (8*i);
+    }
+    for (int i = 0; i < GGML_KVTC_GROUP; ++i) {
+        z[i*TILE] = gain*table[i*T + (int) ((word >> (i*w)) & ((1u << w) - 1))];
     }
 }
+
+// The bytes of W rows from `start` on, in words of 32 bits. They are read in pieces, which a processor moves to words sooner than it
+// gathers these; rows are not read past their end.
+struct row_words {
+    static constexpr int PIECE = 16;
+    static constexpr int WORDS = GGML_KVTC_MAX_DIM/4 + 8; // 8 bits a component and a gain
+
+    vi  word[WORDS];
+    int start;
+
+    row_words(const uint8_t * rows, const int32_t * offsets, int start, int end, int row_bytes) : start(start) {
+        vi * to = word;
+        for (int at = start; at < end; at += PIECE, to += PIECE/4) {
+            const int from = std::min(at, row_bytes - PIECE);
+            vi piece[PIECE/4 + 1] = {};
+            load_pieces(rows + from, offsets, piece);
+            const int skip  = (at - from)/4;
+            const int shift = 8*((at - from)%4);
+            for (int i = 0; i < PIECE/4; ++i) {
+                if (from == at) {
+                    to[i] = piece[i];
+                } else if (i + skip < PIECE/4) {
+                    to[i] = shift > 0 ? bit_or(shift_right(piece[i + skip], shift), shift_left(piece[i + skip + 1], 32 - shift)) : piece[i + skip];
+                }
+            }
+        }
+    }
+
+    // n <= 4 bytes from byte `at` of the row on; what lies above them is not defined
+    vi get(int at, int n) const {
+        const int i     = (at - start)/4;
+        const int shift = 8*((at - start)%4);
+        if (shift == 0) {
+            return word[i];
+        }
+        const vi low = shift_right(word[i], shift);
+        return shift + 8*n > 32 ? bit_or(low, shift_left(word[i + 1], 32 - shift)) : low;
+    }
+};
 
 void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_kvtc_pack_head & head, int n,
                 const uint8_t * first_row, size_t stride, float * z) {
@@ -66,19 +103,20 @@ void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_
     const auto * gains  = (const float *)    ggml_kvtc_pack_at(pack, head.gains);
     const int    G      = (int) side.d/GGML_KVTC_GROUP;
 
-    if (side.row_bytes < 4) {
+    if (side.row_bytes < row_words::PIECE) {
         std::fill(z, z + head.rank*TILE, 0.0f);
         for (int j = 0; j < n; ++j) {
-            const uint8_t * row = first_row + j*stride;
+            const uint8_t * row  = first_row + j*stride;
+            const uint8_t * at   = row + head.payload;
+            const float     gain = head.f16_gain ? GGML_CPU_FP16_TO_FP32(ggml_kvtc_gain_bits((uint32_t) at[0] | (uint32_t) at[1] << 8)) : gains[at[0]];
             for (int g = 0; g < G && widths[g] > 0; ++g) {
-                load_group_bytes(row + bytes[g], stride, 1, widths[g], (const float *) ggml_kvtc_pack_at(pack, tables[g]), gains,
-                                 row[head.payload], z + g*GGML_KVTC_GROUP*TILE + j);
+                load_group_bytes(row + bytes[g], widths[g], (const float *) ggml_kvtc_pack_at(pack, tables[g]), gain, z + g*GGML_KVTC_GROUP*TILE + j);
             }
         }
         return;
     }
 
-    // the next tile's codes come while this one is worked on: a gather waits for every line that it touches
+    // the next tile's codes come while this one is worked on
     uint32_t end = bytes[0];
     for (int g = 0; g < G && widths[g] > 0; ++g) {
         end = bytes[g] + widths[g];
@@ -87,28 +125,24 @@ void load_codes(const void * pack, const ggml_kvtc_pack_side & side, const ggml_
         prefetch(first_row + j*stride + bytes[0]);
         prefetch(first_row + j*stride + end - 1);
     }
-    const uint32_t last = side.row_bytes - 4;
-    alignas(64) int32_t offsets[TILE]; // all before the first is read: a vector just stored in parts would be waited for
+    const int start = (int) (head.f16_gain ? bytes[0] : head.payload); // turbo gains lie behind the codes of all heads
+    alignas(64) int32_t offsets[TILE];
     for (int j = 0; j < TILE; ++j) {
         offsets[j] = (int32_t) (std::min(j, n - 1)*stride);
     }
     for (int v = 0; v < TILE; v += W) {
-        const vi offset = iload(offsets + v);
-
-        // 32 bits of each row, from byte `at` on: as many groups as lie within share them. Rows are not read past their end
-        uint32_t at   = std::min(head.payload, last);
-        vi       word = gather_bytes(first_row + at, offset);
-        const vi gain_code = shift_right(word, 8*(int) (head.payload - at));
-        const vf gain = head.f16_gain ? from_f16(gain_code) : lookup<8>(gains, gain_code);
-
+        const row_words words(first_row, offsets + v, start, (int) end, (int) side.row_bytes);
+        vf gain;
+        if (head.f16_gain) {
+            const uint32_t at = std::min(head.payload, side.row_bytes - 4);
+            gain = from_f16(shift_right(gather_bytes(first_row + at, iload(offsets + v)), 8*(int) (head.payload - at)));
+        } else {
+            gain = lookup<8>(gains, words.get((int) head.payload, 1));
+        }
         for (int g = 0; g < G && widths[g] > 0; ++g) {
             const int w = widths[g];
-            if (bytes[g] < at || bytes[g] + std::min(w, 4) > at + 4) { // turbo gains lie behind the codes
-                at   = std::min(bytes[g], last);
-                word = gather_bytes(first_row + at, offset);
-            }
-            const vi low  = shift_right(word, 8*(int) (bytes[g] - at));
-            const vi high = w > 4 ? gather_bytes(first_row + bytes[g] + w - 4, offset) : low;
+            const vi low  = words.get((int) bytes[g], std::min(w, 4));
+            const vi high = w > 4 ? words.get((int) bytes[g] + w - 4, 4) : low;
             const float * table = (const float *) ggml_kvtc_pack_at(pack, tables[g]);
             float       * out   = z + g*GGML_KVTC_GROUP*TILE + v;
             switch (w) {
