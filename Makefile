@@ -134,9 +134,9 @@ examples-test: build calibration ## install LangChain, LlamaIndex, lm-eval, tran
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
 	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
 
-hf-test: build ## install torch and transformers into .venv, and run the tests of what uses them (KVTC_TORCH_DEVICE: where)
+hf-test: build models ## install torch and transformers into .venv, and run the tests of what uses them (KVTC_TORCH_DEVICE: where)
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,bench,hf]"
-	$(VPYTHON) -m pytest tests/hf tests/python/test_transformers_capture.py $(TEST_ARGS)
+	$(VPYTHON) -m pytest -m "slow or not slow" tests/hf tests/python/test_transformers_capture.py $(TEST_ARGS)
 
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)
