@@ -36,6 +36,17 @@ foreach(target ${wheel_tools})
     install(TARGETS ${target} COMPONENT wheel RUNTIME DESTINATION llama_cpp/bin)
 endforeach()
 
+if(TARGET ggml-cuda AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    # libggml-cuda.so names no folder of this machine, and a toolkit need not lie where the linker looks.
+    foreach(library cublas cudart)
+        get_target_property(file CUDA::${library} IMPORTED_LOCATION)
+        get_filename_component(folder "${file}" DIRECTORY)
+        foreach(target ${wheel_tools} llama-completion)
+            target_link_options(${target} PRIVATE "LINKER:-rpath-link,${folder}")
+        endforeach()
+    endforeach()
+endif()
+
 install(FILES "${CMAKE_SOURCE_DIR}/ggml_kvtc/kvtc.h" "${CMAKE_SOURCE_DIR}/ggml_kvtc/kvtc-rows.h" "${CMAKE_SOURCE_DIR}/ggml_kvtc/cpu/kvtc-cpu.h"
     COMPONENT wheel DESTINATION llama_cpp/include)
 install(FILES "${CMAKE_SOURCE_DIR}/LICENSE" COMPONENT wheel DESTINATION llama_cpp RENAME LICENSE.kvtc)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tools
 
-DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist")
+DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist").resolve()
 MODEL = tools.ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 LARGEST = {False: 40 * 2**20, True: 600 * 2**20}  # bytes of a wheel, by whether it has the CUDA kernels
 TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity")
