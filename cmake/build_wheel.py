@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import typer
+from wheel_requirements import add_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,7 @@ def main(
         False, help="for any x86-64 with AVX2 instead of this one, without https; a manylinux wheel (CPU)"
     ),
     cuda: bool = typer.Option(False, help="with the CUDA kernels"),
+    cuda_architectures: str = typer.Option("", help='compute capabilities to compile them for, "80;90"'),
     jobs: int = typer.Option(0, help="compilers at once; 0: as many as the build tool likes"),
 ) -> None:
     """Build both wheels."""
@@ -61,6 +63,7 @@ def main(
         "cmake.define.GGML_CUDA": "ON" if cuda else "OFF",
         # A library of the machine that builds does not go with the wheel: its security fixes would not reach it there.
         "cmake.define.LLAMA_OPENSSL": "OFF" if portable else "ON",
+        **({"cmake.define.CMAKE_CUDA_ARCHITECTURES": cuda_architectures} if cuda_architectures else {}),
         "install.components": "wheel",
         "build-dir": build,
     }
@@ -71,9 +74,12 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name for name in ("llama", "repaired", "kvtc")]
         wheels = [pip_wheel(tree, folders[0], settings)]
-        if portable and not cuda and sys.platform == "linux":  # CUDA's libraries must be the user's driver's
-            run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folders[1], wheels[0])
+        if portable and sys.platform == "linux":
+            # CUDA's libraries are of packages of their own and of the user's driver.
+            others = [f"--exclude={name}" for name in ("libcuda.so*", "libcudart.so*", "libcublas*.so*")]
+            run(sys.executable, "-m", "auditwheel", "repair", *others, "--wheel-dir", folders[1], wheels[0])
             wheels = list(folders[1].glob("*.whl"))
+        add_requirements(wheels[0], (build / "wheel-requirements.txt").read_text().split())
         wheels.append(pip_wheel(ROOT, folders[2], {}))
         out.mkdir(parents=True, exist_ok=True)
         for wheel in wheels:

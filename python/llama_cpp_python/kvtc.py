@@ -46,6 +46,18 @@ class Options:
     window: Optional[int] = None
     sink: Optional[int] = None
 
+    def __post_init__(self) -> None:
+        for name, count in (("kvtc_window", self.window), ("kvtc_sink", self.sink)):
+            if count is not None and not (isinstance(count, int) and 0 <= count < 10**9):
+                raise ValueError(f"{name} takes a number of tokens from 0 to 999999999, not {count!r}")
+        for path in self.paths():
+            if not isinstance(path, (str, os.PathLike)) or "," in os.fspath(path):  # the library parts them by commas
+                raise ValueError(f"kvtc_file takes a path without commas, or several, not {path!r}")
+
+    def paths(self) -> List[Any]:
+        """The calibrations."""
+        return list(self.file) if isinstance(self.file, (list, tuple)) else [] if self.file is None else [self.file]
+
     def state(self) -> dict:
         """The keyword arguments of `Llama` that make these options."""
         return {"kvtc_file": self.file, "kvtc_window": self.window, "kvtc_sink": self.sink}
@@ -95,7 +107,7 @@ def parse_types(cache_type: Optional[str], type_k: Optional[Type], type_v: Optio
         return tuple(None if side is None else parse_type(side) for side in (type_k, type_v))
     if type_k is not None or type_v is not None:
         raise ValueError("cache_type names the types of K and V: give either it, or type_k and type_v")
-    sides = re.fullmatch(r"kvtc-k(\d)v(\d)", cache_type.strip().lower())
+    sides = re.fullmatch(r"kvtc-k(\d)v(\d)", str(cache_type).strip().lower())
     names = [f"kvtc{bits}" for bits in sides.groups()] if sides else [cache_type, cache_type]
     try:
         return parse_type(names[0]), parse_type(names[1])
@@ -134,9 +146,6 @@ def configure(
         llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn or needed else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
     options = Options(file, window, sink)
-    for name, count in (("kvtc_window", window), ("kvtc_sink", sink)):
-        if count is not None and not 0 <= count < 10**9:
-            raise ValueError(f"{name} takes a number of tokens from 0 to 999999999, not {count!r}")
     given = [name for name, value in options.state().items() if value is not None]
     if given and not coded:
         warnings.warn(f"{', '.join(given)} without a kvtc cache type: no effect", stacklevel=3)
@@ -167,8 +176,7 @@ def _process_params(options: Options) -> Iterator[None]:
     before = (defaults.files, defaults.n_sink, defaults.n_window)
     files, sink, window = before
     if options.file is not None:
-        paths = [options.file] if isinstance(options.file, (str, os.PathLike)) else list(options.file)
-        files = ",".join(os.fspath(path) for path in paths).encode()
+        files = ",".join(os.fspath(path) for path in options.paths()).encode()
     sink = sink if options.sink is None else options.sink
     window = window if options.window is None else options.window
     set_params(_Params(files, sink, window))
@@ -215,13 +223,18 @@ def _errors() -> Iterator[List[str]]:
                 llama_cpp.llama_log_set(*_forward)
 
 
+def _failure(what: str, lines: List[str]) -> str:
+    """What failed and the first line that says why: kvtc's own before gguf's, which names no file."""
+    return ": ".join([what, *sorted(lines, key=lambda line: "kvtc" not in line)[:1]])
+
+
 def create_context(model: Any, params: llama_cpp.llama_context_params, options: Optional[Options] = None) -> Any:
     """`llama_init_from_model` with these options. Raises ValueError, with the library's own words, where it fails."""
     coded = is_coded(params.type_k) or is_coded(params.type_v)
     with _lock, _process_params(options or Options()) if coded else contextlib.nullcontext(), _errors() as lines:
         context = llama_cpp.llama_init_from_model(model, params)
     if context is None:
-        raise ValueError(": ".join(["Failed to create llama_context", *lines[:1]]))
+        raise ValueError(_failure("Failed to create llama_context", lines))
     return context
 
 
@@ -239,7 +252,8 @@ def resume_from(context: Any, n_past: int) -> int:
 def server_options(settings: Any) -> dict:
     """The keyword arguments of `Llama` for the server's settings; its cache_type may also name a cache of prompts."""
     named = settings.cache_type.strip().lower()
-    options = Options(settings.kvtc_file or None, settings.kvtc_window, settings.kvtc_sink)
+    files = settings.kvtc_file.split(",") if settings.kvtc_file else None  # as --kvtc-file of the command lines
+    options = Options(files, settings.kvtc_window, settings.kvtc_sink)
     return {"cache_type": None if named in PROMPT_CACHES else named, **options.state()}
 
 
@@ -262,7 +276,7 @@ def set_state(llama: Any, state: Any) -> None:
     if done != state.llama_state_size:
         llama.reset()
         llama._ctx.kv_cache_clear()
-        raise RuntimeError(": ".join(["Failed to set llama state data", *lines[:1]]))
+        raise RuntimeError(_failure("Failed to set llama state data", lines))
 
 
 def _buffer(data: bytes) -> Any:

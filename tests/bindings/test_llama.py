@@ -130,6 +130,11 @@ def test_two_threads_with_a_lock_get_the_tokens_of_one(open_llama) -> None:
             "kvtc_window takes a number of tokens from 0 to 999999999, not -1",
         ),
         ({"cache_type": "kvtc2", "kvtc_sink": 10**10}, "kvtc_sink takes a number of tokens"),
+        ({"cache_type": "kvtc2", "kvtc_sink": "4"}, "kvtc_sink takes a number of tokens.*not '4'"),
+        ({"cache_type": 42}, "cache_type takes kvtc-k<a>v<b>.*not 42"),
+        ({"cache_type": "kvtc2", "kvtc_file": 42}, "kvtc_file takes a path without commas, or several, not 42"),
+        ({"cache_type": "kvtc2", "kvtc_file": "a,b.gguf"}, "kvtc_file takes a path without commas.*'a,b.gguf'"),
+        ({"cache_type": "kvtc2", "kvtc_file": "/"}, "context: .*kvtc.* /: "),
     ],
 )
 def test_what_cannot_be_served_raises_with_its_reason(open_llama, arguments, words) -> None:

@@ -1,7 +1,7 @@
 """A wheel that a user cannot install and run fails here. Slow: `make wheel-test` builds the wheels and runs this.
 
-They are installed into an empty environment, with what they ask for from the package index and nothing else; a CUDA
-wheel (KVTC_WHEELS=dist/cuda) with CUDA's libraries from there.
+They are installed into an empty environment, with what they ask for from the package index and nothing else: a CUDA
+wheel (KVTC_WHEELS=dist/cuda) asks for CUDA's libraries too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tools
 
-DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist")
+DIST = Path(os.environ.get("KVTC_WHEELS") or tools.ROOT / "dist").resolve()
 MODEL = tools.ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 LARGEST = {False: 40 * 2**20, True: 600 * 2**20}  # bytes of a wheel, by whether it has the CUDA kernels
 TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity")
@@ -42,16 +42,17 @@ def home(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheels."""
     home = tmp_path_factory.mktemp("empty")
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels, *cuda(wheels[1]))
+    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels)
     return home
 
 
-def cuda(wheel: Path) -> list[str]:
-    """CUDA's libraries that a wheel asks for, as packages; none for a wheel of the CPU."""
+def cuda(wheel: Path) -> int:
+    """The version of CUDA that a wheel needs; 0 for a wheel of the CPU."""
     with zipfile.ZipFile(wheel) as archive:
         kernels = [archive.read(name) for name in archive.namelist() if name.endswith("libggml-cuda.so")]
-    versions = {int(major) for code in kernels for major in re.findall(rb"libcudart\.so\.(\d+)", code)}
-    return [f"{name}=={major}.*" for major in versions for name in ("nvidia-cuda-runtime", "nvidia-cublas")]
+    return max(
+        (int(major) for code in kernels for major in re.findall(rb"libcudart[^/\0]*\.so\.(\d+)", code)), default=0
+    )
 
 
 def run(home: Path, program: str, *arguments: object, cwd: Path | None = None) -> str:
@@ -74,6 +75,10 @@ def test_wheel_holds_every_library_once_and_what_upstreams_holds(wheels) -> None
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not re.search(r"^llama_cpp$|\.(dist-info|libs)$", t)} == set()
     assert "Requires-Dist: diskcache" in metadata and "Andrei Betlen" in metadata
+    asked = re.findall(r"(?m)^Requires-Dist: (nvidia-[a-z-]+)~=(\d+)\.\d+$", metadata)
+    version = str(cuda(wheels[1]))
+    expected = [(name, version) for name in ("nvidia-cuda-runtime", "nvidia-cublas")]
+    assert asked == (expected if int(version) >= 13 else [])  # PyPI's packages of older ones are not looked for
     assert any("LICENSE" in name for name in names)
     assert {f"llama_cpp/bin/{tool}" for tool in TOOLS} <= set(names)
 
@@ -86,6 +91,21 @@ def test_portable_wheel_brings_openmp_and_no_other_library_of_the_building_machi
         assert [re.match(r"lib[a-z]+", name)[0] for name in brought] == ["libgomp"], brought
     else:
         assert not brought and "-linux_" in wheels[1].name
+
+
+def test_libraries_export_no_part_of_libstdcxx(wheels, tmp_path) -> None:
+    """It would take the place of the system's own for all of a process; Python crashed."""
+    with zipfile.ZipFile(wheels[1]) as archive:
+        paths = [archive.extract(name, tmp_path) for name in archive.namelist() if "/lib/lib" in name]
+    assert len(paths) >= 6
+    for path in paths:
+        symbols = subprocess.run(
+            ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        own = re.findall(
+            r" [TDBR] _Z(?:N[KVr]*|T[IVST])?(?:St|S[absiod])\w*", symbols
+        )  # W, V: templates of any program
+        assert not own, (path, own[:3])
 
 
 def test_packages_are_consistent(home) -> None:
@@ -122,6 +142,13 @@ def test_layers_for_a_gpu_go_there_or_a_line_says_that_there_is_none(home, wheel
 def test_console_scripts_are_the_tools(home) -> None:
     for tool in TOOLS:
         assert "--cache-type" in run(home, tool, "--help"), tool
+
+
+def test_python_server_comes_with_its_extra(home) -> None:
+    run(home, "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "llama_cpp_python[server]")
+    text = run(home, "python", "-m", "llama_cpp.server", "--help")
+    assert "--kvtc_window" in text and "kvtc-k2v4" in text
+    assert "No broken requirements" in run(home, "python", "-m", "pip", "check")
 
 
 def test_upstreams_tests_that_need_no_download_pass(home, tmp_path) -> None:
