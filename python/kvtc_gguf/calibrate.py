@@ -6,7 +6,8 @@ import os
 import sys
 from collections import Counter
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvtc_gguf import budget, format, statistics_file
+from kvtc_gguf import budget, corpus, format, score, statistics_file
 from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.coder import library_check
-from kvtc_gguf.console import one_line_errors, warn
+from kvtc_gguf.console import one_line_errors, peak_memory, warn
+from kvtc_gguf.corpus import Mix
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
@@ -32,6 +34,7 @@ from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
+DEFAULT_CORPUS = "docs=1,own=1"
 TABLE_BITS = (2, 4)
 REPORT_WIDTH = 150
 
@@ -43,7 +46,7 @@ class Request:
     """What the command line asks for; n_chunks 0: no text but that of in_files."""
 
     model: Path
-    text: Path | None
+    text: Path | Mix
     embedded: Path | None
     in_files: list[Path]
     statistics: Path | None
@@ -57,6 +60,10 @@ class Request:
     checkpoint: str | None = None  # run this in transformers instead of the model
     device: str = "cpu"
     dtype: str = "auto"
+    tokens_of: Path | None = None  # statistics of a run whose tokens are read, of whatever engine or model
+    floor: float = score.FLOOR
+    power: float = 1.0
+    prior: float = 0.0
 
 
 def load_statistics(files: list[Path], fingerprint_: str, architecture: str) -> Statistics:
@@ -79,7 +86,10 @@ def fit_model(run: Run, request: Request) -> Calibration:
         )
     run.probe()
     with run.progress:
-        if request.n_chunks:
+        if request.tokens_of:
+            texts = statistics_file.read(request.tokens_of).texts
+            run.statistics.texts += [replace(text, done=0) for text in texts]
+        elif request.n_chunks:
             run.add_text(request.text, request.n_chunks, request.ctx_size)
         run.gather()
         if request.statistics:
@@ -133,16 +143,6 @@ def widths_text(side: SideCalibration, budget: int) -> str:
     return "\n".join("".join(map(str, row)) for row in widths)
 
 
-def peak_memory() -> str:
-    """Largest resident size of this process so far, as text; empty where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
-
-
 def outputs(request: Request, output: Path | None) -> Path | None:
     """The sidecar to write, if any, after a check of all outputs, before hours of work. Raises FormatError."""
     model = request.model
@@ -175,7 +175,8 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
     """Everything from a request to the files. Raises FormatError (one line), and typer.Exit(130) after Ctrl-C."""
     for path, what in (
         (request.model, "model"),
-        (request.text, "text"),
+        (request.text if isinstance(request.text, Path) else None, "text"),
+        (request.tokens_of, "statistics"),
         *((f, "statistics") for f in request.in_files),
     ):
         if path and not path.is_file():
@@ -183,13 +184,24 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
     sidecar = outputs(request, output)
     mark, info = fingerprint(request.model), ModelInfo(request.model)
     statistics = load_statistics(request.in_files, mark, info.architecture)
-    size = max([request.ctx_size, *(text.chunks.shape[1] for text in statistics.texts)])
+    others = statistics_file.read(request.tokens_of).texts if request.tokens_of else []
+    size = max([request.ctx_size, *(text.chunks.shape[1] for text in statistics.texts + others)])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     with (
         stoppable() as check_stop,
         open_capture(request, info, size) as capture,
-        Run(request.model, info, capture, statistics, progress, check_stop, request.threads) as run,
+        Run(
+            request.model,
+            info,
+            capture,
+            statistics,
+            progress,
+            check_stop,
+            request.threads,
+            partial(score.importance, floor=request.floor, power=request.power),
+            request.prior,
+        ) as run,
     ):
         try:
             calibration = fit_model(run, request)
@@ -246,6 +258,17 @@ def main(
     ] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=MIN_CTX, help="Tokens of a chunk.")] = 1024,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, help="Threads.")] = os.cpu_count() or 1,
+    mix: Annotated[
+        str | None,
+        typer.Option("--corpus", help=f"Shares of our own text, such as docs=1,own=1; of {', '.join(corpus.KINDS)}."),
+    ] = None,
+    tokens_of: Annotated[
+        Path | None,
+        typer.Option(help="Calibrate on the tokens of these statistics, made by another engine or of another model."),
+    ] = None,
+    floor: Annotated[float, typer.Option()] = score.FLOOR,
+    power: Annotated[float, typer.Option()] = 1.0,
+    prior: Annotated[float, typer.Option()] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     bpv: Annotated[
         float | None, typer.Option("--bpv", help="Give layers their own bits: the least KLD in so many bits a value.")
@@ -274,11 +297,13 @@ def main(
             raise FormatError("give --bpv, or --kv-size and --ctx together")
         if bpv is not None and not BUDGETS[0] <= bpv <= BUDGETS[-1]:
             raise FormatError(f"--bpv {bpv:g}: must be {BUDGETS[0]} to {BUDGETS[-1]}")
-        fresh = not in_files or file or tokens or chunks
+        if sum(map(bool, (file, mix, tokens_of))) > 1:
+            raise FormatError("give one of -f, --corpus and --tokens-of")
+        fresh = not in_files or file or mix or tokens or chunks
         n_chunks = (chunks or max(2, (tokens or DEFAULT_TOKENS) // ctx_size)) if fresh else 0
         request = Request(
             path,
-            file,
+            file or corpus.parse_mix(mix or DEFAULT_CORPUS),
             embedded,
             in_files or [],
             statistics,
@@ -292,6 +317,10 @@ def main(
             checkpoint,
             device,
             dtype,
+            tokens_of,
+            floor,
+            power,
+            prior,
         )
         calibration, run = calibrate(request, output, console)
     # A file or pipe has no width of its own; a terminal's is respected.

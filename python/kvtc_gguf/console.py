@@ -23,6 +23,16 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def peak_memory() -> str:
+    """Largest resident size of this process so far, as text; empty where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn FormatError and OSError into `fail`. A context manager, and a decorator of functions."""

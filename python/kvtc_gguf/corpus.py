@@ -1,20 +1,23 @@
-"""The text a model is calibrated on: half sampled by the model itself, half the standard library's prose; or a file.
+"""The text a model is calibrated on: a mix of what it samples itself and what is installed with Python; or a file.
 
-Nothing is downloaded. The model's own samples cover what it says, the prose covers what it is given to read.
+Nothing is downloaded. The model's own samples cover what it says, the rest covers what it is given to read.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from kvtc_gguf.capture import Capture
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture
 from kvtc_gguf.layout import FormatError
+from kvtc_gguf.openings import BEGINNINGS, QUESTIONS
 
 MODULES = """
 argparse ast asyncio base64 bisect calendar cmath collections concurrent.futures configparser contextlib copy csv
@@ -23,44 +26,149 @@ inspect io ipaddress itertools json locale logging math multiprocessing numbers 
 platform pprint queue random re sched secrets shutil socket sqlite3 ssl statistics string subprocess tarfile
 tempfile textwrap threading time tokenize traceback typing unicodedata unittest urllib.parse uuid weakref zipfile
 """
-EXCERPT = 1500  # characters taken from one place, so that a few thousand tokens meet many subjects
-TEXTS = 4  # sampled texts in one chunk: shorter ones stray less, and a wider batch means fewer steps
-SEED = 1
+KINDS = {
+    "docs": "Python's documentation",
+    "own": "sampled by the model",
+    "code": "Python's library",
+    "chat": "the model's answers",
+    "begun": "continued by the model in other languages",
+    "tongues": "a little in many languages",
+}
+SAMPLED = ("own", "chat", "begun")
 
 
-def prose() -> str:
+@dataclass(frozen=True)
+class Mix:
+    """What a corpus is made of: shares by kind (see KINDS), and how.
+
+    excerpt: characters taken from one place, so that a few thousand tokens meet many subjects. texts: sampled texts in
+    one chunk: shorter ones stray less, and a wider batch means fewer steps.
+    """
+
+    shares: dict[str, int] = field(default_factory=lambda: {"docs": 1, "own": 1})
+    excerpt: int = 1500
+    texts: int = 4
+    temperature: float = 1.0
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """As a calibration keeps it."""
+        return ", ".join(f"{share} {KINDS[kind]}" for kind, share in self.shares.items())
+
+    def kinds(self, n_chunks: int) -> list[str]:
+        """The kind of each chunk, in turn, so that any stretch holds about the shares."""
+        total, taken = sum(self.shares.values()), dict.fromkeys(self.shares, 0)
+        result = []
+        for i in range(n_chunks):
+            kind = max(self.shares, key=lambda k: self.shares[k] * (i + 1) / total - taken[k])
+            taken[kind] += 1
+            result.append(kind)
+        return result
+
+    def steps(self, n_chunks: int, size: int) -> int:
+        """How many tokens are sampled one after the other."""
+        counts = [self.kinds(n_chunks).count(kind) for kind in SAMPLED]
+        return sum(-(-count * self.texts // SAMPLED_TOGETHER) for count in counts) * (size // self.texts - 1)
+
+
+def parse_mix(text: str) -> Mix:
+    """A mix written as "docs=1,own=1,texts=2". Raises FormatError."""
+    shares, rest = {}, {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", part.strip())
+        if match and match[1] in KINDS and match[2].isdigit():
+            shares[match[1]] = int(match[2])
+        elif match and match[1] in ("excerpt", "texts", "temperature", "seed") and float(match[2]) > 0:
+            rest[match[1]] = float(match[2]) if match[1] == "temperature" else int(float(match[2]))
+        else:
+            raise FormatError(f"--corpus {text}: {part} is no share of {', '.join(KINDS)}, such as docs=1")
+    shares = {kind: share for kind, share in shares.items() if share} or Mix().shares
+    return replace(Mix(shares), **rest)
+
+
+def modules() -> list:
+    """The modules whose documentation and code are read; some builds of Python leave some out."""
+    found = []
+    for name in MODULES.split():
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError:
+            continue
+    return found
+
+
+def prose(excerpt: int = Mix.excerpt, seed: int = Mix.seed) -> str:
     """Excerpts of the language reference and of the docstrings of the standard library, in a fixed random order."""
     topics = importlib.import_module("pydoc_data.topics").topics
     texts = [topics[key] for key in sorted(topics)]
-    for name in MODULES.split():
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # some builds of Python leave modules out
-            continue
+    for module in modules():
         members = [m for _, m in sorted(vars(module).items()) if inspect.isclass(m) or inspect.isfunction(m)]
         with warnings.catch_warnings():  # deprecated members have docstrings too
             warnings.simplefilter("ignore")
             texts.append("\n\n".join(filter(None, map(inspect.getdoc, [module, *members]))))
-    pieces = [text[i : i + EXCERPT] for text in texts for i in range(0, len(text), EXCERPT)]
-    np.random.default_rng(SEED).shuffle(pieces)
+    return excerpts(texts, excerpt, seed)
+
+
+def code(excerpt: int = Mix.excerpt, seed: int = Mix.seed) -> str:
+    """Excerpts of the sources of the standard library, in a fixed random order; documentation where there are none."""
+    texts = []
+    for module in modules():
+        try:
+            texts.append(inspect.getsource(module))
+        except (OSError, TypeError):  # compiled, or installed without sources
+            continue
+    return excerpts(texts, excerpt, seed) or prose(excerpt, seed)
+
+
+def tongues(excerpt: int = Mix.excerpt, seed: int = Mix.seed) -> str:
+    """What `openings` holds, in a random order."""
+    return excerpts([*BEGINNINGS, *QUESTIONS], excerpt, seed)
+
+
+READ = {"docs": prose, "code": code, "tongues": tongues}
+
+
+def excerpts(texts: list[str], excerpt: int, seed: int) -> str:
+    """All texts, cut in pieces of `excerpt` characters that are shuffled."""
+    pieces = [text[i : i + excerpt] for text in texts for i in range(0, len(text), excerpt)]
+    np.random.default_rng(seed).shuffle(pieces)
     return "\n\n".join(pieces)
 
 
-def default_chunks(capture: Capture, n_chunks: int, size: int, step: Callable[[], None] | None = None) -> np.ndarray:
-    """The default corpus, i32 [n_chunks, size]: sampled text and prose in turn. step: called per sampled token."""
-    read = capture.tokenize(prose())
-    own = np.zeros((0, size), np.int32)
-    count = n_chunks // 2
-    if count:
-        texts = capture.sample(TEXTS * count, size // TEXTS, SEED, step).reshape(count, -1)
-        own = np.stack([joined(row, size, capture) for row in texts])
-    need = n_chunks - count
-    if len(read) < need * size:
-        read = np.resize(read, need * size)
-    given = split(read, size, need, capture)
-    out = np.empty((n_chunks, size), np.int32)
-    out[1::2], out[0::2] = own, given
-    return out
+def mixed_chunks(
+    capture: Capture, mix: Mix, n_chunks: int, size: int, step: Callable[[], None] | None = None
+) -> np.ndarray:
+    """A corpus, i32 [n_chunks, size], kinds in turn. step: called per sampled token."""
+    kinds = mix.kinds(n_chunks)
+    parts = {}
+    for kind in mix.shares:
+        count = kinds.count(kind)
+        if kind in SAMPLED:
+            parts[kind] = iter(sampled(capture, mix, kind, count, size, step) if count else ())
+        else:
+            read = capture.tokenize(READ[kind](mix.excerpt, mix.seed))
+            parts[kind] = iter(split(np.resize(read, max(len(read), count * size)), size, count, capture))
+    return np.stack([next(parts[kind]) for kind in kinds])
+
+
+def sampled(
+    capture: Capture, mix: Mix, kind: str, count: int, size: int, step: Callable[[], None] | None = None
+) -> np.ndarray:
+    """Chunks i32 [count, size] that the model samples: from BOS, from questions to it, or from beginnings of texts."""
+    n = mix.texts * count
+    openings = None
+    rng = np.random.default_rng(mix.seed)
+    seed = mix.seed + SAMPLED.index(kind)
+    if kind != "own":
+        given = [capture.tokenize(text) for text in BEGINNINGS]
+        if kind == "chat":
+            chats = [capture.chat(question) for question in QUESTIONS]
+            given = [capture.tokenize(q) if t is None else t for t, q in zip(chats, QUESTIONS, strict=True)]
+        order = np.concatenate([rng.permutation(len(given)) for _ in range(-(-n // len(given)))])[:n]
+        openings = [given[i] for i in order]
+    texts = capture.sample(n, size // mix.texts, seed, step, openings, mix.temperature, kind == "chat")
+    return np.stack([joined(row, size, capture) for row in texts.reshape(count, -1)])
 
 
 def joined(texts: np.ndarray, size: int, capture: Capture) -> np.ndarray:

@@ -16,20 +16,19 @@ from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from kvtc_gguf import __version__, corpus
-from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, LayerSample
+from kvtc_gguf.capture import Capture, LayerSample
 from kvtc_gguf.codebook import BIN_WIDTHS, EDGES
 from kvtc_gguf.fit import Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, GROUP, MAX_HEAD_DIM, FormatError
 from kvtc_gguf.model_info import ModelInfo
-from kvtc_gguf.score import SINKS
+from kvtc_gguf.score import SINKS, Importance, importance
 from kvtc_gguf.statistics_file import Statistics, Text
 
 PROBE_TOKENS = 8
 HELD_OUT = 4  # every fourth chunk only judges the competition,
 HELD_OUT_MOST = 4  # but of a long text no more than these: judging takes as long as all the rest, and they suffice
 TOGETHER = 8  # samples of layers that are held at once, at most: a large model's are 100 MB each
-DEFAULT_CORPUS = "half sampled by the model, half Python's documentation"
 DRAWN_BINS, DRAWN_REACH = 64, 4.0  # of the histograms that a report draws, in deviations
 
 
@@ -93,6 +92,8 @@ class Run:
         progress: Progress,
         check_stop: Callable[[], None],
         threads: int = 1,
+        weigh: Callable[..., Importance] = importance,
+        prior: float = 0.0,
     ) -> None:
         self.model, self.info, self.capture, self.statistics = model, info, capture, statistics
         self.progress, self.check_stop = progress, check_stop
@@ -104,6 +105,8 @@ class Run:
             lambda d: info.pairs(d, capture.interleaved),
             lambda layer: info.gram(layer, *shape[layer]),
             info.softcap,
+            weigh,
+            prior=prior,
             each_layer=self.pool.map,
         )
         for layer, streams in statistics.moments.items():
@@ -121,20 +124,19 @@ class Run:
         """Runs a few tokens: a model that cannot be served says so now, and the shapes of its heads are known."""
         self.capture.run(np.full(PROBE_TOKENS, max(self.capture.bos, 0), np.int32), self._check)
 
-    def add_text(self, file: Path | None, n_chunks: int, size: int) -> None:
-        """Adds a text to the statistics, from a file or the default corpus: n_chunks chunks of `size` tokens."""
-        if file:
-            self.statistics.texts.append(Text(file.name, corpus.file_chunks(self.capture, file, n_chunks, size)))
+    def add_text(self, source: Path | corpus.Mix, n_chunks: int, size: int) -> None:
+        """Adds a text to the statistics, a file or a mix: n_chunks chunks of `size` tokens."""
+        if isinstance(source, Path):
+            self.statistics.texts.append(Text(source.name, corpus.file_chunks(self.capture, source, n_chunks, size)))
             return
-        batches = -(-(n_chunks // 2) * corpus.TEXTS // SAMPLED_TOGETHER)
-        task = self.progress.add_task("sampling text", total=batches * (size // corpus.TEXTS - 1))
+        task = self.progress.add_task("sampling text", total=source.steps(n_chunks, size))
 
         def step() -> None:
             self.progress.advance(task)
             self.check_stop()
 
-        chunks = corpus.default_chunks(self.capture, n_chunks, size, step)
-        self.statistics.texts.append(Text(DEFAULT_CORPUS, chunks))
+        chunks = corpus.mixed_chunks(self.capture, source, n_chunks, size, step)
+        self.statistics.texts.append(Text(source.name, chunks))
 
     def gather(self) -> None:
         """Pass 1, from where the statistics end. They hold whole chunks when Stopped is raised."""

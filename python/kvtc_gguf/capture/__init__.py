@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,19 +48,48 @@ class Capture(Protocol):
         """Runs one chunk i32 [T] from position 0 and hands every layer's sample to consumer."""
         ...
 
+    def chat(self, question: str) -> np.ndarray | None:
+        """Tokens i32 [n] of a question in the model's own chat format, up to where it answers; None: it has none."""
+        ...
+
     def sample(
-        self, n_sequences: int, length: int, seed: int, progress: Callable[[], None] | None = None
+        self,
+        n_sequences: int,
+        length: int,
+        seed: int,
+        progress: Callable[[], None] | None = None,
+        openings: Sequence[np.ndarray] | None = None,
+        temperature: float = 1.0,
+        keep_end: bool = False,
     ) -> np.ndarray:
-        """Text the model samples itself at temperature 1 from BOS, i32 [n_sequences, length]; progress: once a step."""
+        """Text the model samples itself, i32 [n_sequences, length], from BOS and openings, one for each text.
+
+        Where the model ends its text it is started again with BOS, or with keep_end goes on as a chat does.
+        progress: called once a step.
+        """
         ...
 
 
 SAMPLED_TOGETHER = 64  # texts sampled in one batch: wide enough for weights to be read seldom, and memory has a bound
 
 
-def draw(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One token i64 [n] from each row of logits [n, n_vocab], at temperature 1."""
-    mass = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1, dtype=np.float64)
+def begun(
+    n_sequences: int, length: int, start: int, openings: Sequence[np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts i32 [n_sequences, length] that hold `start` and their openings, and how many tokens of each that is."""
+    out = np.full((n_sequences, length), start, np.int32)
+    given = np.ones(n_sequences, np.int64)
+    for i, opening in enumerate(openings or ()):
+        text = opening if len(opening) and opening[0] == start else np.concatenate([[start], opening])
+        given[i] = min(len(text), length)
+        out[i, : given[i]] = text[:length]
+    return out, given
+
+
+def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 1.0) -> np.ndarray:
+    """One token i64 [n] from each row of logits [n, n_vocab]."""
+    scaled = (logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature)
+    mass = np.cumsum(np.exp(scaled), axis=1, dtype=np.float64)
     target = rng.random(len(logits)) * mass[:, -1]
     places = [np.searchsorted(row, t, side="right") for row, t in zip(mass, target, strict=True)]
     return np.minimum(places, logits.shape[1] - 1)

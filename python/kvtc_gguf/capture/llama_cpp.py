@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, draw, library
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, begun, draw, library
 from kvtc_gguf.layout import FormatError
 
 NODE = re.compile(rb"kvtc_(q|k|v|q_rope|k_rope)(_swa)?-(\d+)")
 PARTS = ("q", "k", "v", "q_rope", "k_rope")
 LOG_ERROR = 4
+CHAT_BYTES = 4096  # what a chat format puts around a question, at most: system prompts are short
 
 
 class LlamaCapture:
@@ -60,10 +61,12 @@ class LlamaCapture:
 
     def tokenize(self, text: str) -> np.ndarray:
         """Tokens i32 [n] of a text, without BOS; special tokens are not parsed."""
-        data = text.encode()
+        return self._tokens_of(text.encode(), False)
+
+    def _tokens_of(self, data: bytes, special: bool) -> np.ndarray:
         size = len(data) + 16
         out = (self.api.llama_token * size)()
-        n = self.api.llama_tokenize(self.vocab, data, len(data), out, size, False, False)
+        n = self.api.llama_tokenize(self.vocab, data, len(data), out, size, False, special)
         if n < 0:
             raise FormatError(f"{self.path}: the model's tokenizer failed on the calibration text")
         return np.array(out[:n], np.int32)
@@ -88,38 +91,53 @@ class LlamaCapture:
                 self._reason(f"{self.path}: no layer has a plain K/V cache (kvtc serves no MLA or recurrent models)")
             )
 
-    def sample(
-        self, n_sequences: int, length: int, seed: int, progress: Callable[[], None] | None = None
-    ) -> np.ndarray:
-        """Text the model samples itself, i32 [n_sequences, length], at temperature 1 from BOS, in batches.
+    def chat(self, question: str) -> np.ndarray | None:
+        """See `Capture`. llama.cpp knows the usual formats by their templates; with others the model counts as none."""
+        template = self.api.llama_model_chat_template(self.model, None)
+        if not template:
+            return None
+        message = (self.api.llama_chat_message * 1)(self.api.llama_chat_message(b"user", question.encode()))
+        buffer = ctypes.create_string_buffer(CHAT_BYTES + 2 * len(question.encode()))
+        n = self.api.llama_chat_apply_template(template, message, 1, True, buffer, len(buffer))
+        return self._tokens_of(buffer.raw[:n], True) if 0 < n <= len(buffer) else None
 
-        Where the model ends its text it is started again with BOS. progress, if given, is called after each step.
-        """
+    def sample(
+        self,
+        n_sequences: int,
+        length: int,
+        seed: int,
+        progress: Callable[[], None] | None = None,
+        openings: Sequence[np.ndarray] | None = None,
+        temperature: float = 1.0,
+        keep_end: bool = False,
+    ) -> np.ndarray:
+        """See `Capture`; in batches of SAMPLED_TOGETHER."""
         self._close_context()
         self._set_capture(False)
         rng = np.random.default_rng(seed)
         start = self.bos if self.bos >= 0 else 0
-        out = np.full((n_sequences, length), start, np.int32)
+        out, given = begun(n_sequences, length, start, openings)
         width = min(n_sequences, SAMPLED_TOGETHER)
         batch = self.api.llama_batch_init(width, 0, 1)
         try:
             self._open_context(width * length, width, callback=False)
             for first in range(0, n_sequences, width):
                 self.api.llama_memory_clear(self.api.llama_get_memory(self.ctx), True)
-                self._sample_batch(out[first : first + width], batch, rng, start, progress)
+                texts, free = out[first : first + width], given[first : first + width]
+                for position, logits in self._steps(texts, batch):
+                    tokens = draw(logits, rng, temperature)
+                    for i in np.flatnonzero(free <= position + 1):
+                        ended = not keep_end and self.api.llama_vocab_is_eog(self.vocab, int(tokens[i]))
+                        texts[i, position + 1] = start if ended else tokens[i]
+                    if progress:
+                        progress()
         finally:
             self.api.llama_batch_free(batch)
             self._close_context()
         return out
 
-    def _sample_batch(
-        self,
-        out: np.ndarray,
-        batch: ctypes.Structure,
-        rng: np.random.Generator,
-        start: int,
-        progress: Callable[[], None] | None,
-    ) -> None:
+    def _steps(self, out: np.ndarray, batch: ctypes.Structure) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, logits [n, n_vocab] after it) of texts i32 [n, length] whose next token is written in between."""
         n_sequences, length = out.shape
         for position in range(length - 1):
             batch.n_tokens = n_sequences
@@ -129,11 +147,7 @@ class LlamaCapture:
             if self.api.llama_decode(self.ctx, batch) != 0:
                 raise FormatError(self._reason(f"{self.path}: llama_decode failed while sampling text"))
             flat = np.ctypeslib.as_array(self.api.llama_get_logits(self.ctx), (n_sequences * self.n_vocab,))
-            tokens = draw(flat.reshape(n_sequences, self.n_vocab), rng)
-            for i, token in enumerate(tokens.tolist()):
-                out[i, position + 1] = start if self.api.llama_vocab_is_eog(self.vocab, token) else token
-            if progress:
-                progress()
+            yield position, flat.reshape(n_sequences, self.n_vocab)
 
     def _open_context(self, n_ctx: int, n_sequences: int, callback: bool) -> None:
         params = self.api.llama_context_default_params()

@@ -9,7 +9,7 @@ attention interface.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, channels, draw
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, begun, channels, draw
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
 
@@ -96,21 +96,38 @@ class TransformersCapture:
         if not self._samples:
             raise FormatError(f"{self.checkpoint}: attends past transformers' attention interface: {self._instead()}")
 
+    def chat(self, question: str) -> np.ndarray | None:
+        """See `Capture`."""
+        if not self.tokenizer.chat_template:
+            return None
+        messages = [{"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return np.array(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
+
     def sample(
-        self, n_sequences: int, length: int, seed: int, progress: Callable[[], None] | None = None
+        self,
+        n_sequences: int,
+        length: int,
+        seed: int,
+        progress: Callable[[], None] | None = None,
+        openings: Sequence[np.ndarray] | None = None,
+        temperature: float = 1.0,
+        keep_end: bool = False,
     ) -> np.ndarray:
-        """Text the model samples itself, i32 [n_sequences, length], at temperature 1 from BOS, in batches."""
+        """See `Capture`; in batches of SAMPLED_TOGETHER."""
         rng = np.random.default_rng(seed)
         start = max(self.bos, 0)
-        out = np.full((n_sequences, length), start, np.int32)
+        out, given = begun(n_sequences, length, start, openings)
+        ends = [] if keep_end else list(self.ends)
         for first in range(0, n_sequences, SAMPLED_TOGETHER):
             batch, past = out[first : first + SAMPLED_TOGETHER], None
             for position in range(length - 1):
                 ids = torch.from_numpy(batch[:, position : position + 1].astype(np.int64))
                 answer = self._forward(ids, use_cache=True, **{self._past: past})
                 past = answer.past_key_values
-                tokens = draw(answer.logits[:, -1].float().cpu().numpy(), rng)
-                batch[:, position + 1] = np.where(np.isin(tokens, list(self.ends)), start, tokens)
+                tokens = draw(answer.logits[:, -1].float().cpu().numpy(), rng, temperature)
+                free = given[first : first + SAMPLED_TOGETHER] <= position + 1
+                batch[free, position + 1] = np.where(np.isin(tokens, ends), start, tokens)[free]
                 if progress:
                     progress()
         return out
