@@ -6,10 +6,12 @@ what matrices and results hold.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -64,8 +66,28 @@ def measure(bench: Bench, models: list[Subject]) -> None:
         bench.drop_base()
 
 
+def asked(plan: matrix.Matrix, engines: list[Engine], model: matrix.Model, only: str) -> bool:
+    """Whether a cell of the model is like this pattern: the files of others need not be there."""
+    depths = {
+        str(depth)
+        for test in plan.tests
+        for name in ("ctx", "depths", "contexts")
+        for depth in np.atleast_1d(getattr(test, name, ()))
+    }
+    parts = (engines, plan.caches, plan.tests, depths)
+    cells = (f"{e.name}/{model.name}/{c.cache.label}/{t.name}/{d}" for e, c, t, d in itertools.product(*parts))
+    return any(matrix.wants((only,), cell) for cell in cells)
+
+
 def prepare(
-    path: Path, engines: list[str], results: Results, folder: Path, text: Path | None, work: Path, console: Console
+    path: Path,
+    engines: list[str],
+    results: Results,
+    folder: Path,
+    text: Path | None,
+    work: Path,
+    console: Console,
+    only: str = "*",
 ) -> tuple[Bench, list[Subject]]:
     """A bench ready to measure. Raises RunError or OSError when something that it needs is not there."""
     plan = matrix.load(path)
@@ -76,7 +98,7 @@ def prepare(
         if not any(matrix.wants(entry.engines, engine.name) for engine in names):
             console.print(f"{entry.cache.label} is left out: it is for engines like {' or '.join(entry.engines)}")
     here = machine.find()
-    models = [subject(model, folder, work) for model in plan.models]
+    models = [subject(model, folder, work) for model in plan.models if asked(plan, names, model, only)]
     source = heldout.find(work, text)
     return Bench(plan, names, results, here, source, work, console, plan.threads or here.cores), models
 
@@ -107,7 +129,7 @@ def main(
         old = Results(compare).rows if compare and compare.exists() else None
         if compare and old is None:
             raise RunError(f"{compare} does not exist")
-        bench, subjects = prepare(path, engine or ["ours=build/bin"], results, models, text, work, console)
+        bench, subjects = prepare(path, engine or ["ours=build/bin"], results, models, text, work, console, only)
         bench.redo, bench.only, bench.threads = redo, only, threads or bench.threads
         measure(bench, subjects)
     except (RunError, OSError) as error:

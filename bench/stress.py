@@ -87,6 +87,11 @@ def main(
     measure: Annotated[bool, typer.Option("--measure", help="Also calibrate both and print their KLDs.")] = False,
     tokens: Annotated[int, typer.Option(help="Tokens of each calibration.")] = 4096,
     chunks: Annotated[int, typer.Option(help="Chunks of 1024 tokens to judge on.")] = 4,
+    seed: Annotated[list[int], typer.Option(help="Of the sampled text; several to see its noise.")] = [1],  # noqa: B006
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Each model samples its own text, which parts after rounding differences.")
+    ] = False,
+    more: Annotated[str, typer.Option(help="Further arguments of llama-perplexity, such as '-ngl 99'.")] = "",
     binaries: Annotated[Path, typer.Option("--bin")] = Path("build/bin"),
     work: Annotated[Path, typer.Option(help="Folder for calibrations and logits.")] = Path("build/domains"),
     threads: Annotated[int, typer.Option("-t", "--threads")] = os.cpu_count() or 1,
@@ -98,18 +103,38 @@ def main(
         return
     work.mkdir(parents=True, exist_ok=True)
     text, base = heldout.find(work).path, work / "base.kld"
-    each = []
-    for model in (source, target):
-        plain = Perplexity(binaries / "llama-perplexity", model, text, base, 1024, chunks, threads)
-        coded = replace(plain, more=("--kvtc-file", str(calibrated(model, work, tokens, threads))))
-        if model == source:
-            plain.save_base()
-        each.append({c.label: (coded if c.calibrated else plain).measure(c).kld for c in CACHES})
+    runs = {
+        model: Perplexity(binaries / "llama-perplexity", model, text, base, 1024, chunks, threads, tuple(more.split()))
+        for model in (source, target)
+    }
+    runs[source].save_base()
+    print("| | seed | as it is | keys up to 64 times larger | change |\n|---|---|---|---|---|")
+    for number in seed:
+        files = _calibrations(source, target, work, tokens, number, apart, threads)
+        for cache in CACHES:
+            if number != seed[0] and not cache.calibrated:
+                continue
+            pair = [
+                replace(run, more=(*run.more, "--kvtc-file", str(files[model]))) if cache.calibrated else run
+                for model, run in runs.items()
+            ]
+            plain, stressed = (run.measure(cache).kld for run in pair)
+            change = f"{stressed / plain - 1:+.1%}" if plain > 1e-6 else ""
+            told = number if cache.calibrated else ""
+            print(f"| {cache.label} | {told} | {plain:.6f} | {stressed:.6f} | {change} |", flush=True)
     base.unlink()
-    print("| | as it is | keys up to 64 times larger | change |\n|---|---|---|---|")
-    for label, plain in each[0].items():
-        change = f"{each[1][label] / plain - 1:+.1%}" if plain > 1e-6 else ""
-        print(f"| {label} | {plain:.6f} | {each[1][label]:.6f} | {change} |", flush=True)
+
+
+def _calibrations(
+    source: Path, target: Path, work: Path, tokens: int, seed: int, apart: bool, threads: int
+) -> dict[Path, Path]:
+    """The calibration of each model, on the same tokens or each on its own."""
+    name, statistics = f"{tokens}-{seed}", work / f"{source.stem}-{tokens}-{seed}.statistics.gguf"
+    own = ["--tokens", tokens, "--corpus", f"seed={seed}"]
+    if apart:
+        return {model: calibrated(model, work, f"{name}-apart", own, threads) for model in (source, target)}
+    first = calibrated(source, work, name, [*own, "--statistics", statistics], threads)
+    return {source: first, target: calibrated(target, work, name, ["--tokens-of", statistics], threads)}
 
 
 if __name__ == "__main__":

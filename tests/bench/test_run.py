@@ -90,6 +90,12 @@ def test_stopped_run_keeps_its_results_and_goes_on(workshop, monkeypatch):
     assert kinds == ["f16", "q8_0"]  # the logits again
 
 
+def test_models_that_the_pattern_leaves_out_need_not_be_there(workshop):
+    matrix = workshop.matrix(["f16"], [QUALITY], models=["model.gguf", "absent.gguf"])
+    assert workshop.run(matrix).exit_code == 1
+    assert {row["model"] for row in workshop.measured(matrix, "--only", "*/model*")} == {"model"}
+
+
 def test_hanging_tool_is_ended_and_is_a_row(workshop):
     workshop.ours.behave(hang=["llama-perplexity"])
     matrix = workshop.matrix(["f16"], [QUALITY, {"kind": "memory", "contexts": [256]}], limit=1)
