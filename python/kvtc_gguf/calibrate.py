@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from kvtc_gguf import budget, corpus, format, score, statistics_file
+from kvtc_gguf import budget, corpus, format, statistics_file
 from kvtc_gguf.capture import Capture
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
 from kvtc_gguf.coder import library_check
@@ -24,8 +21,8 @@ from kvtc_gguf.console import one_line_errors, peak_memory, warn
 from kvtc_gguf.corpus import Mix
 from kvtc_gguf.embed import embed
 from kvtc_gguf.fingerprint import fingerprint
-from kvtc_gguf.fit import SCORE_BITS, Fitter, Side
-from kvtc_gguf.format import Calibration, SideCalibration
+from kvtc_gguf.format import Calibration
+from kvtc_gguf.layer_table import table
 from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.run import Run, Stopped, last, stoppable
@@ -35,7 +32,6 @@ from kvtc_gguf.statistics_file import Statistics
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
 DEFAULT_CORPUS = "docs=1,own=1"
-TABLE_BITS = (2, 4)
 REPORT_WIDTH = 150
 
 app = typer.Typer(add_completion=False)
@@ -61,9 +57,6 @@ class Request:
     device: str = "cpu"
     dtype: str = "auto"
     tokens_of: Path | None = None  # statistics of a run whose tokens are read, of whatever engine or model
-    floor: float = score.FLOOR
-    power: float = 1.0
-    prior: float = 0.0
 
 
 def load_statistics(files: list[Path], fingerprint_: str, architecture: str) -> Statistics:
@@ -109,38 +102,6 @@ def interrupted(run: Run, request: Request, beside: Path) -> NoReturn:
     statistics_file.write(run.statistics, path)
     warn(f"interrupted: statistics kept in {path}; go on with --in-file {path}")
     raise typer.Exit(130)
-
-
-def table(calibration: Calibration, fitter: Fitter) -> Table:
-    """Per layer: the transforms chosen, the widths of the 2- and 4-bit budgets and the predicted error."""
-    out = Table(
-        title=f"{calibration.architecture}: {len(calibration.layers)} layers, {calibration.tokens} tokens",
-        caption=f"error: held out, {SCORE_BITS[0]} bits, relative: keys of the logit, values of the attention output",
-    )
-    out.add_column("layer", justify="right")
-    for side in ("K", "V"):
-        out.add_column(f"{side} transform")
-        for bits in TABLE_BITS:
-            out.add_column(f"{side} widths @{bits}")
-        out.add_column(f"{side} error", justify="right")
-    for layer, sides in sorted(calibration.layers.items()):
-        cells = [str(layer)]
-        for name in ("k", "v"):
-            side: Side = fitter.layers[layer][name]
-            counts = Counter(sides[name].transforms)
-            cells.append(", ".join(t if len(counts) == 1 else f"{n} {t}" for t, n in counts.items()))
-            cells += [widths_text(sides[name], calibration.bits.index(bits)) for bits in TABLE_BITS]
-            cells.append(f"{fitter.predicted(side)[0]:.1%}")
-        out.add_row(*cells)
-    return out
-
-
-def widths_text(side: SideCalibration, budget: int) -> str:
-    """One digit per group, one line per kv head; for more than 4 heads the mean over the heads, marked ~."""
-    widths = side.widths[:, budget]
-    if len(widths) > 4:
-        return "~" + "".join(str(round(float(w))) for w in widths.mean(axis=0))
-    return "\n".join("".join(map(str, row)) for row in widths)
 
 
 def outputs(request: Request, output: Path | None) -> Path | None:
@@ -199,8 +160,6 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
             progress,
             check_stop,
             request.threads,
-            partial(score.importance, floor=request.floor, power=request.power),
-            request.prior,
         ) as run,
     ):
         try:
@@ -266,9 +225,6 @@ def main(
         Path | None,
         typer.Option(help="Calibrate on the tokens of these statistics, made by another engine or of another model."),
     ] = None,
-    floor: Annotated[float, typer.Option()] = score.FLOOR,
-    power: Annotated[float, typer.Option()] = 1.0,
-    prior: Annotated[float, typer.Option()] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     bpv: Annotated[
         float | None, typer.Option("--bpv", help="Give layers their own bits: the least KLD in so many bits a value.")
@@ -318,9 +274,6 @@ def main(
             device,
             dtype,
             tokens_of,
-            floor,
-            power,
-            prior,
         )
         calibration, run = calibrate(request, output, console)
     # A file or pipe has no width of its own; a terminal's is respected.

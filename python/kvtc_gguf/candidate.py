@@ -63,13 +63,13 @@ class Candidate:
         return books
 
 
-def candidates(histogram: Histogram, heads: list[int], weight: np.ndarray, prior: float = 0.0) -> list[Candidate]:
+def candidates(histogram: Histogram, heads: list[int], weight: np.ndarray) -> list[Candidate]:
     """Codebooks and measured errors of some heads under one transform; weight [H, d] of channels."""
     decode = histogram.transforms.decode[heads].astype(np.float64)
     cost = ((weight[heads][:, :, None] * decode) ** 2).sum(axis=1)
     variance = histogram.square[heads] / np.maximum(histogram.weight[heads], 1e-30)[:, None]
     order = np.argsort(-cost * variance, axis=1, kind="stable")
-    data, shape = histogram.cumulative(heads, order, prior), order.shape
+    data, shape = histogram.cumulative(heads, order), order.shape
     levels = {w: to_f16(lloyd_max(data, w)) for w in WIDTHS if w}
     scale = np.take_along_axis(cost, order, axis=1) * histogram.mean_norm_square()[heads, None]
     each = [distortion(data, levels[w].astype(np.float64) if w else None).reshape(shape) * scale for w in WIDTHS]

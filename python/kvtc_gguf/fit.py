@@ -68,9 +68,7 @@ class Fitter:
         softcap: float = 0.0,
         weigh: Callable[[LayerSample, np.ndarray, np.ndarray], score.Importance] = score.importance,
         each_layer: Callable[[Callable, Iterable], Iterable] = map,
-        prior: float = 0.0,
     ) -> None:
-        self.prior = prior
         self.pairs, self.gram, self.softcap, self.weigh = pairs, functools.cache(gram), softcap, weigh
         self.each_layer = each_layer
         self.layers: dict[int, dict[str, Side]] = {}
@@ -132,7 +130,7 @@ class Fitter:
     def _fit_candidates(self, side: Side) -> None:
         heads = list(range(side.heads))
         for name, histogram in side.histograms.items():
-            fitted = candidates(histogram, heads, side.weights, self.prior)
+            fitted = candidates(histogram, heads, side.weights)
             side.candidates |= {(name, h): fitted[h] for h in heads}
         for (name, h), candidate in side.candidates.items():
             for bits in SCORE_BITS:
@@ -195,7 +193,7 @@ class Fitter:
         fitted: list[Candidate] = [side.candidates[m.transform, h] for h, m in enumerate(winners)]
         for name in {m.transform for m in winners}:  # once more: the histograms have seen the held-out text since
             heads = [h for h, m in enumerate(winners) if m.transform == name]
-            for h, again in zip(heads, candidates(side.histograms[name], heads, side.weights, self.prior), strict=True):
+            for h, again in zip(heads, candidates(side.histograms[name], heads, side.weights), strict=True):
                 fitted[h] = again
         error = np.stack([c.error for c in fitted])
         if side.name == "v":

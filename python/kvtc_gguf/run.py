@@ -22,7 +22,7 @@ from kvtc_gguf.fit import Fitter, Side
 from kvtc_gguf.format import Calibration, SideCalibration
 from kvtc_gguf.layout import BUDGETS, GROUP, MAX_HEAD_DIM, FormatError
 from kvtc_gguf.model_info import ModelInfo
-from kvtc_gguf.score import SINKS, Importance, importance
+from kvtc_gguf.score import SINKS
 from kvtc_gguf.statistics_file import Statistics, Text
 
 PROBE_TOKENS = 8
@@ -92,8 +92,6 @@ class Run:
         progress: Progress,
         check_stop: Callable[[], None],
         threads: int = 1,
-        weigh: Callable[..., Importance] = importance,
-        prior: float = 0.0,
     ) -> None:
         self.model, self.info, self.capture, self.statistics = model, info, capture, statistics
         self.progress, self.check_stop = progress, check_stop
@@ -105,8 +103,6 @@ class Run:
             lambda d: info.pairs(d, capture.interleaved),
             lambda layer: info.gram(layer, *shape[layer]),
             info.softcap,
-            weigh,
-            prior=prior,
             each_layer=self.pool.map,
         )
         for layer, streams in statistics.moments.items():

@@ -70,9 +70,7 @@ class Importance:
     queries: np.ndarray
 
 
-def importance(
-    sample: LayerSample, attention: np.ndarray, gram: np.ndarray, floor: float = FLOOR, power: float = 1.0
-) -> Importance:
+def importance(sample: LayerSample, attention: np.ndarray, gram: np.ndarray) -> Importance:
     """Weights of keys and queries from the derivative of attention.
 
     An error e_ij in the logit of query i and key j moves the output by p_ij e_ij (v_j - o_i): it costs
@@ -108,10 +106,9 @@ def importance(
             square[h] += by_query @ np.square(sample.q[rows[block], i], dtype=np.float64)
             total[h] += by_query.sum()
     plain = uniform(sample, attention, gram).queries
-    weight **= power
     weight /= np.maximum(weight.mean(axis=0), 1e-30)
-    queries = (1 - floor) * square / np.maximum(total, 1e-30)[:, None] + floor * plain
-    return Importance(((1 - floor) * weight + floor).astype(np.float32), queries)
+    queries = (1 - FLOOR) * square / np.maximum(total, 1e-30)[:, None] + FLOOR * plain
+    return Importance(((1 - FLOOR) * weight + FLOOR).astype(np.float32), queries)
 
 
 def uniform(sample: LayerSample, attention: np.ndarray, gram: np.ndarray) -> Importance:

@@ -136,21 +136,8 @@ class Histogram:
         place = (running < running[:, -1:] / 2).sum(axis=1)
         return 2.0 ** ((place + 0.5) * (16 / NORM_BINS) - 8)
 
-    def cumulative(self, heads: list[int], order: np.ndarray, prior: float = 0.0) -> Cumulative:
-        """The histograms of some heads, one below the other, components in the given order [len(heads), d].
-
-        prior: share of each that is the shape of all components and heads together instead.
-        """
+    def cumulative(self, heads: list[int], order: np.ndarray) -> Cumulative:
+        """The histograms of some heads, one below the other, components in the given order [len(heads), d]."""
         rows = np.array(heads)[:, None]
         parts = (self.count, self.total, self.square, self.transforms.scale)
-        if prior:
-            scale = self.transforms.scale.astype(np.float64)[..., None]
-            own = np.maximum(self.count.sum(axis=2, dtype=np.float64, keepdims=True), 1e-30)
-            shape = (self.count / own).mean(axis=(0, 1))
-            sums = (self.total / own / scale).mean(axis=(0, 1))
-            square = (self.square[..., None] / own / scale**2).mean()
-            count = (1 - prior) * self.count + prior * own * shape
-            total = (1 - prior) * self.total + prior * own * scale * sums
-            squares = (1 - prior) * self.square[..., None] + prior * own * scale**2 * square
-            parts = (count, total, squares[..., 0], self.transforms.scale)
         return Cumulative(*(part[rows, order].reshape(order.size, *part.shape[2:]) for part in parts))
