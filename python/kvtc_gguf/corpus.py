@@ -56,6 +56,15 @@ class Mix:
         """As a calibration keeps it."""
         return ", ".join(f"{share} {KINDS[kind]}" for kind, share in self.shares.items())
 
+    def of(self, capture: Capture) -> Mix:
+        """What of this mix a model can give: one without a chat format samples no chats. Raises FormatError."""
+        if "chat" not in self.shares or capture.chat(QUESTIONS[0]) is not None:
+            return self
+        rest = {kind: share for kind, share in self.shares.items() if kind != "chat"}
+        if not rest:
+            raise FormatError("--corpus chat: the model has no chat format that is known here")
+        return replace(self, shares=rest)
+
     def kinds(self, n_chunks: int) -> list[str]:
         """The kind of each chunk, in turn, so that any stretch holds about the shares."""
         total, taken = sum(self.shares.values()), dict.fromkeys(self.shares, 0)
@@ -161,10 +170,9 @@ def sampled(
     rng = np.random.default_rng(mix.seed)
     seed = mix.seed + SAMPLED.index(kind)
     if kind != "own":
-        given = [capture.tokenize(text) for text in BEGINNINGS]
-        if kind == "chat":
-            chats = [capture.chat(question) for question in QUESTIONS]
-            given = [capture.tokenize(q) if t is None else t for t, q in zip(chats, QUESTIONS, strict=True)]
+        chats = kind == "chat"
+        each = map(capture.chat, QUESTIONS) if chats else map(capture.tokenize, BEGINNINGS)
+        given = [tokens for tokens in each if tokens is not None]
         order = np.concatenate([rng.permutation(len(given)) for _ in range(-(-n // len(given)))])[:n]
         openings = [given[i] for i in order]
     texts = capture.sample(n, size // mix.texts, seed, step, openings, mix.temperature, kind == "chat")

@@ -125,14 +125,17 @@ class Run:
         if isinstance(source, Path):
             self.statistics.texts.append(Text(source.name, corpus.file_chunks(self.capture, source, n_chunks, size)))
             return
-        task = self.progress.add_task("sampling text", total=source.steps(n_chunks, size))
+        mix = source.of(self.capture)
+        if mix != source:
+            self.progress.console.print("kvtc: note: the model has no chat format known here, so its text has no chats")
+        task = self.progress.add_task("sampling text", total=mix.steps(n_chunks, size))
 
         def step() -> None:
             self.progress.advance(task)
             self.check_stop()
 
-        chunks = corpus.mixed_chunks(self.capture, source, n_chunks, size, step)
-        self.statistics.texts.append(Text(source.name, chunks))
+        chunks = corpus.mixed_chunks(self.capture, mix, n_chunks, size, step)
+        self.statistics.texts.append(Text(mix.name, chunks))
 
     def gather(self) -> None:
         """Pass 1, from where the statistics end. They hold whole chunks when Stopped is raised."""

@@ -14,6 +14,7 @@ import synthetic
 from kvtc_gguf import calibrate, libraries
 from kvtc_gguf.capture import LayerSample, library
 from kvtc_gguf.capture.llama_cpp import LlamaCapture
+from kvtc_gguf.corpus import parse_mix
 from kvtc_gguf.fingerprint import fingerprint
 from kvtc_gguf.format import read
 from kvtc_gguf.model_info import ModelInfo
@@ -51,6 +52,10 @@ def test_bad_input_is_one_line_and_writes_nothing(model: Path, tmp_path: Path) -
         ("the model itself", model, "--embed", model, "--force"),
         ("cannot be written", model, "-o", tmp_path / "no" / "out.gguf"),
         ("no such text file", model, "-f", tmp_path / "absent.txt"),
+        ("no such statistics file", model, "--tokens-of", tmp_path / "absent.gguf"),
+        ("give one of", model, "--corpus", "docs=1", "-f", tmp_path / "text.txt"),
+        ("poems=1 is no share", model, "--corpus", "poems=1"),
+        ("no chat format", model, "--corpus", "chat=1", "-c", 256, "--chunks", 2),
         ("must be 1 to 6", model, "--bpv", 7),
         ("give --bpv, or --kv-size and --ctx together", model, "--kv-size", "1GiB"),
         ("much: no size", model, "--kv-size", "much", "--ctx", 1024),
@@ -138,3 +143,25 @@ def test_sampled_text_is_the_same_every_time(model: Path) -> None:
         first, second = capture.sample(3, 64, seed=1), capture.sample(3, 64, seed=1)
     np.testing.assert_array_equal(first, second)
     assert len({row.tobytes() for row in first}) == 3
+
+
+def test_tokens_of_another_run_are_read_as_they_are(model: Path, tmp_path: Path) -> None:
+    first, second, kept = tmp_path / "a.kvtc.gguf", tmp_path / "b.kvtc.gguf", tmp_path / "a.statistics.gguf"
+    size = ["-c", 256, "-t", 2]
+    result = run(model, "-o", first, "--statistics", kept, *size, "--chunks", 3, "--corpus", "own=2,docs=1,seed=5")
+    assert result.exit_code == 0, result.output
+    result = run(model, "-o", second, "--tokens-of", kept, *size)
+    assert result.exit_code == 0, result.output
+    mine, other = read(first), read(second)
+    assert (mine.tokens, mine.corpus) == (other.tokens, other.corpus)
+    for layer, sides in mine.layers.items():
+        for name, side in sides.items():
+            for part in ("mean", "decode", "widths"):
+                np.testing.assert_array_equal(getattr(side, part), getattr(other.layers[layer][name], part))
+
+
+def test_a_model_without_chats_says_that_its_text_has_none(model: Path, tmp_path: Path) -> None:
+    result = run(model, "-c", 256, "--chunks", 2, "--corpus", "docs=1,chat=1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("note: the model has no chat format") == 1
+    assert read(tmp_path / "model.kvtc.gguf").corpus == parse_mix("docs=1").name
