@@ -29,6 +29,7 @@ than was measured). Keys' errors cost more on other and on longer text than valu
 bits, WikiText-2, KLD 0.0168 with keys as measured on 768 tokens of prose, 0.0133 with three times that, k2v2 0.0170
 (2 chunks, the ones that the factor was picked on, so that other text must confirm it)."""
 PRESETS = 2  # of the presets of a size, those with the least predicted KLD are measured
+CLEAR = 2.0  # standard errors by which a preset must be worse to be called so
 SHARE_FLOOR = 0.05  # of the median of a side: what a layer is taken to cost at least, as its measured KLD is noisy
 
 
@@ -151,19 +152,28 @@ def presets(calibration: Calibration, bpv: float) -> list[Choice]:
 def best(prober: Prober, calibration: Calibration, bpv: float) -> tuple[Choice, list[tuple[Choice, np.ndarray]]]:
     """The choice that measures best on the prober's text, and all that were measured with their KLD by row.
 
-    A preset, unless bits by layer are better by more than the standard error of the difference, row by row.
+    A preset, see `steadiest`, unless bits by layer are better than the best one by more than the standard error of the
+    difference, row by row.
     """
     each = presets(calibration, bpv)[:PRESETS] + [plan(calibration, bpv, *options) for options in PLANS]
     unlike = [c for i, c in enumerate(each) if all(c.bits != other.bits for other in each[:i])]
     measured = [(choice, prober.kld(choice.bits)) for choice in unlike]
     uniform_ones, own = ([m for m in measured if (m[0].name == Choice.name) == kind] for kind in (False, True))
-    least = [min(group, key=lambda m: m[1].mean()) for group in (uniform_ones, own) if group]
-    if len(least) == 2:
-        gain = least[0][1] - least[1][1]
-        # Bits that no preset takes up are no reason to leave them unused.
-        clear = least[1][0].bpv > least[0][0].bpv + 1e-9 or gain.mean() > standard_error(gain)
-        return least[1 if clear and gain.mean() > 0 else 0][0], measured
-    return least[0][0], measured
+    preset, planned = (min(group, key=lambda m: m[1].mean(), default=None) for group in (uniform_ones, own))
+    if preset is None or planned is None:
+        return (planned or preset)[0], measured
+    gain = preset[1] - planned[1]
+    # Bits that no preset takes up are no reason to leave them unused.
+    clear = planned[0].bpv > preset[0].bpv + 1e-9 or gain.mean() > standard_error(gain)
+    return planned[0] if clear and gain.mean() > 0 else steadiest(uniform_ones), measured
+
+
+def steadiest(measured: list[tuple[Choice, np.ndarray]]) -> Choice:
+    """Of presets with their KLD by row [rows]: of the best and those not clearly worse, that with most key bits."""
+    least = min((rows for _, rows in measured), key=np.mean)
+    # A tie on the text at hand is none on longer and other text, where keys' errors cost more (see PLANS).
+    near = [c for c, rows in measured if (rows - least).mean() <= CLEAR * standard_error(rows - least)]
+    return max(near, key=lambda choice: sum(choice.bits["k"]))
 
 
 def predicted(calibration: Calibration, bits: LayerBits) -> float:

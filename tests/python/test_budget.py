@@ -144,3 +144,16 @@ def test_keys_that_count_more_get_more_bits(measured: Calibration) -> None:
     plain, heavy = budget.plan(measured, 2.5), budget.plan(measured, 2.5, keys=30.0)
     assert sum(heavy.bits["k"]) > sum(plain.bits["k"]) and heavy.bpv <= 2.5
     assert heavy.kld == pytest.approx(budget.predicted(measured, heavy.bits)) and heavy.kld >= plain.kld
+
+
+@pytest.mark.parametrize(("worse", "taken"), [(0.0, "kvtc-k3v2"), (1e-4, "kvtc-k3v2"), (1e-2, "kvtc-k2v3")])
+def test_a_preset_with_fewer_key_bits_is_taken_only_where_it_is_clearly_better(
+    measured: Calibration, worse: float, taken: str
+) -> None:
+    rng = np.random.default_rng(0)
+    few, many = (next(c for c in budget.presets(measured, 2.5) if c.name == f"kvtc-k{k}v{5 - k}") for k in (2, 3))
+    rows = rng.lognormal(-6, 1, 400)
+    other = rows + worse + 2e-3 * np.tile([1, -1], 200)  # paired: what both rows share is no noise of the difference
+    assert budget.steadiest([(few, rows), (many, other)]).name == taken
+    assert budget.steadiest([(many, other), (few, rows)]).name == taken
+    assert budget.steadiest([(few, other), (many, rows)]).name == "kvtc-k3v2"
