@@ -18,14 +18,13 @@ from kvtc_gguf.sensitivity import Prober, measure
 from kvtc_gguf.sidecar import beside
 
 CHUNKS, CTX, SEED = 1, 1024, 2  # of each kind of text, half for measuring layers and half for what was planned
-TEXTS = corpus.Mix.texts  # sampled in one chunk
 
 
 def texts(model: Path, threads: int) -> np.ndarray:
     """Chunks i32 [2 * CHUNKS, CTX]: the end of the default corpus's prose and newly sampled text, in turn."""
     with LlamaCapture(model, CTX, threads) as capture:
         prose = corpus.split(capture.tokenize(corpus.prose())[-CHUNKS * CTX :], CTX, CHUNKS, capture)
-        own = capture.sample(TEXTS * CHUNKS, CTX // TEXTS, SEED).reshape(CHUNKS, CTX)
+        own = corpus.sampled(capture, corpus.Mix(seed=SEED), "own", CHUNKS, CTX)
     return np.stack([prose, own], axis=1).reshape(-1, CTX)
 
 
