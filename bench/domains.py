@@ -77,7 +77,7 @@ def save(rows: list[Row], output: Path) -> None:
     """Write the CSV, whole or not at all."""
     temporary = output.with_suffix(".part")
     with temporary.open("w", newline="") as out:
-        writer = csv.DictWriter(out, FIELDS)
+        writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, output)

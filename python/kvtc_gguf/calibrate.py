@@ -31,8 +31,9 @@ from kvtc_gguf.statistics_file import Statistics
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
-DEFAULT_CORPUS = "docs=1,own=1"
 REPORT_WIDTH = 150
+
+KINDS = ", ".join(corpus.KINDS)
 
 app = typer.Typer(add_completion=False)
 
@@ -198,7 +199,7 @@ def main(
     model_option: Annotated[Path | None, typer.Option("-m", "--model", help="The same, as an option.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Text to calibrate on, instead of our own.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Calibration to write  [default: <model>.kvtc.gguf]")
+        Path | None, typer.Option("-o", "--output", help="Calibration to write (default: <model>.kvtc.gguf).")
     ] = None,
     embedded: Annotated[
         Path | None, typer.Option("--embed", help="Write a copy of the model with the calibration in its metadata.")
@@ -213,13 +214,13 @@ def main(
     ] = None,
     chunks: Annotated[int | None, typer.Option(min=2, help="Chunks to run, instead of --tokens.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2 * MIN_CTX, help=f"Tokens to calibrate on.  [default: {DEFAULT_TOKENS}]")
+        int | None, typer.Option(min=2 * MIN_CTX, help=f"Tokens to calibrate on (default: {DEFAULT_TOKENS}).")
     ] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=MIN_CTX, help="Tokens of a chunk.")] = 1024,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, help="Threads.")] = os.cpu_count() or 1,
     mix: Annotated[
         str | None,
-        typer.Option("--corpus", help=f"Shares of our own text, such as docs=1,own=1; of {', '.join(corpus.KINDS)}."),
+        typer.Option("--corpus", help=f"Shares of our own text, of {KINDS}; also seed=1. (Default: {Mix().written})"),
     ] = None,
     tokens_of: Annotated[
         Path | None,
@@ -259,7 +260,7 @@ def main(
         n_chunks = (chunks or max(2, (tokens or DEFAULT_TOKENS) // ctx_size)) if fresh else 0
         request = Request(
             path,
-            file or corpus.parse_mix(mix or DEFAULT_CORPUS),
+            file or (corpus.parse_mix(mix) if mix else Mix()),
             embedded,
             in_files or [],
             statistics,

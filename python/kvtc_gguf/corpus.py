@@ -45,7 +45,7 @@ class Mix:
     one chunk: shorter ones stray less, and a wider batch means fewer steps.
     """
 
-    shares: dict[str, int] = field(default_factory=lambda: {"docs": 1, "own": 1})
+    shares: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 1))
     excerpt: int = 1500
     texts: int = 4
     temperature: float = 1.0
@@ -55,6 +55,11 @@ class Mix:
     def name(self) -> str:
         """As a calibration keeps it."""
         return ", ".join(f"{share} {KINDS[kind]}" for kind, share in self.shares.items())
+
+    @property
+    def written(self) -> str:
+        """The shares as `parse_mix` reads them."""
+        return ",".join(f"{kind}={share}" for kind, share in self.shares.items())
 
     def of(self, capture: Capture) -> Mix:
         """What of this mix a model can give: one without a chat format samples no chats. Raises FormatError."""

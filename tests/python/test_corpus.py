@@ -40,13 +40,13 @@ class Sampler:
 
 
 def test_bos_stands_at_a_chunks_start_alone_where_the_model_begins_contexts_with_it() -> None:
-    chunks = mixed_chunks(Sampler(add_bos=True), Mix(), 4, SIZE)
-    assert chunks.shape == (4, SIZE) and chunks.dtype == np.int32
+    chunks = mixed_chunks(Sampler(add_bos=True, chats=True), Mix(), 6, SIZE)
+    assert chunks.shape == (6, SIZE) and chunks.dtype == np.int32
     assert (chunks[:, 0] == BOS).all() and (chunks[:, 1:] != BOS).all()
 
 
 def test_sampled_text_stays_as_it_is_where_bos_is_a_token_like_others() -> None:
-    chunks = mixed_chunks(Sampler(add_bos=False), Mix(), 4, SIZE)
+    chunks = mixed_chunks(Sampler(add_bos=False), Mix({"docs": 1, "own": 1}), 4, SIZE)
     assert ((chunks[1::2] == BOS).sum(axis=1) == 2 * Mix.texts).all() and (chunks[0::2] != BOS).all()
 
 
@@ -68,7 +68,7 @@ def test_a_mix_is_read_as_it_is_written() -> None:
     assert parse_mix("docs=2, chat=1,code=0,texts=8,temperature=0.7,seed=3,excerpt=500") == Mix(
         {"docs": 2, "chat": 1}, 500, 8, 0.7, 3
     )
-    assert parse_mix("seed=2") == Mix(seed=2)  # shares stay the default's
+    assert parse_mix(Mix().written) == Mix() and parse_mix("seed=2") == Mix(seed=2)  # shares stay the default's
 
 
 def test_chats_and_beginnings_are_what_the_model_goes_on_from() -> None:
