@@ -153,15 +153,7 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
     with (
         stoppable() as check_stop,
         open_capture(request, info, size) as capture,
-        Run(
-            request.model,
-            info,
-            capture,
-            statistics,
-            progress,
-            check_stop,
-            request.threads,
-        ) as run,
+        Run(request.model, info, capture, statistics, progress, check_stop, request.threads) as run,
     ):
         try:
             calibration = fit_model(run, request)

@@ -93,8 +93,10 @@ def parse_mix(text: str) -> Mix:
         match = re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", part.strip())
         if match and match[1] in KINDS and match[2].isdigit():
             shares[match[1]] = int(match[2])
-        elif match and match[1] in ("excerpt", "texts", "temperature", "seed") and float(match[2]) > 0:
-            rest[match[1]] = float(match[2]) if match[1] == "temperature" else int(float(match[2]))
+        elif match and match[1] == "temperature" and float(match[2]) > 0:
+            rest[match[1]] = float(match[2])
+        elif match and match[1] in ("excerpt", "texts", "seed") and match[2].isdigit() and int(match[2]) > 0:
+            rest[match[1]] = int(match[2])
         else:
             raise FormatError(f"--corpus {text}: {part} is no share of {', '.join(KINDS)}, such as docs=1")
     shares = {kind: share for kind, share in shares.items() if share} or Mix().shares
@@ -170,6 +172,8 @@ def sampled(
     capture: Capture, mix: Mix, kind: str, count: int, size: int, step: Callable[[], None] | None = None
 ) -> np.ndarray:
     """Chunks i32 [count, size] that the model samples: from BOS, from questions to it, or from beginnings of texts."""
+    if size // mix.texts < 2:
+        raise FormatError(f"--corpus texts={mix.texts}: more than a chunk of {size} tokens holds; at most {size // 2}")
     n = mix.texts * count
     openings = None
     rng = np.random.default_rng(mix.seed)

@@ -3,13 +3,14 @@ that holds another share of a kind than asked for, or that is misread; chats of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvtc_gguf.capture import begun
+from kvtc_gguf.capture import SAMPLED_TOGETHER, Capture, begun
 from kvtc_gguf.corpus import KINDS, Mix, mixed_chunks, parse_mix
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.openings import BEGINNINGS, QUESTIONS
@@ -111,7 +112,39 @@ def test_openings_differ_from_each_other() -> None:
     assert len(set(BEGINNINGS)) == len(BEGINNINGS) and len(set(QUESTIONS)) == len(QUESTIONS)
 
 
-@pytest.mark.parametrize("text", ["poems=1", "docs=-1", "docs", "texts=0", "docs=0.5"])
+@pytest.mark.parametrize("text", ["poems=1", "docs=-1", "docs", "texts=0", "docs=0.5", "texts=0.5", "excerpt=0.2"])
 def test_a_mix_that_cannot_be_read_is_told(text: str) -> None:
     with pytest.raises(FormatError, match=f"--corpus {text}"):
         parse_mix(text)
+
+
+def test_more_texts_than_a_chunk_holds_are_refused() -> None:
+    with pytest.raises(FormatError, match=f"--corpus texts=40: more than a chunk of {SIZE} tokens holds; at most 32"):
+        mixed_chunks(Sampler(add_bos=True), parse_mix("own=1,texts=40"), 2, SIZE)
+
+
+class Engine(Capture):
+    """A model that says position + 20 everywhere, and ends its text with 25."""
+
+    bos, add_bos = BOS, True
+
+    def steps(self, texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        for position in range(texts.shape[1] - 1):
+            yield (
+                position,
+                np.where(np.arange(40) == position + 20, 1e3, 0.0).astype(np.float32)[None].repeat(len(texts), 0),
+            )
+
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens == 25
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_all_batches_keep_their_openings_and_begin_again_where_a_text_ends(keep_end: bool) -> None:
+    n, length, calls = SAMPLED_TOGETHER + 6, 9, []
+    openings = [np.arange(30, 30 + i % 4) for i in range(n)]
+    texts = Engine().sample(n, length, 1, lambda: calls.append(1), openings, keep_end=keep_end)
+    for i, row in enumerate(texts.tolist()):
+        said = [20 + p if keep_end or p != 5 else BOS for p in range(length - 1)]
+        assert row == [BOS, *openings[i], *said[i % 4 :]]
+    assert len(calls) == 2 * (length - 1)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,18 @@ class Capture(Protocol):
         """Tokens i32 [n] of a question in the model's own chat format, up to where it answers; None: it has none."""
         ...
 
+    def generating(self, n_sequences: int, length: int) -> AbstractContextManager:
+        """What `steps` needs of n_sequences texts of this length, for as long as they are sampled."""
+        return nullcontext()
+
+    def steps(self, texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, logits f32 [n, n_vocab] after it) of texts i32 [n, length]; the next token is written between."""
+        ...
+
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of the tokens [n] end a text, bool [n]."""
+        ...
+
     def sample(
         self,
         n_sequences: int,
@@ -65,9 +78,23 @@ class Capture(Protocol):
         """Text the model samples itself, i32 [n_sequences, length], from BOS and openings, one for each text.
 
         Where the model ends its text it is started again with BOS, or with keep_end goes on as a chat does.
-        progress: called once a step.
+        progress: called once a step, of SAMPLED_TOGETHER texts.
         """
-        ...
+        rng = np.random.default_rng(seed)
+        start = max(self.bos, 0)
+        out, given = begun(n_sequences, length, start, openings)
+        with self.generating(min(n_sequences, SAMPLED_TOGETHER), length):
+            for first in range(0, n_sequences, SAMPLED_TOGETHER):
+                texts, free_from = (x[first : first + SAMPLED_TOGETHER] for x in (out, given))
+                for position, logits in self.steps(texts):
+                    tokens = draw(logits, rng, temperature)
+                    if not keep_end:
+                        tokens = np.where(self.ends(tokens), start, tokens)
+                    free = free_from <= position + 1
+                    texts[free, position + 1] = tokens[free]
+                    if progress:
+                        progress()
+        return out
 
 
 SAMPLED_TOGETHER = 64  # texts sampled in one batch: wide enough for weights to be read seldom, and memory has a bound

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, begun, draw, library
+from kvtc_gguf.capture import Capture, Consumer, LayerSample, library
 from kvtc_gguf.layout import FormatError
 
 NODE = re.compile(rb"kvtc_(q|k|v|q_rope|k_rope)(_swa)?-(\d+)")
@@ -23,7 +24,7 @@ LOG_ERROR = 4
 CHAT_BYTES = 4096  # what a chat format puts around a question, at most: system prompts are short
 
 
-class LlamaCapture:
+class LlamaCapture(Capture):
     """A model in the patched libllama. Use as a context manager.
 
     Raises FormatError, with the library's own words where it has any, when something cannot be loaded or run.
@@ -101,53 +102,37 @@ class LlamaCapture:
         n = self.api.llama_chat_apply_template(template, message, 1, True, buffer, len(buffer))
         return self._tokens_of(buffer.raw[:n], True) if 0 < n <= len(buffer) else None
 
-    def sample(
-        self,
-        n_sequences: int,
-        length: int,
-        seed: int,
-        progress: Callable[[], None] | None = None,
-        openings: Sequence[np.ndarray] | None = None,
-        temperature: float = 1.0,
-        keep_end: bool = False,
-    ) -> np.ndarray:
-        """See `Capture`; in batches of SAMPLED_TOGETHER."""
+    @contextmanager
+    def generating(self, n_sequences: int, length: int) -> Iterator[None]:
+        """See `Capture`."""
         self._close_context()
         self._set_capture(False)
-        rng = np.random.default_rng(seed)
-        start = self.bos if self.bos >= 0 else 0
-        out, given = begun(n_sequences, length, start, openings)
-        width = min(n_sequences, SAMPLED_TOGETHER)
-        batch = self.api.llama_batch_init(width, 0, 1)
+        self._batch = self.api.llama_batch_init(n_sequences, 0, 1)
         try:
-            self._open_context(width * length, width, callback=False)
-            for first in range(0, n_sequences, width):
-                self.api.llama_memory_clear(self.api.llama_get_memory(self.ctx), True)
-                texts, free = out[first : first + width], given[first : first + width]
-                for position, logits in self._steps(texts, batch):
-                    tokens = draw(logits, rng, temperature)
-                    for i in np.flatnonzero(free <= position + 1):
-                        ended = not keep_end and self.api.llama_vocab_is_eog(self.vocab, int(tokens[i]))
-                        texts[i, position + 1] = start if ended else tokens[i]
-                    if progress:
-                        progress()
+            self._open_context(n_sequences * length, n_sequences, callback=False)
+            yield
         finally:
-            self.api.llama_batch_free(batch)
+            self.api.llama_batch_free(self._batch)
             self._close_context()
-        return out
 
-    def _steps(self, out: np.ndarray, batch: ctypes.Structure) -> Iterator[tuple[int, np.ndarray]]:
-        """(position, logits [n, n_vocab] after it) of texts i32 [n, length] whose next token is written in between."""
-        n_sequences, length = out.shape
+    def steps(self, texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """See `Capture`."""
+        n_sequences, length = texts.shape
+        batch = self._batch
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.ctx), True)
         for position in range(length - 1):
             batch.n_tokens = n_sequences
             for i in range(n_sequences):
-                batch.token[i], batch.pos[i] = int(out[i, position]), position
+                batch.token[i], batch.pos[i] = int(texts[i, position]), position
                 batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i, 1
             if self.api.llama_decode(self.ctx, batch) != 0:
                 raise FormatError(self._reason(f"{self.path}: llama_decode failed while sampling text"))
             flat = np.ctypeslib.as_array(self.api.llama_get_logits(self.ctx), (n_sequences * self.n_vocab,))
             yield position, flat.reshape(n_sequences, self.n_vocab)
+
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Capture`."""
+        return np.array([self.api.llama_vocab_is_eog(self.vocab, int(token)) for token in tokens], bool)
 
     def _open_context(self, n_ctx: int, n_sequences: int, callback: bool) -> None:
         params = self.api.llama_context_default_params()

@@ -9,7 +9,7 @@ attention interface.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from kvtc_gguf.capture import SAMPLED_TOGETHER, Consumer, LayerSample, begun, channels, draw
+from kvtc_gguf.capture import Capture, Consumer, LayerSample, channels
 from kvtc_gguf.layout import FormatError
 from kvtc_gguf.model_info import ModelInfo
 
@@ -30,7 +30,7 @@ NAME = "kvtc_capture"
 PROBE = 16  # tokens that are enough to see which channels RoPE pairs
 
 
-class TransformersCapture:
+class TransformersCapture(Capture):
     """A checkpoint in transformers that runs for the GGUF `info` is of. Use as a context manager.
 
     checkpoint: a folder, the id of a hub's model, or a GGUF that transformers reads. dtype: "auto" is the checkpoint's.
@@ -69,7 +69,7 @@ class TransformersCapture:
         self.bos = -1 if bos is None else int(bos)
         self.add_bos = self.bos >= 0 and self.tokenizer("a").input_ids[:1] == [self.bos]
         ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self._hooks = ExitStack()
         self._hook_attention()
         self.interleaved = self._match_channels()
@@ -104,33 +104,18 @@ class TransformersCapture:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return np.array(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
 
-    def sample(
-        self,
-        n_sequences: int,
-        length: int,
-        seed: int,
-        progress: Callable[[], None] | None = None,
-        openings: Sequence[np.ndarray] | None = None,
-        temperature: float = 1.0,
-        keep_end: bool = False,
-    ) -> np.ndarray:
-        """See `Capture`; in batches of SAMPLED_TOGETHER."""
-        rng = np.random.default_rng(seed)
-        start = max(self.bos, 0)
-        out, given = begun(n_sequences, length, start, openings)
-        ends = [] if keep_end else list(self.ends)
-        for first in range(0, n_sequences, SAMPLED_TOGETHER):
-            batch, past = out[first : first + SAMPLED_TOGETHER], None
-            for position in range(length - 1):
-                ids = torch.from_numpy(batch[:, position : position + 1].astype(np.int64))
-                answer = self._forward(ids, use_cache=True, **{self._past: past})
-                past = answer.past_key_values
-                tokens = draw(answer.logits[:, -1].float().cpu().numpy(), rng, temperature)
-                free = given[first : first + SAMPLED_TOGETHER] <= position + 1
-                batch[free, position + 1] = np.where(np.isin(tokens, ends), start, tokens)[free]
-                if progress:
-                    progress()
-        return out
+    def steps(self, texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """See `Capture`."""
+        past = None
+        for position in range(texts.shape[1] - 1):
+            ids = torch.from_numpy(texts[:, position : position + 1].astype(np.int64))
+            answer = self._forward(ids, use_cache=True, **{self._past: past})
+            past = answer.past_key_values
+            yield position, answer.logits[:, -1].float().cpu().numpy()
+
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Capture`."""
+        return np.isin(tokens, self._ends)
 
     def _forward(self, ids: Tensor, **options: Any) -> Any:
         if "logits_to_keep" in self._parameters:
