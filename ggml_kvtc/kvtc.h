@@ -111,7 +111,6 @@ GGML_API bool   ggml_kvtc_rope_from_params(const int32_t * op_params, const floa
 //   cache : kvtc type  [row, n_cells]              -> coded rows, or
 //           F16        [head_dim, n_slots, n_head] -> exact rows
 //   z     : F32 [head_dim, n_tokens, n_head], idxs: I64 [n_tokens] row of each token, negative: not stored
-// Further sources of the result are not read: tensors whose memory must not be given away before it.
 GGML_API struct ggml_tensor * ggml_kvtc_set_rows(
         struct ggml_context * ctx,
         struct ggml_tensor  * cache,
@@ -119,6 +118,10 @@ GGML_API struct ggml_tensor * ggml_kvtc_set_rows(
         struct ggml_tensor  * idxs,
         struct ggml_tensor  * pack,
         enum ggml_kvtc_side   side);
+
+// A graph's allocator must not give away the memory of x (or NULL) before `rows`, a result of ggml_kvtc_set_rows, which does not read x.
+// Up to six of them.
+GGML_API void ggml_kvtc_set_rows_keep(struct ggml_tensor * rows, struct ggml_tensor * x);
 
 struct ggml_kvtc_attn_params {
     float   scale;

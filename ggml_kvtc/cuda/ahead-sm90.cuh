@@ -11,7 +11,7 @@ template <bool ONE>
 struct slab_ahead {
     int2 cell;                 // (position, slot) of one of the 32 that hold the warp's
     half mask[ONE ? 1 : 2][2]; // of the thread's two cells and two queries; ONE: of that cell, and of one of the slab's other half
-    int  pos;                  // ONE: of that one
+    int2 other;                // ONE: that one
 
     // first: the slab's first cell; part: the warp's 16 of its 64; token: of the thread's queries, or -1
     __device__ __forceinline__ void load(const attn_args & a, const half * mask_of, const int2 * info, const int (&token)[2], int first, int part) {
@@ -19,10 +19,10 @@ struct slab_ahead {
         const int mine = first + 32*(part/2) + lane;
         cell = info[min(mine, a.n_kv - 1)];
         if constexpr (ONE) {
-            const int other = first + 32*(1 - part/2) + lane;
-            pos = info[min(other, a.n_kv - 1)].x;
+            const int second = first + 32*(1 - part/2) + lane;
+            other = info[min(second, a.n_kv - 1)];
             mask[0][0] = read_mask(a, mask_of, 0, mine);
-            mask[0][1] = read_mask(a, mask_of, 0, other);
+            mask[0][1] = read_mask(a, mask_of, 0, second);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -34,8 +34,8 @@ struct slab_ahead {
     // What positions hide; all threads ask. Not in `load`, which would wait for what it reads. query: ONE's position
     __device__ __forceinline__ void hide(const attn_args & a, int query, const int * query_pos, const int (&token)[2], int part) {
         if constexpr (ONE) {
-            mask[0][0] = hide_by_position(a, mask[0][0], query, cell.x);
-            mask[0][1] = hide_by_position(a, mask[0][1], query, pos);
+            mask[0][0] = hide_cell(a, mask[0][0], query, cell);
+            mask[0][1] = hide_cell(a, mask[0][1], query, other);
         } else if (a.n_span > 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -56,8 +56,8 @@ __device__ __forceinline__ bool find_range(const slab_ahead<ONE> & x, int2 * ran
     lowest  = x.cell.x < 0 ? INT_MAX : x.cell.x; // empty cells are masked: any angle will do for them
     highest = x.cell.x;
     if constexpr (ONE) {
-        lowest  = min(lowest, x.pos < 0 ? INT_MAX : x.pos);
-        highest = max(highest, x.pos);
+        lowest  = min(lowest, x.other.x < 0 ? INT_MAX : x.other.x);
+        highest = max(highest, x.other.x);
     } else {
         seen = seen || is_seen(x.mask[1][0]) || is_seen(x.mask[1][1]);
     }

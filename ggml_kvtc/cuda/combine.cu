@@ -1,6 +1,7 @@
 // Merges the partial sums of the splits, turns coefficients into channels by the values' matrix, and divides by the sum of
 // weights. Few rows: a block for each, or for some of its channels, whose threads share its components. Many: a product on tensor cores.
 #include "combine.cuh"
+#include "join.cuh"
 
 namespace kvtc {
 
@@ -14,9 +15,55 @@ __device__ __forceinline__ int64_t get_row(const attn_args & a, int head_kv, int
     return (int64_t) (i/a.group)*a.n_head + head_kv*a.group + i%a.group;
 }
 
+// A token's own key, times a query; each warp for itself
 template <int D>
+struct own_logit {
+    static constexpr int PAIRS = (D/2 + 31)/32; // of a lane
+    float2 turn[PAIRS];
+
+    // what is of the pack and of the graph's inputs
+    __device__ __forceinline__ void init(const attn_args & a, int token) {
+        const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) a.pack;
+        const int n_pair = pack.rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot/2;
+        const int pos    = a.query_pos[token];
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k) {
+            const int i = threadIdx.x%32 + 32*k;
+            turn[k] = make_float2(1.0f, 0.0f);
+            if (i < n_pair) {
+                const float2 x = get_rotation(pos, at<uint64_t>(a.pack, pack.freq)[i]);
+                turn[k] = make_float2(pack.rope_mscale*x.x, pack.rope_mscale*x.y);
+            }
+        }
+    }
+
+    // times log2(e)
+    __device__ __forceinline__ float get(const attn_args & a, const own_tokens & own, int token, int head, int head_kv) const {
+        const ggml_kvtc_cuda_pack & pack = *(const ggml_kvtc_cuda_pack *) a.pack;
+        const int     rope_type = (int) pack.rope_type;
+        const int     n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
+        const float * q = (const float *) (a.q + token%a.n_tokens*a.nb_q1 + head*a.nb_q2 + token/a.n_tokens*a.nb_q3);
+        const float * x = (const float *) (own.x[GGML_KVTC_K] + token*own.nb1[GGML_KVTC_K] + head_kv*own.nb2[GGML_KVTC_K]);
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k) {
+            const int i = threadIdx.x%32 + 32*k;
+            if (i < D/2) {
+                const int c0 = pair_channel(2*i,     rope_type, n_rot);
+                const int c1 = pair_channel(2*i + 1, rope_type, n_rot);
+                const float2 y = make_float2(x[c0], x[c1]);
+                sum += q[c0]*(y.x*turn[k].x - y.y*turn[k].y) + q[c1]*(y.x*turn[k].y + y.y*turn[k].x);
+            }
+        }
+        sum = warp_reduce_sum(sum)*a.scale;
+        return LOG2E*(a.softcap != 0.0f ? a.softcap*tanhf(sum/a.softcap) : sum);
+    }
+};
+
+// OWN: there are tokens that attention has left out
+template <int D, bool OWN>
 __launch_bounds__(N_THREADS<D>)
-__global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const exact_rows exact, const output out) {
+__global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const exact_rows exact, const own_tokens own, const output out) {
     constexpr int THREADS = N_THREADS<D>;
     constexpr int WIDTH   = D/N_SHARE<D>;            // channels of a block
     constexpr int SLICE   = THREADS/(WIDTH/8);       // of the components
@@ -44,6 +91,11 @@ __global__ void combine_few(const attn_args a, const float * values, const float
         held[k] = *(const uint4 *) (matrix + min(slice + k*SLICE, D - 1)*D + from + channel);
     }
     const float mean = at<float>(pack, head.mean)[from + threadIdx.x/LAST%WIDTH];
+    const int   token = blockIdx.x/a.group;
+    own_logit<D> logit;
+    if constexpr (OWN) {
+        logit.init(a, token);
+    }
     ggml_cuda_pdl_sync();
 
     const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
@@ -60,27 +112,34 @@ __global__ void combine_few(const attn_args a, const float * values, const float
         m[k] = s < n_split ? meta[s] : make_float2(-INFINITY, 0.0f);
         y[k] = s < n_split ? values[s*D] : 0.0f;
     }
+    float2 mine = make_float2(-INFINITY, 0.0f); // the own token's logit, and the channel of its value
+    if constexpr (OWN) {
+        mine.y = *(const float *) (own.x[GGML_KVTC_V] + token*own.nb1[GGML_KVTC_V] + blockIdx.y*own.nb2[GGML_KVTC_V] + (from + threadIdx.x/LAST%WIDTH)*sizeof(float));
+        mine.x = logit.get(a, own, token, (int) (row % a.n_head), blockIdx.y);
+    }
     // Attention has read the rows that these replace. The first rows of a token's group take a side each.
     exact_component component[2] = {};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
         if (side < exact.n_side && threadIdx.x < D && blockIdx.x%a.group == side%a.group && blockIdx.z == 0) {
-            component[side] = load_component(exact.side[side], blockIdx.x/a.group, blockIdx.y, threadIdx.x);
+            component[side] = load_component(exact.side[side], token, blockIdx.y, threadIdx.x);
         }
     }
     float top = first.x;
     for (int s = lane + 32; s < n_split; s += 32) {
         top = fmaxf(top, meta[s].x);
     }
-    top = warp_reduce_max(top);
+    top = fmaxf(warp_reduce_max(top), mine.x);
     const float base = top == -INFINITY ? 0.0f : top; // no column is seen: all weights are 0
     float total = exp2f(first.x - base)*first.y;
     for (int s = lane + 32; s < n_split; s += 32) {
         total += exp2f(meta[s].x - base)*meta[s].y;
     }
-    total = warp_reduce_sum(total);
+    const float weight = exp2f(mine.x - base);
+    total = warp_reduce_sum(total) + weight;
     float seen;
     const float norm = get_norm(a, row, top, total, seen).y;
+    const float rest = (seen - weight*norm)*mean + weight*norm*mine.y; // what the matrix does not give
     {
         float value = 0.0f;
 #pragma unroll
@@ -139,7 +198,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
             sum += __shfl_xor_sync(0xffffffff, sum, i);
         }
         if (threadIdx.x%LAST == 0) {
-            get_output(a, out, row)[from + c] = sum + mean*seen;
+            get_output(a, out, row)[from + c] = sum + rest;
         }
     }
 }
@@ -301,14 +360,19 @@ void launch_many(const attn_args & a, const partial_sums & sums, const output & 
 }
 
 template <int D>
-void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream) {
+void launch(const attn_args & a, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const own_tokens & own, const output & out, cudaStream_t stream) {
     const int per_kv = a.n_tokens*a.n_stream*a.group;
     if (per_kv <= COMBINE_FEW) {
-        ggml_cuda_kernel_launch(combine_few<D>, { dim3(per_kv, a.n_head_kv, N_SHARE<D>), N_THREADS<D>, 0, stream }, a, values, meta, n_split, exact, out);
+        const ggml_cuda_kernel_launch_params p = { dim3(per_kv, a.n_head_kv, N_SHARE<D>), N_THREADS<D>, 0, stream };
+        if (own.x[0]) {
+            launch_behind(own.made, combine_few<D, true>, p, a, values, meta, n_split, exact, own, out);
+        } else {
+            ggml_cuda_kernel_launch(combine_few<D, false>, p, a, values, meta, n_split, exact, own, out);
+        }
         CUDA_CHECK(cudaGetLastError());
         return;
     }
-    GGML_ASSERT(exact.n_side == 0);
+    GGML_ASSERT(exact.n_side == 0 && !own.x[0]);
     partial_sums sums = {};
     sums.meta       = meta;
     sums.values     = values;
@@ -321,13 +385,14 @@ void launch(const attn_args & a, const float * values, const float2 * meta, int 
 
 } // namespace
 
-void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream) {
+void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const own_tokens & own,
+             const output & out, cudaStream_t stream) {
     switch (d) {
-        case  64: return launch< 64>(a, values, meta, n_split, exact, out, stream);
-        case  80: return launch< 80>(a, values, meta, n_split, exact, out, stream);
-        case  96: return launch< 96>(a, values, meta, n_split, exact, out, stream);
-        case 128: return launch<128>(a, values, meta, n_split, exact, out, stream);
-        case 256: return launch<256>(a, values, meta, n_split, exact, out, stream);
+        case  64: return launch< 64>(a, values, meta, n_split, exact, own, out, stream);
+        case  80: return launch< 80>(a, values, meta, n_split, exact, own, out, stream);
+        case  96: return launch< 96>(a, values, meta, n_split, exact, own, out, stream);
+        case 128: return launch<128>(a, values, meta, n_split, exact, own, out, stream);
+        case 256: return launch<256>(a, values, meta, n_split, exact, own, out, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

@@ -34,11 +34,21 @@ __device__ __forceinline__ float2 get_norm(const attn_args & a, int64_t row, flo
     return make_float2(top, top == -INFINITY ? 0.0f : inv);
 }
 
+// The key and value of each stream's one token, which attention has left out: they are added at the end. f32 [d, token, head], keys
+// before RoPE
+struct own_tokens {
+    const char * x[2]; // keys, values; or nullptr: attention has seen them
+    int64_t      nb1[2], nb2[2];
+    cudaStream_t made; // where they are made
+};
+
 constexpr int COMBINE_FEW = 64; // query rows of a kv head that have a block for each
 
-// values, meta: as decode() leaves them, n_split of them for each row. exact: rows of the batch's tokens that are written too
-void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const output & out, cudaStream_t stream);
-inline bool combine_writes_exact(const attn_shape & s) {
+// values, meta: as decode() leaves them, n_split of them for each row. exact: rows of the batch's tokens that are written too. Either of
+// exact and own needs combine_has_few
+void combine(const attn_args & a, int d, const float * values, const float2 * meta, int n_split, const exact_rows & exact, const own_tokens & own,
+             const output & out, cudaStream_t stream);
+inline bool combine_has_few(const attn_shape & s) {
     return s.n_tokens*s.n_stream*s.group <= COMBINE_FEW;
 }
 // as prefill() leaves them

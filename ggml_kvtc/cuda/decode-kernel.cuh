@@ -251,6 +251,10 @@ static __global__ void decode_cells(const attn_args a, const decode_plan p, floa
             }
         }
 
+        const uint32_t left_out = __ballot_sync(0xffffffff, now.cell.y < a.least_slot);
+        if (now.cell.y < a.least_slot) {
+            now.cell = make_int2(-1, -1);
+        }
         bool seen = false;
 #pragma unroll
         for (int i = 0; i < NR; ++i) {
@@ -258,7 +262,7 @@ static __global__ void decode_cells(const attn_args a, const decode_plan p, floa
 #pragma unroll
             for (int e = 0; e < 2*NQ; ++e) {
                 half & x = now.mask[i][e/2][e%2];
-                x = hide_by_position(a, x, query_pos[max(0, token[e/2][e%2])], at);
+                x = left_out >> (r8 + 8*i) & 1 ? __ushort_as_half(HIDDEN) : hide_by_position(a, x, query_pos[max(0, token[e/2][e%2])], at);
                 seen = seen || is_seen(x);
             }
         }

@@ -34,6 +34,7 @@ struct attn_args {
     int             n_span;                 // without a mask, 0: all cells are seen
     float           scale, softcap, max_bias, slope_low, slope_high;
     int             log2_heads;
+    int             least_slot;             // cells with less are left out
 };
 
 __device__ __forceinline__ const ggml_kvtc_cuda_head & get_head(const char * pack, int side, int h) {
@@ -94,6 +95,15 @@ __device__ __forceinline__ half read_mask(const attn_args & a, const half * of_m
 __device__ __forceinline__ half hide_by_position(const attn_args & a, const half & mask, int query, int pos) {
     const bool sees = a.n_span == 0 || (pos >= 0 && (uint32_t) (query - pos) < (uint32_t) a.n_span);
     return sees ? mask : __ushort_as_half(HIDDEN);
+}
+
+// The same for (position, slot) of a cell, which becomes an empty one if it is left out
+__device__ __forceinline__ half hide_cell(const attn_args & a, const half & mask, int query, int2 & cell) {
+    if (cell.y < a.least_slot) {
+        cell = make_int2(-1, -1);
+        return __ushort_as_half(HIDDEN);
+    }
+    return hide_by_position(a, mask, query, cell.x);
 }
 
 // eight neighbouring components of a key that counts exactly

@@ -65,7 +65,7 @@ struct stretch_cells {
         for (int j = 0; j < 2; ++j) {
             const int i = mine + 32*GROUP_WARPS*j;
             if (i < n) {
-                const half seen = hide_by_position(a, next_mask[j], query_pos, next[j].x);
+                const half seen = hide_cell(a, next_mask[j], query_pos, next[j]);
                 cell[i] = next[j];
                 mask[i] = seen;
                 plain = plain && next[j].x == next_start + i && __half_as_ushort(seen) == 0 && get_use(a, next[j].x, next[j].y, query_pos, query_pos) == USE_CODES;

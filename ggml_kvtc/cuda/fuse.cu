@@ -1,6 +1,7 @@
 // Nodes of a graph that one kernel does at once: product, sum and write of codes, of keys and values; attention and the writes of
 // exact rows behind it; or these writes alone.
 #include "kvtc-cuda.h"
+#include "beside.h"
 #include "encode.cuh"
 
 #include "ggml-impl.h"
@@ -123,6 +124,7 @@ fused_side get_side(const fused_nodes & f) {
 int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     using namespace kvtc;
     ggml_tensor * node = graph->nodes[i];
+    choose_stream(ctx, graph, i);
     if (node->op == GGML_OP_KVTC_ATTN) {
         const int j = next_node(graph, i);
         const int k = find_exact_writes(graph, j);

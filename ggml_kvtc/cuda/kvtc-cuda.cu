@@ -1,5 +1,6 @@
 // The CUDA backend's entry to the kvtc operations: which it serves, and by which kernels.
 #include "kvtc-cuda.h"
+#include "beside.h"
 #include "combine.cuh"
 #include "decode.cuh"
 #include "exact.cuh"
@@ -9,7 +10,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <climits>
 #include <cstring>
+#include <memory>
 
 namespace kvtc {
 
@@ -126,6 +129,7 @@ attn_args get_args(const ggml_tensor * dst, const ggml_kvtc_attn_params & params
     a.n_window  = params.n_window;
     a.n_slots   = params.n_slots;
     a.n_span    = params.n_span;
+    a.least_slot = INT_MIN;
     a.scale     = params.scale;
     a.softcap   = params.logit_softcap;
     a.max_bias  = params.max_bias;
@@ -195,6 +199,68 @@ bool supports_attn(int device, const ggml_tensor * op) {
 
 } // namespace kvtc
 
+namespace kvtc {
+
+namespace {
+
+// what decoding leaves to combine
+struct decoded {
+    std::unique_ptr<ggml_cuda_pool_alloc<char>> memory;
+    float  * values  = nullptr;
+    float2 * meta    = nullptr;
+    int      n_split = 0;
+};
+
+decoded decode_cells(ggml_backend_cuda_context & ctx, const attn_args & args, const attn_shape & shape, const gpu_shape & gpu) {
+    const cudaStream_t stream = ctx.stream();
+    decoded x;
+    const auto start = [&](int n_split) {
+        const size_t n_sum = (size_t) args.n_stream*args.n_tokens*args.n_head*n_split;
+        x.memory  = std::make_unique<ggml_cuda_pool_alloc<char>>(ctx.pool(), round_scratch(gpu, n_sum*(shape.d*sizeof(float) + sizeof(float2)), 0));
+        x.values  = (float *) x.memory->get();
+        x.meta    = (float2 *) (x.values + n_sum*shape.d);
+        x.n_split = n_split;
+    };
+#ifdef KVTC_SM90
+    sm90_plan plan90;
+    if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
+        start(plan90.n_sum);
+        (plan90.few ? decode_sm90_few : decode_sm90)(args, shape.d, plan90, x.values, x.meta, stream);
+        return x;
+    }
+    sm90_d256_plan plan256;
+    if (is_hopper(ctx.device) && make_sm90_d256_plan(shape, gpu, plan256)) {
+        start(plan256.n_split);
+        decode_sm90_d256(args, plan256, x.values, x.meta, stream);
+        return x;
+    }
+#endif
+    decode_plan plan;
+    GGML_ASSERT(make_decode_plan(shape, gpu, plan));
+    start(plan.n_split);
+    if (has_others(shape)) {
+        decode_sides(args, shape, plan, x.values, x.meta, stream);
+    } else {
+        decode(args, shape.d, plan, x.values, x.meta, stream);
+    }
+    return x;
+}
+
+own_tokens get_own(const ggml_tensor * const (&x)[2], cudaStream_t made) {
+    own_tokens own;
+    own.made = made;
+    for (int i = 0; i < 2; ++i) {
+        own.x  [i] = (const char *) x[i]->data;
+        own.nb1[i] = x[i]->nb[1];
+        own.nb2[i] = x[i]->nb[2];
+    }
+    return own;
+}
+
+} // namespace
+
+} // namespace kvtc
+
 // exact: written by the last kernel that attends, if writes_exact
 static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvtc::exact_rows & exact) {
     using namespace kvtc;
@@ -204,9 +270,17 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
     attn_args args = get_args(dst, params);
 
     const output     out   = { (char *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], (int64_t) dst->nb[3] };
-    const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
+    const ggml_tensor * own[2];
+    if (is_beside(ctx, dst, own)) {
+        args.least_slot = -1; // those below are the batch's own, which nothing has written yet
+        args.batch[0] = args.batch[1] = nullptr;
+        const decoded x = decode_cells(ctx, args, shape, gpu);
+        combine(args, shape.d, x.values, x.meta, x.n_split, exact, get_own(own, end_beside(ctx)), out, ctx.stream());
+        return;
+    }
     ggml_cuda_pool_alloc<float> turned(ctx.pool());
     if (shape.kind[GGML_KVTC_K] == SIDE_TURBO) { // keys stay as they are stored, and queries come to them
+        const int64_t n_row = (int64_t) args.n_stream*args.n_tokens*args.n_head;
         turn_queries(args, shape.d, turned.alloc(n_row*shape.d), ctx.stream());
     }
 #ifdef KVTC_SM90
@@ -220,37 +294,8 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const kvt
         prefill(ctx, args, shape, gpu, out);
         return;
     }
-    const auto decode_by = [&](int n_split, const auto & kernel) {
-        const size_t n_sum = n_row*n_split;
-        ggml_cuda_pool_alloc<char> scratch(ctx.pool(), round_scratch(gpu, n_sum*(shape.d*sizeof(float) + sizeof(float2)), 0));
-        float  * values = (float *) scratch.get();
-        float2 * meta   = (float2 *) (values + n_sum*shape.d);
-        kernel(values, meta);
-        combine(args, shape.d, values, meta, n_split, exact, out, ctx.stream());
-    };
-#ifdef KVTC_SM90
-    sm90_plan plan90;
-    if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
-        decode_by(plan90.n_sum, [&](float * values, float2 * meta) {
-            (plan90.few ? decode_sm90_few : decode_sm90)(args, shape.d, plan90, values, meta, ctx.stream());
-        });
-        return;
-    }
-    sm90_d256_plan plan256;
-    if (is_hopper(ctx.device) && make_sm90_d256_plan(shape, gpu, plan256)) {
-        decode_by(plan256.n_split, [&](float * values, float2 * meta) { decode_sm90_d256(args, plan256, values, meta, ctx.stream()); });
-        return;
-    }
-#endif
-    decode_plan plan;
-    GGML_ASSERT(make_decode_plan(shape, gpu, plan));
-    decode_by(plan.n_split, [&](float * values, float2 * meta) {
-        if (has_others(shape)) {
-            decode_sides(args, shape, plan, values, meta, ctx.stream());
-        } else {
-            decode(args, shape.d, plan, values, meta, ctx.stream());
-        }
-    });
+    const decoded x = decode_cells(ctx, args, shape, gpu);
+    combine(args, shape.d, x.values, x.meta, x.n_split, exact, {}, out, ctx.stream());
 }
 
 void ggml_cuda_kvtc_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -266,7 +311,7 @@ static bool writes_exact(int device, const ggml_tensor * dst, const kvtc::attn_s
     }
 #endif
     GGML_UNUSED_VARS(device, dst);
-    return decodes(s, true) && combine_writes_exact(s);
+    return decodes(s, true) && combine_has_few(s);
 }
 
 bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * keys, const ggml_tensor * values) {
@@ -278,6 +323,13 @@ bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor 
     }
     attend(ctx, dst, { { get_exact_side(keys), get_exact_side(values) }, 2 });
     return true;
+}
+
+bool ggml_cuda_kvtc_attn_adds_own(const ggml_tensor * dst) {
+    using namespace kvtc;
+    const ggml_kvtc_attn_params params = get_params(dst);
+    const attn_shape s = get_shape(dst, params);
+    return s.n_tokens == 1 && !has_others(s) && decodes(s, true) && combine_has_few(s) && params.n_window >= 1 && params.max_bias == 0.0f;
 }
 
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {

@@ -12,6 +12,9 @@ void ggml_cuda_kvtc_attn    (ggml_backend_cuda_context & ctx, ggml_tensor * dst)
 // Attention and two such writes behind it, which its result does not cover. False, and nothing is done, if it takes many tokens.
 bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * keys, const ggml_tensor * values);
 
+// Can attention leave the batch's own tokens out until its end? Of one token in each stream, which counts exactly.
+bool ggml_cuda_kvtc_attn_adds_own(const ggml_tensor * dst);
+
 // Exact for the two operations; false for every stock operation that touches a kvtc type.
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op);
 

@@ -107,6 +107,30 @@ ggml_tensor * find_stored(ggml_cgraph * gf, const ggml_tensor * cache) {
     return nullptr;
 }
 
+// A device's attention may read what a vector was before it was transformed, and may run the nodes that make it beside those that make
+// the query. So this, and what both are made of, outlives the attention, before `write`.
+void keep_key(ggml_tensor * write, const ggml_tensor * z) {
+    ggml_tensor * x = z->src[0]->src[1];
+    ggml_kvtc_set_rows_keep(write, x);
+    while (x && x->op != GGML_OP_MUL_MAT) {
+        x = x->src[0];
+    }
+    if (x) {
+        ggml_kvtc_set_rows_keep(write, x->src[1]);
+    }
+}
+
+// What the query is made of from its product on, where a view keeps operations from working in place.
+void keep_query(ggml_tensor * write, const ggml_tensor * q) {
+    const ggml_tensor * result = root_of(q);
+    for (const ggml_tensor * t = q; t && t->op != GGML_OP_MUL_MAT; t = t->src[0]) {
+        ggml_tensor * from = t->src[0];
+        if (t->view_src && from && !from->view_src && from != result) {
+            ggml_kvtc_set_rows_keep(write, from);
+        }
+    }
+}
+
 bool is_single_rope(const ggml_tensor * t) {
     return t->op == GGML_OP_ROPE && (t->op_params[2] == GGML_ROPE_TYPE_NORMAL || t->op_params[2] == GGML_ROPE_TYPE_NEOX);
 }
@@ -269,7 +293,7 @@ ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_te
     if (side == GGML_KVTC_K) {
         keys_x = x;
     } else {
-        write->src[4] = std::exchange(keys_x, nullptr);
+        ggml_kvtc_set_rows_keep(write, std::exchange(keys_x, nullptr));
     }
     return write;
 }
@@ -320,7 +344,12 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
     // only now: the attention above still reads the rows that these replace
     for (int s = 0; s < 2; ++s) {
         if (z[s] && l.rows[s]) {
-            ggml_build_forward_expand(g.gf, ggml_kvtc_set_rows(g.ctx0, l.rows[s], z[s], input->slots, l.pack, (ggml_kvtc_side) s));
+            ggml_tensor * write = ggml_kvtc_set_rows(g.ctx0, l.rows[s], z[s], input->slots, l.pack, (ggml_kvtc_side) s);
+            keep_key(write, z[s]);
+            if (s == GGML_KVTC_V) {
+                keep_query(write, q);
+            }
+            ggml_build_forward_expand(g.gf, write);
         }
     }
     return cur;

@@ -65,6 +65,43 @@ def check_store(case: object) -> float:
     return float(((out - right) ** 2).sum() / (right**2).sum())
 
 
+def layers(d: int) -> dict[str, dict[str, object]]:
+    """What `check_layer` varies."""
+    from kvtc_gguf.reference_rope import Rope
+
+    return {
+        "short": {},
+        "alone": {"n_kv": 64, "empty": 63},
+        "long": {"n_kv": 9000, "window": 60, "exact": "some"},
+        "window 1": {"n_kv": 700, "window": 1},
+        "batch alone": {"exact": "batch"},
+        "shuffled, softcap, sinks": {"n_kv": 500, "order": "shuffled", "softcap": 20.0, "sink_logits": True},
+        "normal 40 of them": {"rope": Rope(40, neox=False)},
+        "yarn": {"rope": Rope(d, neox=True, freq_scale=0.25, ext_factor=1.0, n_ctx_orig=512)},
+        "no rope": {"rope": None},
+        "far": {"start": 999_900},
+        "all seen": {"empty": 0, "mask": "none"},
+    }
+
+
+def check_layer(case: object) -> float:
+    """NMSE of attention of one token behind the nodes that make its key and value; it must run beside these."""
+    from attention_case import Inputs, expected, run_layer
+
+    x = Inputs(case)
+    x.q *= 0.02  # so that no other cell has all the weight
+    beside = run_layer(x)
+    os.environ["GGML_KVTC_BESIDE"] = "0"
+    try:
+        behind = run_layer(x)
+    finally:
+        del os.environ["GGML_KVTC_BESIDE"]
+    # the token's own vectors count as they were before coding, not rounded to f16
+    assert (beside != behind).any(), "attention ran behind the nodes that it could run beside"
+    right = expected(x)
+    return max(float(((out - right) ** 2).sum() / (right**2).sum()) for out in (beside, behind))
+
+
 def check_rows(n_head: int, d: int, kind: int | str) -> float:
     """Fraction of bytes of coded rows that differ from the CPU's, for the same z; exact rows must be equal.
 
@@ -188,6 +225,11 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str =
             for k, v in ((2, 3), ("turbo3", "turbo2"), ("turbo4", 3), (3, "turbo4")):
                 name = f"store head_dim {d} tokens {tokens} streams {streams} group {group}, {k} and {v}"
                 work.append((name, NMSE, partial(check_store, replace(case, k=k, v=v))))
+            if tokens == 1:
+                for name, extra in layers(d).items():
+                    layer = replace(case, **{"mask": "span", "k": 2, "v": 4, **extra})
+                    name = f"layer head_dim {d} streams {streams} group {group}, {name}"
+                    work.append((name, NMSE, partial(check_layer, layer)))
     for tokens, n_kv, exact in ((40, 5000, "some"), (40, 5000, "none"), (300, 9000, "store")):
         from attention_case import Case
 

@@ -15,6 +15,7 @@ from kvtc_gguf.reference_rope import Rope
 from sides import PLAIN, bits_of, coded_sides, is_turbo, size_of, type_of
 
 HIDDEN = np.float16(-np.inf)
+SPARE = 7  # cells of a cache behind those that are attended to
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndar
     """The same, and the exact sides f16 [H, n_slots, d] after the batch was written to their rows idxs i64 [S * T]."""
     case = x.case
     with ggml_graph.graph(128) as g:
-        result, store, z, pack = build(g, x)
+        result, store, z, pack, _ = build(g, x)
         results, start = [result], 0
         for side, d in enumerate((case.dk, case.dv or case.dk)):
             strides = 2 * d, 2 * d * x.n_slots
@@ -184,22 +185,51 @@ def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndar
         return of_result(x, out), stores
 
 
+def run_layer(x: Inputs) -> np.ndarray:
+    """The same as llama_kvtc's graph has it: the batch's codes are written before, and its exact rows behind it.
+
+    A device may run it beside the nodes that make the batch's z.
+    """
+    case, n = x.case, x.case.streams * x.case.tokens
+    with ggml_graph.graph(128) as g:
+        z, plain = [], []
+        for side in (ffi.K, ffi.V):
+            matrix, bias = x.native.encode_matrix(0, side)
+            own = x.batch_z(side).astype(float) - bias
+            own = np.stack([np.linalg.solve(matrix[h].astype(float), own[:, h].T).T for h in range(case.heads)], 1)
+            plain.append(ffi.base.ggml_permute(g.ctx, g.tensor(own.astype(np.float32)), 0, 2, 1, 3))
+            product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), plain[side])
+            z.append(ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None])))
+        result, store, _, pack, caches = build(g, x, z)
+        first = np.arange(case.streams)[:, None] * (case.n_kv + SPARE)
+        cells, slots = g.tensor((first + x.batch).reshape(-1)), g.tensor(np.full(n, -1, np.int64))
+        writes, exact, start = [], [], 0
+        for side, d in enumerate((case.dk, case.dv or case.dk)):
+            writes.append(ffi.base.ggml_kvtc_set_rows(g.ctx, caches[side], z[side], cells, pack, side))
+            rows = ffi.base.ggml_view_3d(g.ctx, store, d, x.n_slots, case.heads, 2 * d, 2 * d * x.n_slots, start)
+            start += 2 * d * x.n_slots * case.heads
+            exact.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], slots, pack, side))
+            ffi.base.ggml_kvtc_set_rows_keep(exact[side], plain[side])
+        return of_result(x, g.compute_all([*writes, result, *exact], 1, poison=False)[2])
+
+
 def of_result(x: Inputs, out: np.ndarray) -> np.ndarray:
     """The operation's bytes as f32 [S, T, n_head, dv]."""
     case = x.case
     return out.view(np.float32).reshape(case.streams, case.tokens, case.heads * case.group, -1)
 
 
-def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
-    """The operation's node, and of its sources the exact store, the batch's z, and the pack."""
+def build(g: ggml_graph.Graph, x: Inputs, z: list[Any] | None = None) -> tuple[Any, Any, list[Any], Any, list[Any]]:
+    """The operation's node, and of its sources the exact store, the batch's z (if not given), the pack, the caches."""
     case = x.case
-    cells = []
+    cells, caches = [], []
     for (kind, d), rows in zip(case.sides, x.rows, strict=True):
         kind = type_of(kind)
         # the cache is longer than the view of it
-        spare = np.zeros((case.streams, 7, rows.shape[2]), np.uint8)
+        spare = np.zeros((case.streams, SPARE, rows.shape[2]), np.uint8)
         cache = np.concatenate([rows, spare], axis=1)
         tensor = g.rows(kind, ffi.base.ggml_kvtc_row_values(kind, case.heads, d), cache.reshape(-1, rows.shape[2]))
+        caches.append(tensor)
         strides = (rows.shape[2], ffi.base.ggml_row_size(kind, d), cache[0].size)
         cells.append(ffi.base.ggml_view_4d(g.ctx, tensor, d, case.n_kv, case.heads, case.streams, *strides, 0))
     q, mask = g.tensor(x.q), ffi.ffi.NULL
@@ -210,9 +240,9 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
         padded[:, 0, : case.tokens] = x.mask
         mask = g.tensor(padded)
     batch = [x.batch_z(side) for side in (ffi.K, ffi.V)]
-    if case.permuted:
+    if z is None and case.permuted:
         z = [b if b is None else ffi.base.ggml_permute(g.ctx, g.tensor(b), 0, 2, 1, 3) for b in batch]
-    else:
+    elif z is None:
         z = [b if b is None else g.tensor(b.transpose(1, 0, 2)) for b in batch]
     z = [ffi.ffi.NULL if b is None else b for b in z]
     info = np.concatenate([np.stack([x.pos, x.slot], axis=2).reshape(-1), x.query_pos.reshape(-1)])
@@ -232,7 +262,7 @@ def build(g: ggml_graph.Graph, x: Inputs) -> tuple[Any, Any, list[Any], Any]:
     store = g.tensor(None if case.exact == "none" else x.store)
     pack = g.pack(x.pack)
     tensors = (q, *cells, mask, g.tensor(x.sink_logits), pack, g.tensor(info), store, *z)
-    return ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0]), store, z, pack
+    return ffi.base.ggml_kvtc_attn(g.ctx, *tensors, params[0]), store, z, pack, caches
 
 
 def expected(x: Inputs) -> np.ndarray:

@@ -13,7 +13,7 @@ import ffi
 import ggml_graph
 import numpy as np
 import pytest
-from attention_case import Case, Inputs, expected, run
+from attention_case import Case, Inputs, expected, run, run_layer
 from kvtc_gguf.reference_rope import Rope
 
 WHOLE, ROW = 1e-5, 5e-5
@@ -266,3 +266,10 @@ def random_case(seed: int) -> Case:
 @pytest.mark.parametrize("seed", range(100))
 def test_anything_with_anything(seed):
     check(random_case(seed), (1 + seed % 3,))
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_behind_the_writes_of_its_batch(streams):
+    x = Inputs(Case(tokens=1, streams=streams, mask="span", v=4, n_kv=300))
+    right = expected(x)
+    assert math.sqrt(((run_layer(x) - right) ** 2).mean()) <= 1e-4 * math.sqrt((right**2).mean())  # z is made in f32
