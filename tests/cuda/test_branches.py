@@ -1,7 +1,7 @@
-"""Which nodes the CUDA backend computes beside the query's and the attention, checked without a GPU: branches.h is plain C++.
+"""Which nodes the CUDA backend computes beside the query's and the attention, checked without a GPU: branches.h is C++.
 
-Failures caught: a node that reads what the other branch makes, memory that the graph's allocator gave to both, an attention that
-would leave out more than its own token, a graph whose branches are never found.
+Failures caught: a node that reads what the other branch makes, memory that the graph's allocator gave to both, an
+attention that would leave out more than its own token, a graph whose branches are never found.
 """
 
 from __future__ import annotations
