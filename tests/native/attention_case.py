@@ -185,13 +185,16 @@ def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndar
         return of_result(x, out), stores
 
 
-def run_layer(x: Inputs) -> np.ndarray:
+def run_layer(x: Inputs, *, times: int = 1, shift: int = 0) -> np.ndarray:
     """The same as llama_kvtc's graph has it: the batch's codes are written before, and its exact rows behind it.
 
-    A device may run it beside the nodes that make the batch's z.
+    A device may run it beside the nodes that make the batch's z. shift: bytes that come before all tensors, without
+    which CUDA may take the graph for one that it has captured.
     """
     case, n = x.case, x.case.streams * x.case.tokens
     with ggml_graph.graph(128) as g:
+        if shift:
+            g.tensor(np.zeros(shift, np.int8))
         z, plain = [], []
         for side in (ffi.K, ffi.V):
             matrix, bias = x.native.encode_matrix(0, side)
@@ -210,7 +213,7 @@ def run_layer(x: Inputs) -> np.ndarray:
             start += 2 * d * x.n_slots * case.heads
             exact.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], slots, pack, side))
             ffi.base.ggml_kvtc_set_rows_keep(exact[side], plain[side])
-        return of_result(x, g.compute_all([*writes, result, *exact], 1, poison=False)[2])
+        return of_result(x, g.compute_all([*writes, result, *exact], 1, poison=False, times=times)[2])
 
 
 def of_result(x: Inputs, out: np.ndarray) -> np.ndarray:

@@ -58,20 +58,26 @@ class Graph:
         """Run the graph that ends in `result`; its bytes u8, which are all ones (NaN in every float) before."""
         return self.compute_all([result], n_threads, poison=poison)[0]
 
-    def compute_all(self, results: list[Any], n_threads: int, *, poison: bool = True) -> list[np.ndarray]:
-        """Run one graph, in which `results` come in this order; the bytes u8 of each, poisoned before as in compute."""
+    def compute_all(
+        self, results: list[Any], n_threads: int, *, poison: bool = True, times: int = 1
+    ) -> list[np.ndarray]:
+        """Run one graph, in which `results` come in this order; the bytes u8 of each, poisoned before as in compute.
+
+        It runs several times, which must give the same bytes: CUDA captures a graph in the second run, and replays it
+        from then on.
+        """
         graph = base.ggml_new_graph(self.ctx)
         for result in results:
             base.ggml_build_forward_expand(graph, result)
         if DEVICE:
-            return self._compute_on_device(graph, results, poison)
+            return self._compute_on_device(graph, results, poison, times)
         for result in results if poison else ():
             memory(result)[:] = 0xFF
         status = cpu.ggml_graph_compute_with_ctx(self.ctx, graph, n_threads)
         assert status == 0, f"ggml status {status}"
         return [memory(result).copy() for result in results]
 
-    def _compute_on_device(self, graph: Any, results: list[Any], poison: bool) -> list[np.ndarray]:
+    def _compute_on_device(self, graph: Any, results: list[Any], poison: bool, times: int) -> list[np.ndarray]:
         dev, backend = device()
         for result in results:
             assert base.ggml_backend_dev_supports_op(dev, result), f"{DEVICE} has no kernel for this"
@@ -82,10 +88,14 @@ class Graph:
                 base.ggml_backend_tensor_set(result, pointer(data), 0, data.size)
             for tensor, data in self.waiting:
                 base.ggml_backend_tensor_set(tensor, pointer(data), 0, data.size)
-            status = base.ggml_backend_graph_compute(backend, graph)
-            assert status == 0, f"ggml status {status}"
-            for result, data in zip(results, out, strict=True):
-                base.ggml_backend_tensor_get(result, pointer(data), 0, data.size)
+            for n in range(times):
+                before = [data.copy() for data in out]
+                status = base.ggml_backend_graph_compute(backend, graph)
+                assert status == 0, f"ggml status {status}"
+                for result, data in zip(results, out, strict=True):
+                    base.ggml_backend_tensor_get(result, pointer(data), 0, data.size)
+                same = n == 0 or all((a == b).all() for a, b in zip(before, out, strict=True))
+                assert same, f"run {n + 1} of the graph gave another result"
             return out
         finally:
             base.ggml_backend_buffer_free(buffer)
