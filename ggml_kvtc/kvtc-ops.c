@@ -67,14 +67,16 @@ struct ggml_tensor * ggml_kvtc_set_rows(
     return result;
 }
 
-void ggml_kvtc_set_rows_keep(struct ggml_tensor * rows, struct ggml_tensor * x) {
+bool ggml_kvtc_set_rows_keep(struct ggml_tensor * rows, struct ggml_tensor * x) {
     GGML_ASSERT(rows->op == GGML_OP_KVTC_SET_ROWS);
     int i = 4;
-    while (rows->src[i]) {
+    while (i < GGML_MAX_SRC && rows->src[i]) {
         ++i;
-        GGML_ASSERT(i < GGML_MAX_SRC);
     }
-    rows->src[i] = x;
+    if (i < GGML_MAX_SRC) {
+        rows->src[i] = x;
+    }
+    return i < GGML_MAX_SRC;
 }
 
 struct ggml_tensor * ggml_kvtc_attn(

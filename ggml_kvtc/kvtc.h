@@ -119,9 +119,9 @@ GGML_API struct ggml_tensor * ggml_kvtc_set_rows(
         struct ggml_tensor  * pack,
         enum ggml_kvtc_side   side);
 
-// A graph's allocator must not give away the memory of x (or NULL) before `rows`, a result of ggml_kvtc_set_rows, which does not read x.
-// Up to six of them.
-GGML_API void ggml_kvtc_set_rows_keep(struct ggml_tensor * rows, struct ggml_tensor * x);
+// A graph's allocator does not give away the memory of x (or NULL) before `rows`, a result of ggml_kvtc_set_rows, which does not read x.
+// False where it keeps six already.
+GGML_API bool ggml_kvtc_set_rows_keep(struct ggml_tensor * rows, struct ggml_tensor * x);
 
 struct ggml_kvtc_attn_params {
     float   scale;

@@ -8,9 +8,9 @@
 #include "prefill.cuh"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdlib>
-#include <climits>
 #include <cstring>
 #include <memory>
 

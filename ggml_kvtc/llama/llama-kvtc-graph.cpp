@@ -108,7 +108,7 @@ ggml_tensor * find_stored(ggml_cgraph * gf, const ggml_tensor * cache) {
 }
 
 // A device's attention may read what a vector was before it was transformed, and may run the nodes that make it beside those that make
-// the query. So this, and what both are made of, outlives the attention, before `write`.
+// the query. So this, and what both are made of, outlives the attention, before `write`, as far as there is room.
 void keep_key(ggml_tensor * write, const ggml_tensor * z) {
     ggml_tensor * x = z->src[0]->src[1];
     ggml_kvtc_set_rows_keep(write, x);
@@ -345,9 +345,11 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
     for (int s = 0; s < 2; ++s) {
         if (z[s] && l.rows[s]) {
             ggml_tensor * write = ggml_kvtc_set_rows(g.ctx0, l.rows[s], z[s], input->slots, l.pack, (ggml_kvtc_side) s);
-            keep_key(write, z[s]);
-            if (s == GGML_KVTC_V) {
-                keep_query(write, q);
+            if (l.on_device) { // else these would be copied from where they are
+                keep_key(write, z[s]);
+                if (s == GGML_KVTC_V) {
+                    keep_query(write, q);
+                }
             }
             ggml_build_forward_expand(g.gf, write);
         }

@@ -229,6 +229,17 @@ def test_set_rows_takes_a_view_of_z():
     np.testing.assert_array_equal(rows, encode_rows(own, calibration.bits.index(3), z, 3))
 
 
+def test_set_rows_keeps_six_tensors_and_says_when_there_is_no_room():
+    _, c = opened(3, 64)
+    with ggml_graph.graph() as g:
+        z = g.tensor(np.zeros((3, 1, 64), np.float32))
+        index = g.tensor(np.zeros(1, np.int64))
+        store = g.tensor(np.zeros((3, 4, 64), np.float16))
+        rows = ffi.base.ggml_kvtc_set_rows(g.ctx, store, z, index, g.pack(c.pack(0, 2, 2)), ffi.K)
+        assert [ffi.base.ggml_kvtc_set_rows_keep(rows, z) for _ in range(7)] == [True] * 6 + [False]
+        assert not g.compute(rows, 1, poison=False).any()
+
+
 def test_type_names():
     for bits in range(1, 7):
         kind = ffi.kvtc_type(bits)
