@@ -20,7 +20,7 @@ inline void follow(cudaStream_t from, cudaStream_t to) {
 // Both streams are being captured: the next kernel on `stream` waits for all of `side`, but may begin before the kernel before it on
 // `stream` has ended. An event would make it wait for both. False, and nothing is done, where there is no such graph.
 inline bool follow_early(cudaStream_t side, cudaStream_t stream) {
-#if CUDART_VERSION >= 13000
+#if CUDART_VERSION >= 12030
     struct dependencies {
         cudaStreamCaptureStatus     status;
         const cudaGraphNode_t     * nodes = nullptr;
@@ -28,7 +28,11 @@ inline bool follow_early(cudaStream_t side, cudaStream_t stream) {
         size_t                      n     = 0;
 
         explicit dependencies(cudaStream_t stream) {
+#if CUDART_VERSION >= 13000
             CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &nodes, &edges, &n));
+#else
+            CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream, &status, nullptr, nullptr, &nodes, &edges, &n));
+#endif
         }
     };
     const dependencies own(stream), other(side);
@@ -42,7 +46,11 @@ inline bool follow_early(cudaStream_t side, cudaStream_t stream) {
     nodes.insert(nodes.end(), other.nodes, other.nodes + other.n);
     edges[0].from_port = cudaGraphKernelNodePortProgrammatic;
     edges[0].type      = cudaGraphDependencyTypeProgrammatic;
+#if CUDART_VERSION >= 13000
     CUDA_CHECK(cudaStreamUpdateCaptureDependencies(stream, nodes.data(), edges.data(), nodes.size(), cudaStreamSetCaptureDependencies));
+#else
+    CUDA_CHECK(cudaStreamUpdateCaptureDependencies_v2(stream, nodes.data(), edges.data(), nodes.size(), cudaStreamSetCaptureDependencies));
+#endif
     return true;
 #else
     GGML_UNUSED_VARS(side, stream);
