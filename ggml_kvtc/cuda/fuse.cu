@@ -2,6 +2,7 @@
 // exact rows behind it; or these writes alone.
 #include "kvtc-cuda.h"
 #include "beside.h"
+#include "branches.h"
 #include "encode.cuh"
 
 #include "ggml-impl.h"
@@ -24,11 +25,7 @@ int next_node(const ggml_cgraph * graph, int i) {
 }
 
 // The sum is written while other blocks still read x: a graph's allocator may have given it the memory of x.
-bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * pa = (const char *) a->data;
-    const char * pb = (const char *) b->data;
-    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
-}
+using of_branches::overlap;
 
 // whether the result of a node covers what a write of rows reads or writes: one kernel does both in any order
 bool writes_over(const ggml_tensor * node, const ggml_tensor * write) {
