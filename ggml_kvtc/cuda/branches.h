@@ -2,10 +2,9 @@
 // anywhere.
 #pragma once
 
-#include "kvtc.h"
+#include "nodes.h"
 
 #include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 
 #include <algorithm>
 
@@ -36,23 +35,6 @@ struct branches {
 
 namespace of_branches {
 
-inline const ggml_tensor * get_root(const ggml_tensor * t) {
-    while (t && t->view_src) {
-        t = t->view_src;
-    }
-    return t;
-}
-
-inline bool computes(const ggml_tensor * node) {
-    return !ggml_op_is_empty(node->op);
-}
-
-inline bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * pa = (const char *) a->data;
-    const char * pb = (const char *) b->data;
-    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
-}
-
 // is a's result what b reads or writes?
 inline bool disturbs(const ggml_tensor * a, const ggml_tensor * b) {
     if (overlap(a, b)) {
@@ -79,7 +61,7 @@ inline const ggml_tensor * get_plain(const ggml_tensor * z) {
 inline bool is_kept(const branches & b, const ggml_tensor * z, const ggml_tensor * x) {
     for (int i = b.attn + 1; i < std::min(b.graph->n_nodes, b.attn + MAX_BESIDE); ++i) {
         const ggml_tensor * node = b.graph->nodes[i];
-        if (node->op == GGML_OP_KVTC_SET_ROWS && !ggml_kvtc_is_type(node->type) && node->src[1] == z) {
+        if (is_exact_write(node) && node->src[1] == z) {
             return get_root(node->src[4]) == get_root(x);
         }
     }

@@ -2,10 +2,8 @@
 // exact rows behind it; or these writes alone.
 #include "kvtc-cuda.h"
 #include "beside.h"
-#include "branches.h"
 #include "encode.cuh"
-
-#include "ggml-impl.h"
+#include "nodes.h"
 
 namespace kvtc {
 
@@ -15,25 +13,15 @@ constexpr int MAX_FEW_TOKENS = 16; // that have a block for each; more go to enc
 
 // the node after i that computes something
 int next_node(const ggml_cgraph * graph, int i) {
-    for (++i; i < graph->n_nodes; ++i) {
-        const ggml_op op = graph->nodes[i]->op;
-        if (op != GGML_OP_NONE && op != GGML_OP_VIEW && op != GGML_OP_RESHAPE && op != GGML_OP_PERMUTE && op != GGML_OP_TRANSPOSE) {
-            break;
-        }
-    }
+    do {
+        ++i;
+    } while (i < graph->n_nodes && !computes(graph->nodes[i]));
     return i;
 }
-
-// The sum is written while other blocks still read x: a graph's allocator may have given it the memory of x.
-using of_branches::overlap;
 
 // whether the result of a node covers what a write of rows reads or writes: one kernel does both in any order
 bool writes_over(const ggml_tensor * node, const ggml_tensor * write) {
     return overlap(node, write) || overlap(node, write->src[1]) || overlap(node, write->src[2]);
-}
-
-bool is_exact_write(const ggml_tensor * node) {
-    return node->op == GGML_OP_KVTC_SET_ROWS && !ggml_kvtc_is_type(node->type);
 }
 
 // the second of two writes of exact rows, of keys and values, of which the first is node i; 0 if one kernel may not do both
@@ -83,7 +71,8 @@ bool find_write(const ggml_cgraph * graph, int i, int cc, fused_nodes & f) {
     const ggml_tensor * x      = f.product->src[1];
     const ggml_tensor * bias   = f.sum->src[1];
     const int64_t d = encode->ne[0];
-    // nothing else may read the product, which is not written
+    // Nothing else may read the product, which is not written. The sum is written while other blocks still read x: a graph's allocator
+    // may have given it the memory of x.
     return ggml_node_get_use_count(graph, i) == 1 && !(f.product->flags & GGML_TENSOR_FLAG_OUTPUT) &&
         encode->ne[1] == d && d <= GGML_KVTC_MAX_DIM && d % 16 == 0 && ggml_is_contiguous(encode) && f.product->ne[3] == 1 && x->ne[2] == encode->ne[2] &&
         has_kernel(cc, (int) d, f.product->ne[1], ggml_kvtc_is_turbo(f.write->type)) &&

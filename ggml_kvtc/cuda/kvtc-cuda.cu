@@ -195,14 +195,6 @@ bool supports_attn(int device, const ggml_tensor * op) {
     return make_decode_plan(shape, get_gpu(device), plan);
 }
 
-} // namespace
-
-} // namespace kvtc
-
-namespace kvtc {
-
-namespace {
-
 // what decoding leaves to combine
 struct decoded {
     std::unique_ptr<ggml_cuda_pool_alloc<char>> memory;

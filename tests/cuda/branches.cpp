@@ -125,14 +125,14 @@ extern "C" int find_beside(int what, int * first, int * beside, int * n) {
             count = 0;
             *first = *n;
             for (int k = 0; k < b.size(); ++k) {
-                if (of_branches::computes(b.node(k))) {
+                if (computes(b.node(k))) {
                     beside[(*n)++] = b.beside[k];
                     count += b.beside[k];
                 }
             }
             break;
         }
-        *n += of_branches::computes(graph->nodes[i]);
+        *n += computes(graph->nodes[i]);
     }
     ggml_gallocr_free(allocator);
     ggml_free(ctx);
