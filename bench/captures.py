@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from kvtc_gguf import statistics_file
+from kvtc_gguf.gguf_io import replacing
 from kvtc_gguf.statistics_file import Statistics
 
 
@@ -55,7 +56,7 @@ def main(
         worst = max(layers, key=lambda layer: layers[layer].max())
         print(f"| {name} | {layers[worst].max():.2e} | {worst} | {np.median(np.stack(list(layers.values()))):.2e} |")
     if output:
-        with output.open("w", newline="") as out:
+        with replacing(output) as temporary, temporary.open("w", newline="") as out:
             writer = csv.writer(out)
             writer.writerow(("stream", "layer", "head", "difference"))
             rows = (

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kvtc_gguf.gguf_io import replacing
 
 from bench import corpora
 from bench.caches import Cache
@@ -75,12 +76,10 @@ def table(rows: list[Row], cache: str) -> str:
 
 def save(rows: list[Row], output: Path) -> None:
     """Write the CSV, whole or not at all."""
-    temporary = output.with_suffix(".part")
-    with temporary.open("w", newline="") as out:
+    with replacing(output) as temporary, temporary.open("w", newline="") as out:
         writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, output)
 
 
 def main(

@@ -27,7 +27,7 @@ from kvtc_gguf.layout import BUDGETS, FormatError
 from kvtc_gguf.model_info import ModelInfo
 from kvtc_gguf.run import Run, Stopped, last, stoppable
 from kvtc_gguf.sidecar import beside
-from kvtc_gguf.statistics_file import Statistics
+from kvtc_gguf.statistics_file import Statistics, Text
 
 MIN_CTX = 256  # below, hardly any token lies outside sinks and window, and values cannot be judged
 DEFAULT_TOKENS = 16384
@@ -71,8 +71,11 @@ def load_statistics(files: list[Path], fingerprint_: str, architecture: str) -> 
     return result
 
 
-def fit_model(run: Run, request: Request) -> Calibration:
-    """Both passes. Raises FormatError (one line), and Stopped after Ctrl-C; what was gathered by then is kept."""
+def fit_model(run: Run, request: Request, others: list[Text]) -> Calibration:
+    """Both passes; others: the texts of request.tokens_of.
+
+    Raises FormatError (one line), and Stopped after Ctrl-C; what was gathered by then is kept.
+    """
     for kind in run.info.undecodable():
         run.progress.console.print(
             f"kvtc: warning: the gguf package cannot decode {kind}, the type of attn_output.weight: values are scored "
@@ -81,8 +84,7 @@ def fit_model(run: Run, request: Request) -> Calibration:
     run.probe()
     with run.progress:
         if request.tokens_of:
-            texts = statistics_file.read(request.tokens_of).texts
-            run.statistics.texts += [replace(text, done=0) for text in texts]
+            run.statistics.texts += [replace(text, done=0) for text in others]
         elif request.n_chunks:
             run.add_text(request.text, request.n_chunks, request.ctx_size)
         run.gather()
@@ -156,7 +158,7 @@ def calibrate(request: Request, output: Path | None, console: Console) -> tuple[
         Run(request.model, info, capture, statistics, progress, check_stop, request.threads) as run,
     ):
         try:
-            calibration = fit_model(run, request)
+            calibration = fit_model(run, request, others)
         except Stopped:
             interrupted(run, request, sidecar or request.embedded or request.model)
     if request.bpv or request.kv_size:
