@@ -153,6 +153,7 @@ def check_write(n_head: int, d: int, kinds: tuple[int | str, int | str], n_token
     import ffi
     import ggml_graph
     import synthetic
+    from attention_case import transform
     from sides import bits_of, coded_sides, size_of, type_of
 
     native, own = coded_sides(n_head, ((kinds[0], d), (kinds[1], d)))
@@ -166,12 +167,8 @@ def check_write(n_head: int, d: int, kinds: tuple[int | str, int | str], n_token
         for side in (ffi.K, ffi.V):
             matrix, bias = native.encode_matrix(0, side)
             z = synthetic.draw(rng, own[side][0], n_tokens)  # [tokens, heads, d]
-            x = np.stack([np.linalg.solve(matrix[h].astype(float), (z[:, h] - bias[h]).T).T for h in range(n_head)], 1)
-            x = x.astype(np.float32)
+            x, _, total = transform(g, native, side, z)
             right.append(np.einsum("hij,thj->hti", matrix.astype(float), x) + bias[:, None])
-            turned = ffi.base.ggml_permute(g.ctx, g.tensor(x), 0, 2, 1, 3)
-            product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), turned)
-            total = ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None]))
             kind = type_of(kinds[side])
             values, size = ffi.base.ggml_kvtc_row_values(kind, n_head, d), size_of(kinds[side], n_head, d)
             cache = g.rows(kind, values, np.full((40, size), 0xFF, np.uint8))

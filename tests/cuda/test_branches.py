@@ -6,16 +6,13 @@ attention that would leave out more than its own token, a graph whose branches a
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from cffi import FFI
-from kvtc_gguf.libraries import folder
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cxx import compiled, llama_cpp
+
 KEEP, MASK, FUSED, SHARED, TWO, NO_EXACT, KEY_FIRST, OTHER = (1 << i for i in range(8))
 # of the nodes that compute: key's and value's products; product, sum and write of each side
 WRITES = [1] * 6
@@ -24,16 +21,10 @@ WRITES = [1] * 6
 @pytest.fixture(scope="module")
 def find(tmp_path_factory):
     """find_beside(variants) -> its result, and from the first node found on, which of those that compute are beside."""
-    upstream = next(iter(sorted((ROOT / "build" / "upstream").glob("llama_cpp_python-*/vendor/llama.cpp/ggml"))))
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
     library = tmp_path_factory.mktemp("branches") / "branches.so"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-DGGML_SHARED"]
-    include = [f"-I{ROOT / 'ggml_kvtc'}", f"-I{upstream / 'include'}", f"-I{upstream / 'src'}"]
-    link = [f"-L{folder()}", "-lggml-base", f"-Wl,-rpath,{folder()}"]
-    subprocess.run(
-        [*command, *include, Path(__file__).with_name("branches.cpp"), "-o", library, *link],
-        check=True,
-    )
+    include = [llama_cpp() / "ggml" / name for name in ("include", "src")]
+    sources = [Path(__file__).with_name("branches.cpp")]
+    compiled(library, sources, include, "-shared", "-fPIC", "-DGGML_SHARED", link=True)
     ffi = FFI()
     ffi.cdef("int find_beside(int what, int * first, int * beside, int * n);")
     c = ffi.dlopen(str(library))

@@ -6,9 +6,6 @@ are misaligned or overlap the end, a prefill that leaves cells out or whose scra
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,8 @@ from cffi import FFI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cxx import compiled, llama_cpp
+
 MIB = 1 << 20
 GPUS = {"turing": (72, 64 << 10), "ampere": (84, 99 << 10), "hopper": (132, 227 << 10)}
 DIMS = st.sampled_from([64, 80, 96, 128, 256, 512])
@@ -25,12 +23,9 @@ DIMS = st.sampled_from([64, 80, 96, 128, 256, 512])
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     """The planning functions, compiled; needs a C++ compiler, as the build does."""
-    headers = next(iter(sorted((ROOT / "build" / "upstream").glob("llama_cpp_python-*/vendor/llama.cpp/ggml/include"))))
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
     library = tmp_path_factory.mktemp("plan") / "plan.so"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    include = [f"-I{ROOT / 'ggml_kvtc'}", f"-I{headers}"]
-    subprocess.run([*command, *include, Path(__file__).with_name("plan.cpp"), "-o", library], check=True)
+    include = [llama_cpp() / "ggml" / "include"]
+    compiled(library, [Path(__file__).with_name("plan.cpp")], include, "-Werror", "-shared", "-fPIC")
     ffi = FFI()
     ffi.cdef("""
         int  plan_decode (const int * shape, int n_sm, long shared, long * out);

@@ -6,19 +6,17 @@ takes a block that its own encoder would not write.
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
 import seeds
 import states
-from kvtc_gguf import libraries
+
+from tests.cxx import ROOT, compiled, llama_cpp
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 N = 20_000  # inputs
 # Traps need no library of the sanitizer's, which not every compiler comes with.
 CHECKS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-D_GLIBCXX_ASSERTIONS"]
@@ -26,16 +24,11 @@ CHECKS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-D_GLIB
 
 def replayer(folder: Path) -> Path:
     """The target as a program; needs a C++ compiler, as the build does."""
-    tree = next(iter(sorted((ROOT / "build" / "upstream").glob("llama_cpp_python-*/vendor/llama.cpp"))))
-    include = [ROOT / "ggml_kvtc", ROOT / "ggml_kvtc" / "llama", tree / "include", tree / "ggml" / "include"]
+    tree = llama_cpp()
+    include = [ROOT / "ggml_kvtc" / "llama", tree / "include", tree / "ggml" / "include"]
     sources = [*sorted((ROOT / "ggml_kvtc").glob("kvtc-rows*.cpp")), HERE / "states.cpp"]
     sources.append(ROOT / "ggml_kvtc" / "llama" / "llama-kvtc-container.cpp")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-DKVTC_REPLAY", *CHECKS]
-    built = libraries.folder()
-    link = [f"-L{built}", "-lggml-base", f"-Wl,-rpath,{built}", "-o", folder / "replay"]
-    subprocess.run([*command, *(f"-I{path}" for path in include), *sources, *link], check=True)
-    return folder / "replay"
+    return compiled(folder / "replay", sources, include, "-Werror", "-pthread", "-DKVTC_REPLAY", *CHECKS, link=True)
 
 
 def test_reader_stands_damage(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,13 +175,7 @@ def run_and_store(x: Inputs, idxs: np.ndarray) -> tuple[np.ndarray, list[np.ndar
     case = x.case
     with ggml_graph.graph(128) as g:
         result, store, z, pack, _ = build(g, x)
-        results, start = [result], 0
-        for side, d in enumerate((case.dk, case.dv or case.dk)):
-            strides = 2 * d, 2 * d * x.n_slots
-            rows = ffi.base.ggml_view_3d(g.ctx, store, d, x.n_slots, case.heads, *strides, start)
-            start += 2 * d * x.n_slots * case.heads
-            results.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], g.tensor(idxs), pack, side))
-        out, *sides = g.compute_all(results, 1, poison=False)
+        out, *sides = g.compute_all([result, *write_exact(g, x, store, z, pack, idxs)], 1, poison=False)
         stores = [side.view(np.float16).reshape(case.heads, x.n_slots, -1) for side in sides]
         return of_result(x, out), stores
 
@@ -195,25 +190,36 @@ def run_layer(x: Inputs, *, times: int = 1, shift: int = 0) -> np.ndarray:
     with ggml_graph.graph(128) as g:
         if shift:
             g.tensor(np.zeros(shift, np.int8))
-        z, plain = [], []
-        for side in (ffi.K, ffi.V):
-            matrix, bias = x.native.encode_matrix(0, side)
-            own = x.batch_z(side).astype(float) - bias
-            own = np.stack([np.linalg.solve(matrix[h].astype(float), own[:, h].T).T for h in range(case.heads)], 1)
-            plain.append(ffi.base.ggml_permute(g.ctx, g.tensor(own.astype(np.float32)), 0, 2, 1, 3))
-            product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), plain[side])
-            z.append(ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None])))
-        result, store, _, pack, caches = build(g, x, z)
+        plain, z = zip(*(transform(g, x.native, side, x.batch_z(side))[1:] for side in (ffi.K, ffi.V)), strict=True)
+        result, store, _, pack, caches = build(g, x, list(z))
         first = np.arange(case.streams)[:, None] * (case.n_kv + SPARE)
-        cells, slots = g.tensor((first + x.batch).reshape(-1)), g.tensor(np.full(n, -1, np.int64))
-        writes, exact, start = [], [], 0
-        for side, d in enumerate((case.dk, case.dv or case.dk)):
-            writes.append(ffi.base.ggml_kvtc_set_rows(g.ctx, caches[side], z[side], cells, pack, side))
-            rows = ffi.base.ggml_view_3d(g.ctx, store, d, x.n_slots, case.heads, 2 * d, 2 * d * x.n_slots, start)
-            start += 2 * d * x.n_slots * case.heads
-            exact.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], slots, pack, side))
-            ffi.base.ggml_kvtc_set_rows_keep(exact[side], plain[side])
+        cells = g.tensor((first + x.batch).reshape(-1))
+        writes = [ffi.base.ggml_kvtc_set_rows(g.ctx, caches[s], z[s], cells, pack, s) for s in (ffi.K, ffi.V)]
+        exact = write_exact(g, x, store, z, pack, np.full(n, -1, np.int64))
+        for write, own in zip(exact, plain, strict=True):
+            ffi.base.ggml_kvtc_set_rows_keep(write, own)
         return of_result(x, g.compute_all([*writes, result, *exact], 1, poison=False, times=times)[2])
+
+
+def write_exact(g: ggml_graph.Graph, x: Inputs, store: Any, z: Sequence[Any], pack: Any, idxs: np.ndarray) -> list[Any]:
+    """The nodes that write the batch's z to the rows idxs i64 [S * T] of each side of the exact store."""
+    case, nodes, start = x.case, [], 0
+    for side, d in enumerate((case.dk, case.dv or case.dk)):
+        strides = 2 * d, 2 * d * x.n_slots
+        rows = ffi.base.ggml_view_3d(g.ctx, store, d, x.n_slots, case.heads, *strides, start)
+        start += 2 * d * x.n_slots * case.heads
+        nodes.append(ffi.base.ggml_kvtc_set_rows(g.ctx, rows, z[side], g.tensor(idxs), pack, side))
+    return nodes
+
+
+def transform(g: ggml_graph.Graph, native: ffi.Native, side: int, z: np.ndarray) -> tuple[np.ndarray, Any, Any]:
+    """Vectors f32 [n, H, d] whose transform is z [n, H, d], their node, and that of z: llama_kvtc::store's."""
+    matrix, bias = native.encode_matrix(0, side)
+    x = np.stack([np.linalg.solve(m.astype(float), (z[:, h] - bias[h]).T).T for h, m in enumerate(matrix)], 1)
+    x = x.astype(np.float32)
+    turned = ffi.base.ggml_permute(g.ctx, g.tensor(x), 0, 2, 1, 3)
+    product = ffi.base.ggml_mul_mat(g.ctx, g.tensor(matrix), turned)
+    return x, turned, ffi.base.ggml_add(g.ctx, product, g.tensor(bias[:, None]))
 
 
 def of_result(x: Inputs, out: np.ndarray) -> np.ndarray:
