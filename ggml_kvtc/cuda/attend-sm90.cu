@@ -312,7 +312,7 @@ __device__ __forceinline__ void attend_rows(const attn_args & a, const tile_args
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 if (r0 + 8*e < n_row) {
-                    float * to = get_output(a, p.out, (int64_t) token[e]*a.n_head + head[e]);
+                    float * to = get_output(a, p.out, { token[e], head[e] });
 #pragma unroll
                     for (int j = 0; j < D/8; ++j) {
                         const int    c = 8*j + 2*q4;

@@ -44,17 +44,55 @@ __device__ __forceinline__ void load_block(const sm90_plan & p, uint8_t * smem, 
     }
 }
 
-// f32 [query row][D + 8] in the order of pairs
-template <int D>
+// f32 [query row][D + 8] in the order of pairs. ONE: of one token
+template <int D, bool ONE>
 __device__ __forceinline__ void load_queries(const attn_args & a, float * queries, int head, int stream, int rope_type, int n_rot, float mscale, int n_threads) {
     const float scale = a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E;
-    for (int i = threadIdx.x; i < a.n_tokens*a.group*D; i += n_threads) {
-        const int r       = i/D;
-        const int token   = r/a.group;
-        const int channel = pair_channel(i%D, rope_type, n_rot);
-        const float x = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r%a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-        queries[r*(D + 8) + i%D] = x*(i%D < n_rot ? scale*mscale : scale);
+    const int   n     = a.n_tokens*a.group*D;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += 2*n_threads) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) { // two are on their way together, in short code
+            const int j = min(i + e*n_threads, n - 1);
+            const int r = j/D;
+            const int token   = ONE ? 0 : r/a.group;
+            const int channel = pair_channel(j%D, rope_type, n_rot);
+            x[e] = *(const float *) (a.q + token*a.nb_q1 + (head*a.group + r - token*a.group)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int j = i + e*n_threads;
+            if (j < n) {
+                queries[j/D*(D + 8) + j%D] = x[e]*(j%D < n_rot ? scale*mscale : scale);
+            }
+        }
     }
+}
+
+// A batch's only token: two components of its key, or value, of thread threadIdx.x < D; where the batch has it
+template <int D>
+__device__ __forceinline__ float2 read_own(const attn_args & a, int head, int stream) {
+    const int side = threadIdx.x/(D/2);
+    if (side > 1 || !a.batch[side]) {
+        return make_float2(0.0f, 0.0f);
+    }
+    const float * z = (const float *) (a.batch[side] + stream*a.nb_batch1[side] + head*a.nb_batch2[side]) + threadIdx.x%(D/2)*2;
+    return make_float2(z[0], z[1]);
+}
+
+// f16 [2][D], as the store will have them
+template <int D>
+__device__ __forceinline__ void store_own(half * own, const float2 & z) {
+    if (threadIdx.x < D) {
+        ((uint32_t *) own)[threadIdx.x] = pack_half2(z.x, z.y);
+    }
+}
+
+// the row of a token that counts exactly: of the store, or the batch's only one
+template <int D>
+__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot, const half * own) {
+    return (const uint4 *) (slot >= 0 ? a.exact[side] + ((int64_t) head*a.n_slots + slot)*D : own + side*D);
 }
 
 // Where a row of sums has component c, as mma's tiles leave them: of 64, the first of each of eight groups, then the second of each ...

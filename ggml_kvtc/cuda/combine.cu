@@ -11,8 +11,12 @@ template <int D> constexpr int N_THREADS = D <= 64 ? 256 : D <= 96 || D == 256 ?
 template <int D> constexpr int N_SHARE   = D == 256 ? 4 : 1;                   // blocks that share a row's channels
 
 // the rows of one kv head, token after token
-__device__ __forceinline__ int64_t get_row(const attn_args & a, int head_kv, int i) {
-    return (int64_t) (i/a.group)*a.n_head + head_kv*a.group + i%a.group;
+__device__ __forceinline__ query_row get_row(const attn_args & a, int head_kv, int i) {
+    return { i/a.group, head_kv*a.group + i%a.group };
+}
+
+__device__ __forceinline__ int64_t get_index(const attn_args & a, const query_row & row) {
+    return (int64_t) row.token*a.n_head + row.head;
 }
 
 // A token's own key, times a query; each warp for itself
@@ -60,7 +64,8 @@ struct own_logit {
     }
 };
 
-// OWN: there are tokens that attention has left out
+// OWN: there are tokens that attention has left out. It runs between a layer's attention and its next product, executes its code once,
+// and waits for it to be fetched: short code is what makes it fast (NOTES.md)
 template <int D, bool OWN>
 __launch_bounds__(N_THREADS<D>)
 __global__ void combine_few(const attn_args a, const float * values, const float2 * meta, int n_split, const exact_rows exact, const own_tokens own, const output out) {
@@ -70,10 +75,10 @@ __global__ void combine_few(const attn_args a, const float * values, const float
     constexpr int PARTS   = THREADS/D;               // of the splits, summed apart
     constexpr int ROWS    = (D + SLICE - 1)/SLICE;   // of the matrix, for a thread
     constexpr int HELD    = ROWS <= 8 ? ROWS : 8;    // that are loaded before they are needed
-    constexpr int AHEAD   = D == 256 ? 17 : 8;       // splits of a thread, likewise: 33 are most where there are four heads
+    constexpr int AHEAD   = 32/PARTS + 1;            // splits of a thread, likewise: 33 are most where there are four heads
     constexpr int LAST    = WIDTH < D ? THREADS/WIDTH : 1; // threads of a channel that sum its slices
     constexpr int PAD     = WIDTH < D ? 8 : 0;       // their reads are of different banks
-    static_assert(THREADS % 32 == 0 && THREADS % D == 0 && SLICE % LAST == 0 && LAST <= 32, "threads do not divide evenly");
+    static_assert(THREADS % 32 == 0 && THREADS % D == 0 && THREADS >= 2*D && SLICE % LAST == 0 && LAST <= 32 && 32 % PARTS == 0, "threads do not divide evenly");
     __shared__ float sums[PARTS][D];
     __shared__ __align__(16) float part[SLICE][WIDTH + PAD];
     ggml_cuda_pdl_lc();
@@ -91,70 +96,70 @@ __global__ void combine_few(const attn_args a, const float * values, const float
         held[k] = *(const uint4 *) (matrix + min(slice + k*SLICE, D - 1)*D + from + channel);
     }
     const float mean = at<float>(pack, head.mean)[from + threadIdx.x/LAST%WIDTH];
-    const int   token = blockIdx.x/a.group;
+    const query_row row = get_row(a, blockIdx.y, blockIdx.x);
     own_logit<D> logit;
     if constexpr (OWN) {
-        logit.init(a, token);
+        logit.init(a, row.token);
     }
     ggml_cuda_pdl_sync();
 
-    const int64_t row = get_row(a, blockIdx.y, blockIdx.x);
-    meta   += row*n_split;
-    values += row*n_split*D + threadIdx.x%D;
+    const int lane   = threadIdx.x % 32;
+    const int part_d = threadIdx.x / D; // the thread's part of the splits, and side of exact rows
+    const int c_d    = threadIdx.x % D;
+    meta   += get_index(a, row)*n_split;
+    values += get_index(a, row)*n_split*D + c_d;
     // all that is read is on its way before any of it is needed
-    const int    lane  = threadIdx.x % 32;
-    const float2 first = lane < n_split ? meta[lane] : make_float2(-INFINITY, 0.0f); // every warp for itself
-    float2 m[AHEAD];
-    float  y[AHEAD];
+    const float2 none = make_float2(-INFINITY, 0.0f);
+    const float2 first  = lane      < n_split ? meta[lane]      : none; // every warp for itself
+    const float2 second = lane + 32 < n_split ? meta[lane + 32] : none;
+    float y[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
-        const int s = threadIdx.x/D + k*PARTS;
-        m[k] = s < n_split ? meta[s] : make_float2(-INFINITY, 0.0f);
+        const int s = part_d + k*PARTS;
         y[k] = s < n_split ? values[s*D] : 0.0f;
     }
-    float2 mine = make_float2(-INFINITY, 0.0f); // the own token's logit, and the channel of its value
+    float2 mine = none; // the own token's logit, and the channel of its value
     if constexpr (OWN) {
-        mine.y = *(const float *) (own.x[GGML_KVTC_V] + token*own.nb1[GGML_KVTC_V] + blockIdx.y*own.nb2[GGML_KVTC_V] + (from + threadIdx.x/LAST%WIDTH)*sizeof(float));
-        mine.x = logit.get(a, own, token, (int) (row % a.n_head), blockIdx.y);
+        mine.y = *(const float *) (own.x[GGML_KVTC_V] + row.token*own.nb1[GGML_KVTC_V] + blockIdx.y*own.nb2[GGML_KVTC_V] + (from + threadIdx.x/LAST%WIDTH)*sizeof(float));
+        mine.x = logit.get(a, own, row.token, row.head, blockIdx.y);
     }
-    // Attention has read the rows that these replace. The first rows of a token's group take a side each.
-    exact_component component[2] = {};
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-        if (side < exact.n_side && threadIdx.x < D && blockIdx.x%a.group == side%a.group && blockIdx.z == 0) {
-            component[side] = load_component(exact.side[side], token, blockIdx.y, threadIdx.x);
-        }
+    // Attention has read the rows that these replace. The first row of a token's group takes both sides
+    exact_component component = {};
+    if (part_d < exact.n_side && row.head == (int) blockIdx.y*a.group && blockIdx.z == 0) {
+        component = load_component(exact.side[part_d], row.token, blockIdx.y, c_d);
     }
-    float top = first.x;
-    for (int s = lane + 32; s < n_split; s += 32) {
+    float top = fmaxf(first.x, second.x);
+#pragma unroll 1
+    for (int s = lane + 64; s < n_split; s += 32) {
         top = fmaxf(top, meta[s].x);
     }
     top = fmaxf(warp_reduce_max(top), mine.x);
     const float base = top == -INFINITY ? 0.0f : top; // no column is seen: all weights are 0
-    float total = exp2f(first.x - base)*first.y;
-    for (int s = lane + 32; s < n_split; s += 32) {
+    const float weight[2] = { exp2f(first.x - base), exp2f(second.x - base) };
+    float total = weight[0]*first.y + weight[1]*second.y;
+#pragma unroll 1
+    for (int s = lane + 64; s < n_split; s += 32) {
         total += exp2f(meta[s].x - base)*meta[s].y;
     }
-    const float weight = exp2f(mine.x - base);
-    total = warp_reduce_sum(total) + weight;
+    const float of_own = exp2f(mine.x - base);
+    total = warp_reduce_sum(total) + of_own;
     float seen;
-    const float norm = get_norm(a, row, top, total, seen).y;
-    const float rest = (seen - weight*norm)*mean + weight*norm*mine.y; // what the matrix does not give
+    const float norm = get_norm(a, row.head, top, total, seen).y;
+    const float rest = (seen - of_own*norm)*mean + of_own*norm*mine.y; // what the matrix does not give
     {
         float value = 0.0f;
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            value += exp2f(m[k].x - base)*y[k];
+            value += __shfl_sync(0xffffffff, weight[k*PARTS/32], (part_d + k*PARTS) % 32)*y[k]; // those of 32 threads have one part
         }
-#pragma unroll 8
-        for (int s = threadIdx.x/D + AHEAD*PARTS; s < n_split; s += PARTS) {
+#pragma unroll 2
+        for (int s = part_d + AHEAD*PARTS; s < n_split; s += PARTS) {
             value += exp2f(meta[s].x - base)*values[s*D];
         }
-        sums[threadIdx.x/D][threadIdx.x%D] = value*norm;
+        sums[part_d][c_d] = value*norm;
     }
     __syncthreads();
-    store_component(component[0]);
-    store_component(component[1]);
+    store_component(component);
 
     float acc[8] = {};
     const auto add = [&](int c, const uint4 & m) {
@@ -177,7 +182,7 @@ __global__ void combine_few(const attn_args a, const float * values, const float
             add(slice + k*SLICE, held[k]);
         }
     }
-#pragma unroll 8
+#pragma unroll 2
     for (int c = slice + HELD*SLICE; c < D; c += SLICE) {
         add(c, *(const uint4 *) (matrix + c*D + from + channel));
     }
@@ -251,9 +256,10 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     if (threadIdx.x < ROWS) {
         const int     i   = blockIdx.x*ROWS + threadIdx.x;
-        const int64_t row = get_row(a, blockIdx.y, min(i, n_row - 1));
-        const int64_t at  = get_place(a, p, row);
-        float2 sum = p.old_meta ? p.old_meta[row] : make_float2(-INFINITY, 0.0f);
+        const query_row row = get_row(a, blockIdx.y, min(i, n_row - 1));
+        const int64_t index = get_index(a, row);
+        const int64_t at    = get_place(a, p, index);
+        float2 sum = p.old_meta ? p.old_meta[index] : make_float2(-INFINITY, 0.0f);
         for (int chunk = 0; chunk < p.n_chunk; ++chunk) {
             for (int s = 0; s < p.n_split; ++s) {
                 const float2 m = get_meta(p, at, chunk, s);
@@ -263,7 +269,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
                 }
             }
         }
-        norm [threadIdx.x] = get_norm(a, row, sum.x, sum.y, seen[threadIdx.x]);
+        norm [threadIdx.x] = get_norm(a, row.head, sum.x, sum.y, seen[threadIdx.x]);
         place[threadIdx.x] = at;
     }
     __syncthreads();
@@ -281,7 +287,7 @@ __global__ void combine_many(const attn_args a, const partial_sums p, const outp
             const int j = k*32*MANY_WARPS + threadIdx.x;
             const int c = min(j%LANES*4, D - 4);
             if (p.old_meta) {
-                const int64_t row = get_row(a, blockIdx.y, min(blockIdx.x*ROWS + j/LANES, n_row - 1));
+                const int64_t row = get_index(a, get_row(a, blockIdx.y, min(blockIdx.x*ROWS + j/LANES, n_row - 1)));
                 add(k, p.old_meta[row], *(const float4 *) (p.old_values + row*D + c));
             }
         }

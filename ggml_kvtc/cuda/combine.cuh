@@ -13,18 +13,22 @@ struct output {
     int64_t nb1, nb2, nb3;
 };
 
-__device__ __forceinline__ float * get_output(const attn_args & a, const output & out, int64_t row) {
-    const int64_t token = row/a.n_head;
-    return (float *) (out.dst + row%a.n_head*out.nb1 + token%a.n_tokens*out.nb2 + token/a.n_tokens*out.nb3);
+// of queries: a token's (of all streams) head
+struct query_row {
+    int token, head;
+};
+
+__device__ __forceinline__ float * get_output(const attn_args & a, const output & out, const query_row & row) {
+    return (float *) (out.dst + row.head*out.nb1 + row.token%a.n_tokens*out.nb2 + row.token/a.n_tokens*out.nb3);
 }
 
 // what a row's sums are multiplied by, from the largest logit and the sum of weights; share of the tokens in all weights (sink
 // logits have the rest)
-__device__ __forceinline__ float2 get_norm(const attn_args & a, int64_t row, float top, float total, float & share) {
+__device__ __forceinline__ float2 get_norm(const attn_args & a, int head, float top, float total, float & share) {
     float scale = 1.0f; // of the tokens' weights, when the sink's logit is the largest
     float sink  = 0.0f;
     if (a.sinks) {
-        const float logit = a.sinks[row%a.n_head]*LOG2E;
+        const float logit = a.sinks[head]*LOG2E;
         scale = logit > top ? exp2f(top - logit) : 1.0f;
         sink  = logit > top ? 1.0f : exp2f(logit - top);
     }

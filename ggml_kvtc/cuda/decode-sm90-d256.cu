@@ -31,8 +31,10 @@ constexpr int D      = 256;
 constexpr int WARPS  = GROUP_WARPS;
 constexpr int GROUPS = SM90_D256_GROUPS;
 
-// ONE: one token, whose keys either count exactly or do not; PAIRS: there is room for the keys' tables of pairs
-template <bool ONE, bool PAIRS>
+// ONE: one token, whose keys either count exactly or do not; PAIRS: there is room for the keys' tables of pairs; SPLIT: few cells, of
+// which both groups have the same. Then a block executes its code once, and fetching it is most of what that takes: it leaves out what
+// only saves time with many cells
+template <bool ONE, bool PAIRS, bool SPLIT>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -90,7 +92,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     key_tables<D, PAIRS> k_tables;
     k_tables.read(base, kh);
     uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
-    value_sums<D> sums;
+    value_sums<D, ONE, SPLIT> sums;
     sums.init(base, vh, part, levels, smem + p.at_wide);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
     half * zeros = (half *) (smem + p.at_turned) + GROUPS*n_row*LD;
@@ -129,15 +131,15 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     // rebuilds half of the components and sums half of the values
     const row_copy k_copy(a, p.rows, 0, kh, stream, skew[0], stage[0]);
     const row_copy v_copy(a, p.rows, 1, vh, stream, skew[1], stage[1]);
-    const bool split     = ONE && p.split;
-    const bool mine      = !split || part/2 == group; // the values of the warp's cells
+    static_assert(ONE || !SPLIT, "several tokens have no kernel for few cells");
+    const bool mine      = !SPLIT || part/2 == group; // the values of the warp's cells
     const int  split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
-    const int  per_group = split ? 1 : (p.slabs_per_split + GROUPS - 1)/GROUPS;
-    int        slab      = split ? blockIdx.x : blockIdx.x*p.slabs_per_split + group*per_group;
+    const int  per_group = SPLIT ? 1 : (p.slabs_per_split + GROUPS - 1)/GROUPS;
+    int        slab      = SPLIT ? blockIdx.x : blockIdx.x*p.slabs_per_split + group*per_group;
     const int  slab_end  = min(split_end, slab + per_group);
-    const int  k_first   = split ? group*(D/64) : 0;              // of the steps of 32 components
-    const int  j_first   = split ? group*(WARPS/2) : 0;           // of the warps whose cells' values are summed
-    const int  k_last    = split ? k_first + D/64 - 1 : D/32 - 1;
+    const int  k_first   = SPLIT ? group*(D/64) : 0;              // of the steps of 32 components
+    const int  j_first   = SPLIT ? group*(WARPS/2) : 0;           // of the warps whose cells' values are summed
+    const int  k_last    = SPLIT ? k_first + D/64 - 1 : D/32 - 1;
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
     slab_ahead<ONE> next;
@@ -170,8 +172,14 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     if (n_row > 1) {
         queries[LD + threadIdx.x] = scale*q1;
     }
-    for (int r = 2; r < n_row; ++r) {
-        queries[r*LD + threadIdx.x] = scale*query(r);
+#pragma unroll 1
+    for (int r = 2; r < n_row; r += 2) {
+        const float x = query(r);
+        const float y = query(min(r + 1, n_row - 1));
+        queries[r*LD + threadIdx.x] = scale*x;
+        if (r + 1 < n_row) {
+            queries[(r + 1)*LD + threadIdx.x] = scale*y;
+        }
     }
     if (ONE) {
         ((uint32_t *) own)[threadIdx.x] = pack_half2(z.x, z.y); // as the store will have them
@@ -189,10 +197,10 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     int which = 0; // of the two places for slots
 
 #pragma unroll 1
-    for (; slab < slab_end; ++slab) {
+    for (; slab < slab_end; slab = SPLIT ? slab_end : slab + 1) {
         slab_ahead<ONE> now = next;
         const int  first = slab*SLAB90 + 16*part;
-        const bool more  = slab + 1 < slab_end;
+        const bool more  = !SPLIT && slab + 1 < slab_end;
         if (more) {
             next.load(a, mask, info, token, (slab + 1)*SLAB90, part);
         }
@@ -260,7 +268,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                     }
                 }
             };
-            if (any_exact) {
+            if (SPLIT || any_exact) {
                 rebuild(std::true_type());
             } else {
                 rebuild(std::false_type());
@@ -271,7 +279,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             wgmma<false>(x, ones, of_mean);
             wgmma_commit();
             again = pass == 0 && any_either;
-            if (!again) {
+            if (!SPLIT && !again) {
                 __syncwarp();
                 k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
             }
@@ -291,11 +299,11 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
             wgmma_wait<0>();
             if (near) {
-                multiply_turned<D, true >(w, x, turned_row, turn, sign, row_pos, freq);
+                multiply_turned<D>(w, x, turned_row, turn, sign, row_pos);
             } else {
-                multiply_turned<D, false>(w, x, turned_row, turn, sign, row_pos, freq);
+                multiply_far<D>(w, x, turned_row, row_pos, freq);
             }
-            if (split) { // the other half of the components
+            if constexpr (SPLIT) { // the other half of the components
                 float4 * parts = (float4 *) (smem + p.at_parts);
                 parts[threadIdx.x] = make_float4(w[0], w[1], w[2], w[3]);
                 meet<WARPS*GROUPS>(1 + GROUPS);
@@ -346,7 +354,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             if (again) {
                 copy_wait<0>();
             } else {
-                copy_wait<1>(); // the values
+                copy_wait<SPLIT ? 0 : 1>(); // the values
             }
             __syncwarp();
             uint32_t packed[2];
@@ -368,7 +376,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
             meet<WARPS>(1 + group); // all of the above, and the values, are there
 
-            sums.add_slab(a, head, shared, shared.chosen[which], v_rows, p.rows.stride[1], any_exact, ONE ? own + D : nullptr, j_first, split ? j_first + WARPS/2 : WARPS);
+            sums.add_slab(a, head, shared, shared.chosen[which], v_rows, p.rows.stride[1], any_exact, ONE ? own + D : nullptr, j_first, SPLIT ? j_first + WARPS/2 : WARPS);
         }
     }
 
@@ -387,8 +395,9 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
 } // namespace
 
 void decode_sm90_d256(const attn_args & a, const sm90_d256_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = a.n_tokens == 1 ? (p.pairs ? decode_cells_sm90_d256<true,  true> : decode_cells_sm90_d256<true,  false>)
-                                        : (p.pairs ? decode_cells_sm90_d256<false, true> : decode_cells_sm90_d256<false, false>);
+    const auto kernel = a.n_tokens > 1 ? (p.pairs ? decode_cells_sm90_d256<false, true, false> : decode_cells_sm90_d256<false, false, false>)
+                      : p.split        ? (p.pairs ? decode_cells_sm90_d256<true,  true, true>  : decode_cells_sm90_d256<true,  false, true>)
+                                       : (p.pairs ? decode_cells_sm90_d256<true,  true, false> : decode_cells_sm90_d256<true,  false, false>);
     allow_shared_memory((const void *) kernel, p.shared);
     ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, values, meta);
 }

@@ -28,8 +28,9 @@ constexpr int SLAB   = 16*WARPS;
 constexpr int GROUPS = SM90_GROUPS;
 constexpr int ROWS   = FEW_ROWS;
 
-// UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head
-template <int D, bool UNEVEN>
+// UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head. SHORT: so few cells that a
+// block executes most of its code once, and fetching it is much of what that takes: plain slabs have no code of their own
+template <int D, bool UNEVEN, bool SHORT>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -67,6 +68,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
 
     float    * queries = (float *)    (smem + p.at_queries);
+    half     * own     = (half *)     (smem + p.at_own);    // [2][D] the token's key and value
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);   // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes); // [2][D/8]
@@ -124,7 +126,9 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         fetch(0, slab);
         look(slab);
     }
-    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    const float2 z_own = read_own<D>(a, head, stream);
+    load_queries<D, true>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    store_own<D>(own, z_own);
     __syncthreads();
     barrier_wait(barriers.pack, 0);
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
@@ -155,6 +159,11 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 
+        const auto turn_again = [&] {
+            meet(group, false); // the turned queries were read by all
+            turn_twice<D>(queries, anchored, freq, anchor, n_row);
+            meet(group, false);
+        };
         const auto add_slab = [&](auto kind, int s) {
             constexpr bool PLAIN = decltype(kind)::value;
             const bool more = slab + 1 < slab_end;
@@ -173,11 +182,9 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
             slab_view view;
             if constexpr (!PLAIN) {
-                view.look<D>(a, slab_cell, part, head, query_pos, n_rot > 0, p.n_fine);
-                if (view.choose_anchor(anchor, p.n_fine)) {
-                    meet(group, false); // the turned queries were read by all
-                    turn_twice<D>(queries, anchored, freq, anchor, n_row);
-                    meet(group, false);
+                const int lowest = view.look(a, slab_cell, slab_mask, part, query_pos, n_rot > 0);
+                if (view.choose_anchor(anchor, lowest, p.n_fine)) {
+                    turn_again();
                 }
             }
 
@@ -282,10 +289,16 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 for (int s = 0; s < D/32; ++s) {
                     decode_keys(s);
                 }
+                for_wide(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
+                    const uint4 y[2] = { wide[r8], wide[r8 + 8] };
 #pragma unroll
-                for (int s = 0; s < D/32; ++s) {
-                    put_wide(s);
-                }
+                    for (int s = 0; s < D/32; ++s) {
+                        if (g == 4*s + q4) {
+                            put(s, 0, y[0]);
+                            put(s, 1, y[1]);
+                        }
+                    }
+                });
                 if (any_small) {
 #pragma unroll
                     for (int s = 0; s < D/32; ++s) {
@@ -293,24 +306,25 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     }
                 }
                 if (view.any_chosen) {
-                    int   from[2];
+                    const uint4 * exact[2];
                     uint4 y[2][D/32]; // all on their way before the first is needed
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        from[i] = __shfl_sync(0xffffffff, view.chosen, r8 + 8*i);
+                        const int from = __shfl_sync(0xffffffff, view.chosen, r8 + 8*i);
+                        exact[i] = from == -1 ? nullptr : get_exact_row<D>(a, GGML_KVTC_K, head, from, own) + q4;
 #pragma unroll
                         for (int s = 0; s < D/32; ++s) {
-                            y[i][s] = from[i] >= 0 ? load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8) : make_uint4(0, 0, 0, 0);
+                            y[i][s] = exact[i] ? exact[i][4*s] : make_uint4(0, 0, 0, 0);
                         }
                     }
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        if (from[i] != -1) {
+                        if (exact[i]) {
                             gain[i] = 1.0f;
                             ones[i] = q4 == 0 ? 0x3c003c00 : 0;
 #pragma unroll
                             for (int s = 0; s < D/32; ++s) {
-                                put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8));
+                                put(s, i, y[i][s]);
                             }
                         }
                     }
@@ -341,35 +355,48 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             decode_values(0);
             wgmma_wait();
 
-            float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            // logits of key r8 + q4/2*8, queries 2*(q4%2) + x
+            float of_key[2] = { 0.0f, 0.0f };
+            const int   my_key  = r8 + q4/2*8;
+            const int   my_pos  = q4 < 2 ? view.row_pos[0] : view.row_pos[1];
+            const float my_gain = q4 < 2 ? gain[0] : gain[1];
             const uint32_t sign[2] = { 0, 0 }; // all keys have positions from the anchor's on
             const half * row_of_query = anchored + lane%(2*ROWS)*LD + lane/8*8;
-            const uint32_t * turn[2];
+#pragma unroll 1
+            for (bool rest = true; rest; ) { // of keys as far from the anchor as the table goes; the others with another
+                float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+                const uint32_t * turn[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int at = max(0, view.row_pos[i] - anchor);
-                turn[i] = fine + (PLAIN ? s*SLAB/2 + 8*part + r8 : at/16*8 + at%8)*TURN_WORDS<D> + 4*q4;
-            }
-            if (PLAIN || view.near) {
-                multiply_turned<D, true,  PLAIN>(w, x, row_of_query, turn, sign, view.row_pos, freq);
-            } else {
-                multiply_turned<D, false, false>(w, x, row_of_query, turn, sign, view.row_pos, freq);
+                for (int i = 0; i < 2; ++i) {
+                    const int at = min(max(0, view.row_pos[i] - anchor), p.n_fine - 1);
+                    turn[i] = fine + (PLAIN ? s*SLAB/2 + 8*part + r8 : at/16*8 + at%8)*TURN_WORDS<D> + 4*q4;
+                }
+                multiply_turned<D, PLAIN>(w, x, row_of_query, turn, sign, view.row_pos);
+                const bool later = (my_pos - anchor & 8) != 0;
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    const float mine = q4 < 2 ? w[x] : w[2 + x];
+                    if constexpr (PLAIN) {
+                        of_key[x] = mine;
+                    } else { // of other positions, the lane that has the query's other column
+                        const float other = __shfl_xor_sync(0xffffffff, q4 < 2 ? w[2 + x] : w[x], 2);
+                        if ((uint32_t) (my_pos - anchor) < (uint32_t) p.n_fine) {
+                            of_key[x] = later == (q4 >= 2) ? mine : other;
+                        }
+                    }
+                }
+                const int from = PLAIN ? INT_MAX : view.min_from(anchor + p.n_fine);
+                rest = from != INT_MAX;
+                if (rest) {
+                    anchor = from;
+                    turn_again();
+                }
             }
 
-            // logits of key r8 + q4/2*8, queries 2*(q4%2) + x
             float logit[2], v[2];
-            const int   my_key  = r8 + q4/2*8;
-            const float my_gain = q4 < 2 ? gain[0] : gain[1];
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                float of_key = q4 < 2 ? w[x] : w[2 + x];
-                if constexpr (!PLAIN) { // of other positions, the lane that has the query's other column
-                    const float other = __shfl_xor_sync(0xffffffff, q4 < 2 ? w[2 + x] : w[x], 2);
-                    const int   pos   = q4 < 2 ? view.row_pos[0] : view.row_pos[1];
-                    const bool  later = view.near && (max(0, pos - anchor) & 8) != 0;
-                    of_key = later == (q4 >= 2) ? of_key : other;
-                }
-                logit[x] = of_key*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
+                logit[x] = of_key[x]*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
                 if (a.softcap != 0.0f) {
                     logit[x] = a.softcap*LOG2E*tanhf(logit[x]);
                 }
@@ -426,7 +453,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     }
                 });
                 if (!PLAIN && view.any_chosen) {
-                    view.take_exact<D>(a, head, r8 + 8*h, z);
+                    view.take_exact<D>(a, head, r8 + 8*h, own, z);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -444,11 +471,13 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
 #pragma unroll 1
         for (int s = 0; s < n; ++s, ++slab) {
-            if (all_plain) {
-                add_slab(std::true_type(), s);
-            } else {
-                add_slab(std::false_type(), s);
+            if constexpr (!SHORT) {
+                if (all_plain) {
+                    add_slab(std::true_type(), s);
+                    continue;
+                }
             }
+            add_slab(std::false_type(), s);
         }
     }
 
@@ -463,21 +492,28 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 #endif
 }
 
-template <int D, bool UNEVEN>
+template <int D, bool UNEVEN, bool SHORT>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = decode_cells_sm90_few<D, UNEVEN>;
+    const auto kernel = decode_cells_sm90_few<D, UNEVEN, SHORT>;
     const row_maps maps = make_row_maps(a, p.stride);
     const dim3 grid = UNEVEN ? dim3(p.n_block, 1, a.n_stream) : dim3(p.n_split, a.n_head_kv, a.n_stream);
     allow_shared_memory((const void *) kernel, p.shared);
     ggml_cuda_kernel_launch(kernel, { grid, 32*WARPS*GROUPS, p.shared, stream }, a, p, maps, values, meta);
 }
 
+template <int D>
+void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
+    return p.n_block > 0 ? launch<D, true,  false>(a, p, values, meta, stream)
+         : p.few_slabs   ? launch<D, false, true> (a, p, values, meta, stream)
+                         : launch<D, false, false>(a, p, values, meta, stream);
+}
+
 } // namespace
 
 void decode_sm90_few(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     switch (d) {
-        case  64: return p.n_block > 0 ? launch< 64, true>(a, p, values, meta, stream) : launch< 64, false>(a, p, values, meta, stream);
-        case 128: return p.n_block > 0 ? launch<128, true>(a, p, values, meta, stream) : launch<128, false>(a, p, values, meta, stream);
+        case  64: return launch< 64>(a, p, values, meta, stream);
+        case 128: return launch<128>(a, p, values, meta, stream);
         default:  GGML_ABORT("kvtc: no kernel for head_dim %d", d);
     }
 }

@@ -28,12 +28,6 @@ namespace {
 
 constexpr int WARPS = GROUP_WARPS;
 
-// of the store; a slot below 0 has none
-template <int D>
-__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot) {
-    return (const uint4 *) (a.exact[side] + ((int64_t) head*a.n_slots + slot)*D);
-}
-
 // ONE: one token, whose keys either count exactly or do not
 template <int D, int GROUPS, bool ONE>
 __launch_bounds__(32*WARPS*GROUPS, 1)
@@ -59,7 +53,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
     const int here  = part % 2;     // of 32 cells
-    const int own   = warp % SHARE; // of the shared keys
+    const int mine  = warp % SHARE; // of the shared keys
     const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
@@ -72,6 +66,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int n_rot     = rope_type == GGML_KVTC_ROPE_NONE ? 0 : (int) pack.rope_n_rot;
 
     float    * queries = (float *)    (smem + p.at_queries);
+    half     * own     = (half *)     (smem + p.at_own);         // ONE: [2][D] the token's key and value
     uint64_t * freq    = (uint64_t *) (smem + p.at_freq);
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);        // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes);      // [2][D/8]
@@ -139,7 +134,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     if (slab < slab_end) {
         look(slab, next);
     }
-    load_queries<D>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    const float2 z_own = ONE ? read_own<D>(a, head, stream) : make_float2(0.0f, 0.0f);
+    load_queries<D, ONE>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
+    if constexpr (ONE) {
+        store_own<D>(own, z_own);
+    }
     __syncthreads();
     barrier_wait(barriers.pack, 0);
     const uint64_t of_matrix = get_operand(smem, 16*D, 128);
@@ -169,7 +168,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
         const int pos = now.cell.x;
         const key_use use = pos < 0 ? USE_CODES : get_use(a, pos, now.cell.y, min_pos, max_pos);
         if (use != USE_CODES && now.cell.y >= 0) { // one warp of two the keys, one the values
-            const char * exact = (const char *) get_exact_row<D>(a, here, head, now.cell.y);
+            const char * exact = (const char *) get_exact_row<D>(a, here, head, now.cell.y, nullptr);
 #pragma unroll
             for (int i = 0; i < D/64; ++i) {
                 asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
@@ -223,27 +222,26 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     put(s, i, decode_eight(row[i], code), k_gain[i]);
                 }
             }
-            if (n_wide[0] > 0) {
+            for_wide(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
+                const uint4 y[2] = { wide[r8], wide[r8 + 8] };
 #pragma unroll
                 for (int s = 0; s < D/32; ++s) {
-                    for_wide(codes + 4*s, min(4, n_wide[0] - 4*s), stage[0] + skew[0], p.stride[0], wide, [&](int q) {
-                        if (q4 == q) {
-                            put(s, 0, wide[r8],     k_gain[0]);
-                            put(s, 1, wide[r8 + 8], k_gain[1]);
-                        }
-                    });
+                    if (g == 4*s + q4) {
+                        put(s, 0, y[0], k_gain[0]);
+                        put(s, 1, y[1], k_gain[1]);
+                    }
                 }
-            }
+            });
             if (any_chosen) {
                 int   from[2];
                 uint4 y[2][D/32]; // all on their way before the first is needed
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     from[i] = __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i);
-                    const uint4 * exact = get_exact_row<D>(a, GGML_KVTC_K, head, from[i]) + q4;
+                    const uint4 * exact = get_exact_row<D>(a, GGML_KVTC_K, head, from[i], own) + q4;
 #pragma unroll
                     for (int s = 0; s < D/32; ++s) {
-                        y[i][s] = from[i] >= 0 ? exact[4*s] : make_uint4(0, 0, 0, 0);
+                        y[i][s] = from[i] >= 0 || (ONE && from[i] != -1) ? exact[4*s] : make_uint4(0, 0, 0, 0);
                     }
                 }
 #pragma unroll
@@ -251,7 +249,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     if (from[i] != -1) {
 #pragma unroll
                         for (int s = 0; s < D/32; ++s) {
-                            put(s, i, from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8), __float2half2_rn(1.0f));
+                            put(s, i, ONE || from[i] >= 0 ? y[i][s] : load_exact(a, GGML_KVTC_K, D, head, from[i], (4*s + q4)*8), __float2half2_rn(1.0f));
                         }
                     }
                 }
@@ -284,9 +282,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_mean);
             wgmma_commit();
-            // meanwhile, values of the warp's own keys. Group r8 + 8*own of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8 + 8*mine of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
-            const pair_code code = load_code(codes + D/8 + r8 + 8*own);
+            const pair_code code = load_code(codes + D/8 + r8 + 8*mine);
             const auto decode_values = [&](const uint8_t * rows) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
@@ -296,9 +294,9 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             decode_values(v_rows);
             wgmma_wait();
             if (near) {
-                multiply_turned<D, true >(w, x, turned, turn, row_pos, freq);
+                multiply_turned<D>(w, x, turned, turn, row_pos);
             } else {
-                multiply_turned<D, false>(w, x, turned, turn, row_pos, freq);
+                multiply_far<D>(w, x, turned + lane%8*LD + lane/8*8, row_pos, freq);
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
@@ -400,7 +398,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (s > 0) {
                     decode_values(rows);
                 }
-                for_wide(codes + D/8 + 8*own, min(8, n_wide[1] - 8*own), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
+                for_wide(codes + D/8 + 8*mine, min(8, n_wide[1] - 8*mine), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (r8 == g) {
@@ -414,12 +412,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         from[n] = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
-                        y[n] = from[n] >= 0 ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n])[r8 + 8*own] : make_uint4(0, 0, 0, 0);
+                        y[n] = from[n] >= 0 || (ONE && from[n] != -1) ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n], own)[r8 + 8*mine] : make_uint4(0, 0, 0, 0);
                     }
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (from[n] != -1) {
-                            z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*own)*8);
+                            z[n] = ONE || from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*mine)*8);
                         }
                     }
                 }

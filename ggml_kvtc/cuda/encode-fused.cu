@@ -159,9 +159,11 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
         // A group's threads fetch its levels and, where a search reads one after the other, its bounds.
         if (!turbo && is_near(own[i], w)) {
             constexpr int T = LANES*PARTS;
+#pragma unroll 1
             for (int k = lane%T; k < (w > 0 ? 1 << w : 0); k += T) {
                 copy_async<16>(near_levels + own[i].levels + 8*k, levels + own[i].levels + 8*k);
             }
+#pragma unroll 1
             for (int k = lane%T; k < (w > 4 ? 2*((1 << w) - 1) : 0); k += T) {
                 copy_async<16>(near_bounds + own[i].bounds + 4*k, bounds + own[i].bounds + 4*k);
             }
@@ -275,6 +277,7 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
     if (rank > 0) {
         return;
     }
+#pragma unroll 1
     for (uint32_t i = n_bytes + threadIdx.x; !turbo && i < next - payload; i += THREADS) {
         out[i] = 0;
     }

@@ -199,58 +199,47 @@ __device__ __forceinline__ void turn_twice(const float * queries, half * turned,
 struct slab_view {
     int  chosen     = -1;       // slot of one of the warp's 16 cells, the lane's, if it counts exactly; else -1
     bool any_chosen = false;
-    bool near       = true;     // are all positions so near that the table of rotations has them?
-    int  lowest     = 0;
-    int  highest    = 0;
+    int  pos[2]     = { 0, 0 }; // positions of the lane's two of the slab's cells; -1: not seen
+    int  highest    = 0;        // of all
     int  row_pos[2] = { 0, 0 }; // positions of keys lane/4, + 8
 
-    // cells: (position, slot) of the slab's
-    template <int D>
-    __device__ __forceinline__ void look(const attn_args & a, const int2 * cells, int part, int head, int query_pos, bool turns, int n_fine) {
+    // cells: (position, slot) of the slab's; mask: theirs; turns: whether positions count. The lowest position that is seen
+    __device__ __forceinline__ int look(const attn_args & a, const int2 * cells, const half * mask, int part, int query_pos, bool turns) {
         const int lane = threadIdx.x % 32;
         const int2 x = cells[16*part + lane%16];
         const key_use use = x.x < 0 ? USE_CODES : get_use(a, x.x, x.y, query_pos, query_pos);
-        if (use != USE_CODES && x.y >= 0) { // half of the lanes the keys, half the values
-            const char * exact = (const char *) (a.exact[lane/16] + ((int64_t) head*a.n_slots + x.y)*D);
-#pragma unroll
-            for (int i = 0; i < D/64; ++i) {
-                asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
-            }
-        }
         chosen     = use == USE_EXACT ? x.y : -1;
         any_chosen = __any_sync(0xffffffff, chosen != -1);
-        // empty cells are masked: any angle will do for them
-        const int pos[2] = { cells[lane].x, cells[lane + 32].x };
-        lowest  = warp_min(min(pos[0] < 0 ? INT_MAX : pos[0], pos[1] < 0 ? INT_MAX : pos[1]));
-        highest = warp_max(max(pos[0], pos[1]));
-        near    = turns && lowest != INT_MAX && highest - lowest < n_fine;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row_pos[i] = cells[16*part + lane/4 + 8*i].x;
+            pos[i]     = !is_seen(mask[lane + 32*i]) ? -1 : turns ? cells[lane + 32*i].x : 0;
+            row_pos[i] = turns ? cells[16*part + lane/4 + 8*i].x : 0;
         }
+        highest = warp_max(max(pos[0], pos[1]));
+        return min_from(0);
+    }
+
+    // the lowest position that is seen from `from` on, or INT_MAX
+    __device__ __forceinline__ int min_from(int from) const {
+        return warp_min(min(pos[0] < from ? INT_MAX : pos[0], pos[1] < from ? INT_MAX : pos[1]));
     }
 
     // a group of the values of keys 2*(lane%4), + 1, + 8, + 9, where they count exactly
     template <int D>
-    __device__ __forceinline__ void take_exact(const attn_args & a, int head, int group, uint4 (&z)[4]) const {
-        int   from[4];
-        uint4 y[4]; // all on their way before the first is needed
+    __device__ __forceinline__ void take_exact(const attn_args & a, int head, int group, const half * own, uint4 (&z)[4]) const {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-            from[n] = __shfl_sync(0xffffffff, chosen, threadIdx.x%4*2 + n%2 + n/2*8);
-            y[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            if (from[n] != -1) {
-                z[n] = from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], 8*group);
+            const int from = __shfl_sync(0xffffffff, chosen, threadIdx.x%4*2 + n%2 + n/2*8);
+            if (from != -1) {
+                z[n] = get_exact_row<D>(a, GGML_KVTC_V, head, from, own)[group];
             }
         }
     }
 
-    // true where the slab needs another anchor than `anchor` (INT_MIN: none), which then becomes it
-    __device__ __forceinline__ bool choose_anchor(int & anchor, int n_fine) const {
-        const int  wanted = !near ? 0 : anchor == INT_MIN || lowest < anchor || highest - anchor >= n_fine ? lowest : anchor;
+    // True where positions from `from` on need another anchor than `anchor` (INT_MIN: none), which then becomes it. The table of rotations
+    // has n_fine positions
+    __device__ __forceinline__ bool choose_anchor(int & anchor, int from, int n_fine) const {
+        const int  wanted = anchor == INT_MIN || from < anchor || highest - anchor >= n_fine ? from : anchor;
         const bool other  = wanted != anchor;
         anchor = wanted;
         return other;

@@ -20,6 +20,7 @@ static_assert(sizeof(block_barriers) == SM90_BARRIERS, "the plan has another siz
 constexpr uint32_t BRING_BYTES = 8192; // of one copy: several are under way together
 
 __device__ __forceinline__ void bring_bytes(uint8_t * to, const char * from, uint32_t n, uint64_t & barrier) {
+#pragma unroll 1 // a block executes this once: short code, which it must fetch, counts (NOTES.md)
     for (uint32_t i = 0; i < n; i += BRING_BYTES) {
         copy_bulk(to + i, from + i, min(BRING_BYTES, n - i), barrier);
     }
@@ -52,6 +53,7 @@ template <int D>
 __device__ __forceinline__ void bring_half_turns(const attn_args & a, uint8_t * to, int n_turn, uint64_t & barrier) {
     constexpr uint32_t n = 8*GGML_KVTC_CUDA_TURN_WORDS(D)*sizeof(uint32_t);
     barrier_expect(barrier, n_turn/16*n);
+#pragma unroll 1
     for (int i = 0; i < n_turn/16; ++i) {
         copy_bulk(to + i*n, a.pack + GGML_KVTC_CUDA_TURNS_AT(a.n_head_kv, D) + 2*i*n, n, barrier);
     }

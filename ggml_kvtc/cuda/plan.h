@@ -141,6 +141,7 @@ constexpr int SM90_GROUPS    = 3;
 constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
+constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has short code
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
@@ -149,6 +150,7 @@ struct sm90_plan {
     int slabs_per_split;
     int n_split;
     bool few;              // decode-sm90-few.cu
+    bool few_slabs;        // few: so few for each block that short code is faster than that for many
     int n_block;           // few, so many slabs that heads get blocks by what they cost: of a stream; else 0, and each head has n_split
     int n_sum;             // sums of a row, for combine
     int unit;              // as in decode_plan
@@ -156,7 +158,7 @@ struct sm90_plan {
     int stride[2];
     int n_fine;            // positions from an anchor on that slabs share; few: the table of rotations has the first eight of each 16
     int n_turned;          // few: 2 where there is room for the next stretch's queries and cells beside this one's
-    int at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
+    int at_own, at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
     size_t shared;
@@ -187,7 +189,8 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         if (few && (s.n_tokens > 1 || s.group > SM90_FEW_ROWS || p.unit < 16 || std::max(p.stride[0], p.stride[1]) > 256)) {
             continue; // the copy engine brings rows in boxes of up to 256 bytes, multiples of 16
         }
-        p.few = few;
+        p.few       = few;
+        p.few_slabs = p.slabs_per_split <= SM90_FEW_SLABS;
         // where it pays that no processor is left without a block, and that each block finds its part
         const int  n_block = gpu.n_sm/s.n_stream;
         const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
@@ -207,6 +210,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_table[1] = take(s.pairs[1], 1024);
             p.at_queries  = take((few ? SM90_FEW_ROWS : 8)*(s.d + 8)*4);
             p.at_turned   = take(p.n_turned*SM90_GROUPS*8*(s.d + 8)*2);
+            p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_freq     = take(s.d/2*8);
             p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
             p.at_codes    = take(2*(s.d/8)*16);

@@ -66,16 +66,37 @@ __device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t 
     }
 }
 
-// w += rebuilt keys, rotated, times the queries; row: the thread's of these for ldmatrix
-template <int D, bool near, bool SAME = false>
+// w += rebuilt keys that are not near the anchor, rotated, times the queries; row: the thread's of these for ldmatrix. Rarely needed, so
+// what counts is that the code, which lies between what others execute, is short: the keys take a way through memory
+template <int D>
+__device__ __forceinline__ void multiply_far(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const int (&row_pos)[2], const uint64_t * freq) {
+    const uint32_t * const turn[2] = { nullptr, nullptr };
+    const uint32_t sign[2] = { 0, 0 };
+    uint32_t y[D/4];
+#pragma unroll
+    for (int i = 0; i < D/4; ++i) {
+        asm volatile("mov.b32 %0, %1;" : "=r"(y[i]) : "r"(x[i])); // not before the product was waited for
+    }
+#pragma unroll 1
+    for (int u = 0; u < D/32; ++u) {
+        uint32_t q[4], k[2][4];
+        ldmatrix_x4(q, row + 32*u);
+        rotate_keys<false>(k, y + 8*u, u, turn, sign, row_pos, freq);
+        mma(w, k[0], q[0], q[1]);
+        mma(w, k[1], q[2], q[3]);
+    }
+}
+
+// the same for near ones
+template <int D, bool SAME = false>
 __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2],
-                                                const int (&row_pos)[2], const uint64_t * freq) {
+                                                const int (&row_pos)[2]) {
     float w2[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // of every other product, so that each waits for the one before the last
 #pragma unroll
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, row + 32*u);
-        rotate_keys<near, SAME>(k, x + 8*u, u, turn, sign, row_pos, freq);
+        rotate_keys<true, SAME>(k, x + 8*u, u, turn, sign, row_pos, nullptr);
         mma(w,  k[0], q[0], q[1]);
         mma(w2, k[1], q[2], q[3]);
     }
@@ -86,16 +107,16 @@ __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&
 }
 
 // all keys have positions from the anchor's on
-template <int D, bool near>
+template <int D>
 __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * turned, const uint32_t * const (&turn)[2],
-                                                const int (&row_pos)[2], const uint64_t * freq) {
+                                                const int (&row_pos)[2]) {
     const int lane = threadIdx.x % 32;
     const uint32_t sign[2] = { 0, 0 };
 #pragma unroll
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, turned + lane%8*(D + 8) + 32*u + lane/8*8);
-        rotate_keys<near>(k, x + 8*u, u, turn, sign, row_pos, freq);
+        rotate_keys<true>(k, x + 8*u, u, turn, sign, row_pos, nullptr);
         mma(w, k[0], q[0], q[1]);
         mma(w, k[1], q[2], q[3]);
     }

@@ -22,8 +22,9 @@ struct exchange {
 
 static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
 
-// D: 256, so that a warp's quarter is eight groups, one for each lane/4
-template <int D>
+// D: 256, so that a warp's quarter is eight groups, one for each lane/4. ONE: one token, whose value is given where it counts exactly;
+// SHORT: short code rather than many cells' speed
+template <int D, bool ONE, bool SHORT>
 struct value_sums {
     float       o[4][4];     // components first + 2*t, + 1, of queries 2*(lane%4), + 1
     float       top[2];      // what o is relative to
@@ -31,7 +32,7 @@ struct value_sums {
     pair_code   code;
     uint32_t    width;
     bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
-    bool        few_wide;    // one or two wider
+    bool        few_wide;    // one or two wider; SHORT: any
     const half * wide;       // levels of a wide group, in shared memory if there is room
     int         first;       // of the thread's components
     int         from [4];    // slots of keys 2*q4, + 1, + 8, + 9 of 16, or -1
@@ -46,7 +47,7 @@ struct value_sums {
         width = code.shift >> 9;
         any_spread = __any_sync(0xffffffff, width < 4);
         const uint32_t of_wide = __ballot_sync(0xffffffff, width > 4);
-        few_wide = of_wide != 0 && __popc(of_wide) <= 2*4;
+        few_wide = of_wide != 0 && (SHORT || __popc(of_wide) <= 2*4);
         wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
         if (of_wide != 0) {
             const int end = get_wide_end(at<uint8_t>(base, head.widths), group);
@@ -99,12 +100,12 @@ struct value_sums {
         }
     }
 
-    // the values of warp j's 16 cells that count exactly are on their way. own: that of the batch's only token, if there is one
+    // the values of warp j's 16 cells that count exactly are on their way. own: ONE's
     __device__ __forceinline__ void read_exact(const attn_args & a, int head, const int (&chosen)[SLAB90], const half * own, int j) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             from [n] = chosen[16*j + threadIdx.x%4*2 + n%2 + n/2*8];
-            exact[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], first) : own ? *(const uint4 *) (own + first) : make_uint4(0, 0, 0, 0);
+            exact[n] = from[n] >= 0 ? load_exact(a, GGML_KVTC_V, D, head, from[n], first) : ONE ? *(const uint4 *) (own + first) : make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -160,7 +161,7 @@ struct value_sums {
             decode_four<8>(word, levels, r8*0x10101010, z);
             if (few_wide) {
                 share_wide(z, rows + (16*j - 2*q4)*stride, stride);
-            } else if (width > 4) {
+            } else if (!SHORT && width > 4) {
                 uint4 y[4];
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
@@ -175,7 +176,7 @@ struct value_sums {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     if (from[n] != -1) {
-                        set_row(z, n, from[n] >= 0 || own ? exact[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], first));
+                        set_row(z, n, from[n] >= 0 || ONE ? exact[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], first));
                     }
                 }
                 if (j + 1 < j1) {
