@@ -21,10 +21,10 @@ uint32_t table_bytes(int w) {
     return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
 }
 
-// Where each group has its tables of pairs, and their size in all. Wide groups come first, then chunks of four columns of
-// GGML_KVTC_CUDA_COLUMN bytes: a group's four tables are at the same place of each. The larger come first, so that all are
-// aligned to their size.
-uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
+// Where each group has its tables for lookups in pairs, and their size in all. Groups of single levels come first: those of more than 4
+// bits, and the first n_single of 4. Then come chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's four tables are at the
+// same place of each. The larger come first, so that all are aligned to their size.
+uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t> & at, std::vector<bool> & single) {
     constexpr uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN;
     std::vector<int> order(G);
     for (int g = 0; g < G; ++g) {
@@ -34,21 +34,23 @@ uint32_t place_pairs(const int8_t * w, int G, std::vector<uint32_t> & at) {
     uint32_t used   = 0;
     uint32_t column = COLUMN; // bytes used of the last chunk's
     at.resize(G);
+    single.resize(G);
     for (int g : order) {
-        if (w[g] > 4) {
+        single[g] = w[g] > 4 || (w[g] == 4 && n_single-- > 0);
+        if (single[g]) {
             at[g] = used;
-            used  = (used + (16u << w[g]) + COLUMN - 1)/COLUMN*COLUMN;
+            used += 16u << w[g];
             continue;
         }
         const uint32_t size = w[g] == 0 ? 4 : 4u << 2*w[g];
         if (column + size > COLUMN) {
-            used  += 4*COLUMN;
+            used   = (used + COLUMN - 1)/COLUMN*COLUMN + 4*COLUMN;
             column = 0;
         }
         at[g]   = used - 4*COLUMN + column;
         column += w[g] == 0 ? 0 : size; // groups without bits share their zeros
     }
-    return used;
+    return (used + 15)/16*16;
 }
 
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
@@ -74,10 +76,22 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
             n_bounds += 8*(((size_t) 1 << w[g]) - 1);
         }
         tmp.n_tables += table_bytes(w[g]);
-        tmp.n_wide    = w[g] > 4 ? g + 1 : tmp.n_wide;
     }
     std::vector<uint32_t> pairs_at(G);
-    tmp.n_pairs = side.turbo ? 0 : place_pairs(w, G, pairs_at);
+    std::vector<bool>     single(G);
+    if (!side.turbo) {
+        const uint32_t most = which == GGML_KVTC_K && d == 256 ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX;
+        const int      n4   = (int) std::count(w, w + G, 4);
+        for (int n = 0; n <= n4; ++n) {
+            tmp.n_pairs = place_pairs(w, G, n, pairs_at, single);
+            if (tmp.n_pairs <= most) {
+                break;
+            }
+        }
+        for (int g = 0; g < G; ++g) {
+            tmp.n_wide = single[g] ? g + 1 : tmp.n_wide;
+        }
+    }
     uint8_t * widths; ggml_fp16_t * levels; float * bounds; float * mean; ggml_fp16_t * decode; uint8_t * tables;
     ggml_kvtc_cuda_pair_code * pair_codes; uint8_t * pairs;
     tmp.payload   = payload;
@@ -108,10 +122,10 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
-        const bool     pair = w[g] > 0 && w[g] <= 4;
+        const bool     pair = w[g] > 0 && !single[g];
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
         if (!side.turbo) {
-            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         }
         at += 8*w[g];
         if (w[g] == 0 || g >= n_book) {
@@ -143,7 +157,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         if (side.turbo) {
             continue; // the next groups have this table
         }
-        w[g] <= 4 ? put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN, swap) : put_single(pairs + pairs_at[g]);
+        single[g] ? put_single(pairs + pairs_at[g]) : put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN, swap);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];

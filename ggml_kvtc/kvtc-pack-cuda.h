@@ -17,6 +17,8 @@
 
 #define GGML_KVTC_CUDA_TURNS  256
 #define GGML_KVTC_CUDA_COLUMN 1024        // bytes from a group's table of pairs to its next one
+#define GGML_KVTC_CUDA_SINGLE 128         // of a pair code's shift: the group has single levels
+#define GGML_KVTC_CUDA_MOST_PAIRS 22528   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
 
 // How to read one group.
 struct ggml_kvtc_cuda_code {
@@ -45,9 +47,9 @@ struct ggml_kvtc_cuda_head {
                          // index being code | next code << w; for wider groups [8][2^w] f16
     uint32_t n_tables;   // bytes of these, a multiple of 16
     uint32_t pair_codes; // ggml_kvtc_cuda_pair_code [d/8]
-    uint32_t pairs;      // the same tables with pairs for widths up to 4, for kernels that look up without a branch
+    uint32_t pairs;      // the same tables with pairs for widths up to 4 (not all of 4), for kernels that look up without a branch
     uint32_t n_pairs;    // bytes of these, a multiple of 16
-    uint32_t n_wide;     // groups, the first ones, of which one may have more than 4 bits
+    uint32_t n_wide;     // groups, the first ones, of which one may have single levels there
     // what codes, bounds_at, levels_at and inv_scale point to
     struct ggml_kvtc_cuda_code group_code[GGML_KVTC_MAX_DIM/8];
     uint32_t first_bound  [GGML_KVTC_MAX_DIM/8];
@@ -56,12 +58,13 @@ struct ggml_kvtc_cuda_head {
 };
 
 // The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
-// size; for more than 4 bits one, [8][2^w] f16. Groups without bits have a pair of zeros in each place.
+// size; for more than 4 bits, and some groups of 4, one of single levels, [8][2^w] f16. Groups without bits have a pair of zeros in each
+// place.
 struct ggml_kvtc_cuda_pair_code {
     uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or)
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
-    uint32_t shift;      // bits from there to the first code | 2*width << 8
-    uint32_t mask;       // of a pair's index, times 4; 0 for more than 4 bits
+    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8
+    uint32_t mask;       // of a pair's index, times 4; 0 for single levels
 };
 
 struct ggml_kvtc_cuda_side {

@@ -103,8 +103,9 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
         }
     }
     k_tables.store(base, kh, codes, smem + p.at_pairs);
-    store_levels<8>(levels, my_levels, threadIdx.x/8, threadIdx.x%8);
+    store_levels<8>(levels, my_levels, threadIdx.x/8%WARPS*8 + threadIdx.x/8/WARPS, threadIdx.x%8); // of a warp's groups together
     const int n_wide  = (int) kh.n_wide;
+    const int k_coded = SPLIT ? D/32 : max(2, ((int) kh.rank + 63)/64*2); // steps of 32 components, by two, behind which keys have no codes
     const int skew[2] = { (int) (kh.payload % p.rows.unit), (int) (vh.payload % p.rows.unit) };
 
     //
@@ -253,10 +254,12 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 v_copy.start(a, p.rows, 1, first, mine, first + 16 <= a.n_kv);
             }
             const auto rebuild = [&](auto with_exact) {
-                key_steps<D, ONE, PAIRS, decltype(with_exact)::value> keys;
-                keys.start(k_rows, p.rows.stride[0], gain_base[0], codes, k_last);
+                constexpr bool EXACT = decltype(with_exact)::value;
+                const int last = EXACT ? k_last : k_coded - 1;
+                key_steps<D, ONE, PAIRS, EXACT> keys;
+                keys.start(k_rows, p.rows.stride[0], gain_base[0], codes, last);
 #pragma unroll 1
-                for (int s0 = k_last; s0 >= k_first; s0 -= 2) {
+                for (int s0 = last; s0 >= k_first; s0 -= 2) {
 #pragma unroll
                     for (int b = 0; b < 2; ++b) {
                         const int s = s0 - b;

@@ -42,7 +42,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
     if constexpr (UNEVEN) {
-        share = find_share(a, p.n_block, p.n_sum);
+        share = find_share<D>(a, p.n_block, p.n_sum);
         if (share.head >= a.n_head_kv) {
             return;
         }
@@ -83,6 +83,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
+    const bool few_steps = (int) kh.rank <= 32*FEW_STEPS<D>; // in most heads at two bits, the last components of keys have none
     uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
@@ -165,7 +166,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             meet(group, false);
         };
         const auto add_slab = [&](auto kind, int s) {
-            constexpr bool PLAIN = decltype(kind)::value;
+            constexpr int  STEPS = decltype(kind)::value; // of 32 components, that keys of plain slabs have codes of; 0: not plain
+            constexpr bool PLAIN = STEPS > 0;
             const bool more = slab + 1 < slab_end;
             barrier_wait(arrived[0], parity[0]); // the keys
             parity[0] ^= 1;
@@ -239,20 +241,16 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 }
             };
             uint32_t x[D/4]; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
-            const auto multiply = [&](int s) { // the smallest come first
-                if (s == D/32 - 1) {
-                    wgmma<true>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
-                } else {
-                    wgmma<false>(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1));
-                }
+            const auto multiply = [&](int s, bool first) { // the smallest come first
+                wgmma(x, k[2*s + 1], of_matrix + 2*D*(2*s + 1), first);
                 wgmma<false>(x, k[2*s], of_matrix + 2*D*2*s);
             };
             if constexpr (PLAIN) {
                 hold_registers(ones);
-                pair_code code = load_code(codes + 4*(D/32 - 1) + q4);
+                pair_code code = load_code(codes + 4*(STEPS - 1) + q4);
                 uint2 words[2] = { load_words(row[0], code), load_words(row[1], code) };
 #pragma unroll
-                for (int s = D/32 - 1; s >= 0; --s) {
+                for (int s = STEPS - 1; s >= 0; --s) {
                     const pair_code now  = code;
                     const uint2 of_now[2] = { words[0], words[1] };
                     if (s > 0) { // on their way while those before are looked up
@@ -268,11 +266,11 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                             shrink_keys(s);
                         }
                     }
-                    if (s < D/32 - 2) {
+                    if (s < STEPS - 2) {
                         wgmma_wait<1>();
                     }
                     wgmma_fence();
-                    multiply(s);
+                    multiply(s, s == STEPS - 1);
                     if (s == 0) {
                         wgmma<false>(x, ones, of_mean);
                     }
@@ -339,7 +337,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 wgmma_fence();
 #pragma unroll
                 for (int s = D/32 - 1; s >= 0; --s) {
-                    multiply(s);
+                    multiply(s, s == D/32 - 1);
                 }
                 wgmma<false>(x, ones, of_mean);
                 wgmma_commit();
@@ -472,12 +470,18 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 #pragma unroll 1
         for (int s = 0; s < n; ++s, ++slab) {
             if constexpr (!SHORT) {
+                if constexpr (FEW_STEPS<D> < D/32) {
+                    if (all_plain && few_steps) {
+                        add_slab(std::integral_constant<int, FEW_STEPS<D>>(), s);
+                        continue;
+                    }
+                }
                 if (all_plain) {
-                    add_slab(std::true_type(), s);
+                    add_slab(std::integral_constant<int, D/32>(), s);
                     continue;
                 }
             }
-            add_slab(std::false_type(), s);
+            add_slab(std::integral_constant<int, 0>(), s);
         }
     }
 

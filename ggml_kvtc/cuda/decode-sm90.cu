@@ -53,10 +53,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
     const int here  = part % 2;     // of 32 cells
-    const int mine  = warp % SHARE; // of the shared keys
+    const int mine  = warp % SHARE; // of the shared keys, and of each SHARE groups of values: the first ones, of many bits, take longest
     const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
+    const int of_thread = r8*SHARE + mine; // group of values
 
     const int stream = blockIdx.z;
     const int n_row  = a.n_tokens*a.group; // up to 8
@@ -174,6 +175,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 asm volatile("prefetch.global.L2 [%0];" :: "l"(exact + 128*i));
             }
         }
+        bool all_steps = !ONE || (int) kh.rank > D - 32; // else the last step's components have no codes, and count where keys are exact alone
+        if constexpr (ONE) {
+            const key_use of_other = now.other.x < 0 ? USE_CODES : get_use(a, now.other.x, now.other.y, min_pos, max_pos);
+            all_steps = __any_sync(0xffffffff, all_steps || use != USE_CODES || of_other != USE_CODES); // all warps of the group find the same
+        }
         const uint32_t either = ONE ? 0 : __ballot_sync(0xffffffff, use == USE_EITHER);
         const bool any_either = !ONE && __any_sync(0xffffffff, meet(group, either != 0)); // the group multiplies together
 
@@ -216,10 +222,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
 #pragma unroll
             for (int s = 0; s < D/32; ++s) {
-                const pair_code code = load_code(codes + 4*s + q4);
+                if (s < D/32 - 1 || all_steps) {
+                    const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    put(s, i, decode_eight(row[i], code), k_gain[i]);
+                    for (int i = 0; i < 2; ++i) {
+                        put(s, i, decode_eight(row[i], code), k_gain[i]);
+                    }
                 }
             }
             for_wide(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
@@ -275,16 +283,20 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             uint32_t ones[4];
             set_ones(ones);
             wgmma_fence();
-            wgmma<true>(x, k[KS - 1], of_matrix + 2*D*(KS - 1)); // the smallest come first
+            if (all_steps) { // the smallest come first
+                wgmma<true> (x, k[KS - 1], of_matrix + 2*D*(KS - 1));
+                wgmma<false>(x, k[KS - 2], of_matrix + 2*D*(KS - 2));
+            }
+            wgmma(x, k[KS - 3], of_matrix + 2*D*(KS - 3), !all_steps);
 #pragma unroll
-            for (int s = KS - 2; s >= 0; --s) {
+            for (int s = KS - 4; s >= 0; --s) {
                 wgmma<false>(x, k[s], of_matrix + 2*D*s);
             }
             wgmma<false>(x, ones, of_mean);
             wgmma_commit();
-            // meanwhile, values of the warp's own keys. Group r8 + 8*mine of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8*SHARE + mine of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
-            const pair_code code = load_code(codes + D/8 + r8 + 8*mine);
+            const pair_code code = load_code(codes + D/8 + of_thread);
             const auto decode_values = [&](const uint8_t * rows) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
@@ -398,7 +410,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (s > 0) {
                     decode_values(rows);
                 }
-                for_wide(codes + D/8 + 8*mine, min(8, n_wide[1] - 8*mine), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
+                for_wide<SHARE>(codes + D/8 + mine, (n_wide[1] - mine + SHARE - 1)/SHARE, rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (r8 == g) {
@@ -412,12 +424,12 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         from[n] = __shfl_sync(0xffffffff, chosen, first + 2*q4 + n%2 + n/2*8);
-                        y[n] = from[n] >= 0 || (ONE && from[n] != -1) ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n], own)[r8 + 8*mine] : make_uint4(0, 0, 0, 0);
+                        y[n] = from[n] >= 0 || (ONE && from[n] != -1) ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n], own)[of_thread] : make_uint4(0, 0, 0, 0);
                     }
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (from[n] != -1) {
-                            z[n] = ONE || from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], (r8 + 8*mine)*8);
+                            z[n] = ONE || from[n] >= 0 ? y[n] : load_exact(a, GGML_KVTC_V, D, head, from[n], 8*of_thread);
                         }
                     }
                 }

@@ -80,16 +80,22 @@ struct block_share {
     int head, split, n_split;
 };
 
+template <int D> constexpr int FEW_STEPS = D/32 - D/128; // of 32 components that most heads' keys have codes of at two bits: 3 of 4, and all 2
+
 // What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have paths of their own, those of keys four together
+template <int D>
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
-    return 100.0f + 8.0f*((get_head(pack, GGML_KVTC_K, head).n_wide + 3)/4) + 5.0f*get_head(pack, GGML_KVTC_V, head).n_wide;
+    const ggml_kvtc_cuda_head & kh = get_head(pack, GGML_KVTC_K, head);
+    const ggml_kvtc_cuda_head & vh = get_head(pack, GGML_KVTC_V, head);
+    return ((int) kh.rank <= 32*FEW_STEPS<D> && FEW_STEPS<D> < D/32 ? 89.0f : 100.0f) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
 }
 
 // Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
 // behind the last: the block has no part
+template <int D>
 __device__ __forceinline__ block_share find_share(const attn_args & a, int n_block, int n_most) {
     const int   lane  = threadIdx.x % 32;
-    const float cost  = lane < a.n_head_kv ? get_cost(a.pack, lane) : 0.0f;
+    const float cost  = lane < a.n_head_kv ? get_cost<D>(a.pack, lane) : 0.0f;
     const float exact = n_block*cost/warp_reduce_sum(cost);
     int n = (int) exact;
     const float rest = exact - n;

@@ -25,9 +25,8 @@ __device__ __forceinline__ void wgmma_fence(uint32_t (&k)[2][4]) {
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// 64 rows x 256 (128, 64) columns += 64 x 16, of registers, times 16 x 256 (128, 64)
-template <bool start>
-__device__ __forceinline__ void wgmma(uint32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+// 64 rows x 256 (128, 64) columns += 64 x 16, of registers, times 16 x 256 (128, 64); start: = instead
+__device__ __forceinline__ void wgmma(uint32_t (&d)[64], const uint32_t (&a)[4], uint64_t b, bool start) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -46,11 +45,10 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[64], const uint32_t (&a)[4],
           "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]),
           "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]),
           "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(start ? 0 : 1));
 }
 
-template <bool start>
-__device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool start) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -63,11 +61,10 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[32], const uint32_t (&a)[4],
           "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
           "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
           "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(start ? 0 : 1));
 }
 
-template <bool start>
-__device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4], uint64_t b, bool start) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -77,7 +74,12 @@ __device__ __forceinline__ void wgmma(uint32_t (&d)[16], const uint32_t (&a)[4],
         "}\n"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
           "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(start ? 0 : 1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(start ? 0 : 1));
+}
+
+template <bool start, int N>
+__device__ __forceinline__ void wgmma(uint32_t (&d)[N], const uint32_t (&a)[4], uint64_t b) {
+    wgmma(d, a, b, start);
 }
 
 // the two components that are 1 in every row. The compiler must not make them between products: it would wait for these

@@ -34,8 +34,8 @@ struct key_tables {
             const int group = threadIdx.x/8;
             const int end   = get_wide_end(at<uint8_t>(pack, head.widths), group);
             code.table = 0;
-            if (is_wide(code) && end <= SM90_WIDE) {
-                const int width = code.shift >> 9;
+            const int width = code.shift >> 9;
+            if (width > 4 && end <= SM90_WIDE) {
                 uint8_t * wide  = to + D/8*LEVEL_BYTES + end - (16 << width);
                 copy_levels(wide, at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[group], width, threadIdx.x%8, 8);
                 code.table = (uint32_t) __cvta_generic_to_shared(wide);
@@ -81,7 +81,7 @@ struct exact_keys {
     }
 };
 
-// PAIRS: groups of at most 4 bits are looked up in tables of pairs, else as nibbles.cuh does. EXACT: rows may count exactly
+// PAIRS: groups are looked up in tables of pairs or of single levels, else as nibbles.cuh does. EXACT: rows may count exactly
 template <int D, bool ONE, bool PAIRS, bool EXACT>
 struct key_steps {
     const uint8_t   * row [2];
@@ -110,20 +110,21 @@ struct key_steps {
         read_step();
     }
 
-    // Step s; `more` follow. any_wide: groups of the step may have more than 4 bits; not PAIRS: table: its levels in shared memory;
+    // Step s; `more` follow. any_wide: groups of the step may have single levels; not PAIRS: table: its levels in shared memory;
     // levels, first_level: those of all groups in the pack, for what has no room there
     template <typename T>
     __device__ __forceinline__ void decode(const attn_args & a, int head, int s, bool more, exact_keys<D, ONE> & exact, bool any_wide, uint32_t table, const half * levels, const uint32_t * first_level, const T & wait, uint32_t (&k)[2][4]) {
         uint4 y[2];
         if constexpr (PAIRS) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                y[i] = decode_bits(bits[i], code);
-            }
             if (any_wide && is_wide(code)) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     y[i] = decode_wide(row[i], code);
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    y[i] = decode_bits(bits[i], code);
                 }
             }
         } else {
@@ -138,7 +139,7 @@ struct key_steps {
                 decode_nibbles<4>(bits[i], table, threadIdx.x%4*0x10101010, x);
                 y[i] = make_uint4(permute(x[0], x[1], 0x5410), permute(x[2], x[3], 0x5410), permute(x[4], x[5], 0x5410), permute(x[6], x[7], 0x5410));
             }
-            if (any_wide && is_wide(code)) {
+            if (any_wide && width > 4) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     y[i] = code.table != 0 ? decode_wide(row[i], code) : look_up_wide(row[i], code, levels + first_level[4*s + threadIdx.x%4]);

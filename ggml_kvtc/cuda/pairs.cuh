@@ -26,7 +26,7 @@ __device__ __forceinline__ uint2 load_words(const uint8_t * row, const pair_code
     return make_uint2(word[0], word[1]);
 }
 
-// eight codes of at most 4 bits, b0; of wider groups, something
+// eight codes looked up in pairs, b0; of single levels, something
 __device__ __forceinline__ uint4 decode_bits(uint32_t b0, const pair_code & code) {
     const uint32_t   two  = code.shift >> 8;
     const uint32_t   b1   = __funnelshift_r(b0, 0, two - 2); // shifts modulo 32: what wide and empty groups get does not count
@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t look_up_one(uint32_t address) {
     return x;
 }
 
-// eight codes of more than 4 bits
+// eight codes of single levels, of 4 bits or more
 __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
     const uint32_t w    = code.shift >> 9;
@@ -67,11 +67,12 @@ __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_cod
     return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
+// are its levels single?
 __device__ __forceinline__ bool is_wide(const pair_code & code) {
-    return code.shift >> 8 > 8;
+    return code.shift & GGML_KVTC_CUDA_SINGLE;
 }
 
-// A group of more than 4 bits of 16 rows, by a whole warp: a lane has one component of every fourth row
+// A group of single levels of 16 rows, by a whole warp: a lane has one component of every fourth row
 __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
     const uint32_t lane  = threadIdx.x % 32;
     const uint32_t w     = code.shift >> 9;
@@ -91,12 +92,13 @@ __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int strid
     }
 }
 
-// n groups from `codes` on: those of more than 4 bits come to `to`, one after the other, for use(group) to take from there
-template <typename T>
+// n groups from `codes` on, STEP apart: those of single levels come to `to`, one after the other, for use(number of the n) to take
+// from there
+template <int STEP = 1, typename T>
 __device__ __forceinline__ void for_wide(const pair_code * codes, int n, const uint8_t * rows, int stride, uint4 * to, const T & use) {
 #pragma unroll 1
     for (int g = 0; g < n; ++g) {
-        const pair_code code = load_code(codes + g);
+        const pair_code code = load_code(codes + g*STEP);
         if (is_wide(code)) {
             decode_wide_rows(rows, stride, code, to);
             __syncwarp();

@@ -1,5 +1,5 @@
 // The sum of values in decode-sm90-d256.cu: the four warps of a group exchange the weights of a slab of 64 cells, and each sums a
-// quarter of the components of all of them. A thread decodes the same eight components of every value.
+// quarter of the components of all of them, every fourth group. A thread decodes the same eight components of every value.
 #pragma once
 
 #include "hopper-tiles.cuh"
@@ -41,7 +41,7 @@ struct value_sums {
     __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
         levels = (uint32_t) __cvta_generic_to_shared(all_levels) + 8*LEVEL_BYTES*part;
-        const int group = 8*part + threadIdx.x%32/4;
+        const int group = threadIdx.x%32/4*GROUP_WARPS + part; // warps take turns: the first groups, of many bits, take longest
         first = 8*group;
         code  = at<pair_code>(base, head.pair_codes)[group];
         width = code.shift >> 9;
