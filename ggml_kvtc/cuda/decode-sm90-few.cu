@@ -14,7 +14,6 @@
 #include "block-sm90.cuh"
 #include "few-sm90.cuh"
 #include "hopper-tiles.cuh"
-#include "nibbles.cuh"
 #include "row-maps-sm90.cuh"
 
 #include <type_traits>
@@ -98,16 +97,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const int query_pos = a.query_pos[stream];
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
-    float o[D/64][2][4];
-    float top[2] = { -INFINITY, -INFINITY }; // of queries 2*(q4%2), + 1
-    float sum[2] = { 0.0f, 0.0f };
-#pragma unroll
-    for (int h = 0; h < D/64; ++h) {
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            o[h][t][0] = o[h][t][1] = o[h][t][2] = o[h][t][3] = 0.0f;
-        }
-    }
+    few_sums<D> sums;
+    sums.init();
 
     const auto fetch = [&](int s, int slab) {
         if (lane == 0) {
@@ -142,7 +133,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     for (int h = 0; h < D/64; ++h) {
         v_code[h] = load_code(codes + D/8 + r8 + 8*h);
     }
-    const uint32_t pick[2] = { r8 < 4 ? 0x4410u : 0x1044u, r8 < 4 ? 0x4432u : 0x3244u }; // a key's weight for the column's parity
 
     for (int buffer = 0; slab < slab_end; buffer ^= p.n_turned - 1) {
         const int n     = min(stretch, slab_end - slab);
@@ -404,33 +394,15 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     logit[x] += slope*__half2float(slab_mask[16*part + my_key]);
                 }
             }
-            if (__any_sync(0xffffffff, logit[0] - top[0] > slack || logit[1] - top[1] > slack)) { // rarely
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], logit[x]);
-#pragma unroll
-                    for (int i = 2; i < 32; i *= 2) {
-                        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
-                    }
-                    const float fade = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top[x]  = most;
-                    sum[x] *= fade;
-#pragma unroll
-                    for (int h = 0; h < D/64; ++h) {
-#pragma unroll
-                        for (int t = 0; t < 2; ++t) {
-                            o[h][t][x]     *= fade;
-                            o[h][t][x + 2] *= fade;
-                        }
-                    }
-                }
+            if (__any_sync(0xffffffff, logit[0] - sums.top[0] > slack || logit[1] - sums.top[1] > slack)) { // rarely
+                sums.raise(logit);
             }
             const bool  coded = !view.any_chosen || __shfl_sync(0xffffffff, view.chosen, my_key) == -1;
             const float g     = coded ? gains.value[*v_gain] : 1.0f;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                v[x] = !PLAIN && top[x] == -INFINITY ? 0.0f : exp2f(logit[x] - top[x]);
-                sum[x] += v[x];
+                v[x] = !PLAIN && sums.top[x] == -INFINITY ? 0.0f : exp2f(logit[x] - sums.top[x]);
+                sums.sum[x] += v[x];
             }
             // of query r8%4: keys 2*q4, + 1 of the first eight, and of the others
             const uint32_t t0 = transpose(pack_half2(v[0]*g, v[1]*g));
@@ -453,17 +425,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 if (!PLAIN && view.any_chosen) {
                     view.take_exact<D>(a, head, r8 + 8*h, own, z);
                 }
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const uint32_t b0 = permute(wt[i], 0, pick[0]);
-                    const uint32_t b1 = permute(wt[i], 0, pick[1]);
-                    const uint4 & z0 = z[2*i];
-                    const uint4 & z1 = z[2*i + 1];
-                    const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
-                    const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
-                    mma(o[h][0], even, b0, b1);
-                    mma(o[h][1], odd,  b0, b1);
-                }
+                sums.add(h, z, wt);
             }
         };
 
@@ -486,7 +448,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     __syncthreads();
-    merge_few<D, N_WARP>(a, smem + p.at_merge, barriers.sums, o, top, sum, share, stream, p.n_sum, values, meta);
+    merge_few<D, N_WARP>(a, smem + p.at_merge, barriers.sums, sums, share, stream, p.n_sum, values, meta);
     if (UNEVEN && share.split == 0) {
         clear_sums<D>(a, share, stream, p.n_sum, values, meta);
     }

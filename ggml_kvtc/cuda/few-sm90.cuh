@@ -4,6 +4,7 @@
 
 #include "block-sm90.cuh"
 #include "hopper.cuh"
+#include "nibbles.cuh"
 #include "plan.h"
 #include "tables.cuh"
 #include "turn-sm90.cuh"
@@ -144,10 +145,71 @@ __device__ __forceinline__ void clear_sums(const attn_args & a, const block_shar
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Warps' sums, largest logits and sums of weights to one of each for the block, and out. o: [64 components][tile][row r8, + 8][query]
+// What a warp has of its cells, for queries 2*(lane%4%2), + 1
+template <int D>
+struct few_sums {
+    float    o[D/64][2][4]; // values: [64 components][even, odd][row lane/4, + 8][query]
+    float    top[2];        // logits that weights are relative to
+    float    sum[2];        // the thread's part of weights
+    uint32_t pick[2];       // permutations that leave a key's weight for the column's parity
+
+    __device__ __forceinline__ void init() {
+        const bool even = threadIdx.x%32/4 < 4;
+        pick[0] = even ? 0x4410u : 0x1044u;
+        pick[1] = even ? 0x4432u : 0x3244u;
+        top[0] = top[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (int h = 0; h < D/64; ++h) {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                o[h][t][0] = o[h][t][1] = o[h][t][2] = o[h][t][3] = 0.0f;
+            }
+        }
+    }
+
+    // the largest of these logits to `top`, with all sums
+    __device__ __forceinline__ void raise(const float (&logit)[2]) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            float most = fmaxf(top[x], logit[x]);
+#pragma unroll
+            for (int i = 2; i < 32; i *= 2) {
+                most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
+            }
+            const float fade = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
+            top[x]  = most;
+            sum[x] *= fade;
+#pragma unroll
+            for (int h = 0; h < D/64; ++h) {
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    o[h][t][x]     *= fade;
+                    o[h][t][x + 2] *= fade;
+                }
+            }
+        }
+    }
+
+    // z: a group of keys 2*q4, + 1, + 8, + 9; weights: of query lane/4%4, two keys of the first eight, and of the others
+    __device__ __forceinline__ void add(int h, const uint4 (&z)[4], const uint32_t (&weights)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t b0 = permute(weights[i], 0, pick[0]);
+            const uint32_t b1 = permute(weights[i], 0, pick[1]);
+            const uint4 & z0 = z[2*i];
+            const uint4 & z1 = z[2*i + 1];
+            const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
+            const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
+            mma(o[h][0], even, b0, b1);
+            mma(o[h][1], odd,  b0, b1);
+        }
+    }
+};
+
+// Warps' sums, largest logits and sums of weights to one of each for the block, and out
 template <int D, int N_WARP>
-__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const float (&o)[D/64][2][4], const float (&top)[2], const float (&sum)[2],
-                                          const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
+__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const few_sums<D> & sums, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
     constexpr int LD = D + 8;
     const int warp = threadIdx.x / 32;
     const int r8   = threadIdx.x % 32 / 4;
@@ -157,20 +219,20 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uin
     float * all_sum = all_top + N_WARP*FEW_ROWS;
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-        float s = sum[x];
+        float s = sums.sum[x];
         s += __shfl_xor_sync(0xffffffff, s, 2);
         s = column_sum(s);
         const int row = warp*FEW_ROWS + 2*(q4%2) + x;
         if (r8 == 0 && q4 < 2) {
-            all_top[row] = top[x];
+            all_top[row] = sums.top[x];
             all_sum[row] = s;
         }
 #pragma unroll
         for (int h = 0; h < D/64; ++h) {
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                all_o[row*LD + 64*h + 8*(2*t + q4/2) + r8]     = o[h][t][x];
-                all_o[row*LD + 64*h + 8*(2*t + q4/2 + 4) + r8] = o[h][t][x + 2];
+                all_o[row*LD + 64*h + 8*(2*t + q4/2) + r8]     = sums.o[h][t][x];
+                all_o[row*LD + 64*h + 8*(2*t + q4/2 + 4) + r8] = sums.o[h][t][x + 2];
             }
         }
     }

@@ -1,5 +1,6 @@
 """Packs for CUDA devices, read without one. Failures caught: turbo heads that do not find their codes, tables or
-rotation, a table or matrix for each head where one serves all, an ordinary side whose values the last kernel changes.
+rotation, a table or matrix for each head where one serves all, an ordinary side whose values the last kernel changes,
+a table that overlaps another, is not aligned for the kernels' lookups or takes the room of what they need beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from sides import coded_sides
 # ggml_kvtc/kvtc-pack-cuda.h
 HEADER, HEAD = 80, 3152
 PLACES = {"payload": 0, "n_bytes": 1, "rank": 2, "keep_norm": 3, "mean": 11, "decode": 12}
-PLACES |= {"codes": 13, "tables": 14, "n_tables": 15, "n_pairs": 18}
+PLACES |= {"levels_at": 6, "levels": 7, "codes": 13, "tables": 14, "n_tables": 15}
+PLACES |= {"pair_codes": 16, "pairs": 17, "n_pairs": 18, "n_wide": 19}
+COLUMN, SINGLE, MOST_PAIRS = 1024, 128, 22528
 K, V = ffi.K, ffi.V
 
 
@@ -100,6 +103,56 @@ def test_values_of_an_ordinary_type_have_a_matrix_of_ones(coded):
         head = read_head(pack, V, h)
         np.testing.assert_array_equal(at(pack, head["decode"], 64 * 64, np.float16).reshape(64, 64), np.eye(64))
         assert not at(pack, head["mean"], 64, np.float32).any() and head["n_tables"] == 0
+
+
+def look_up(pairs: np.ndarray, pair_code: list[int], width: int) -> np.ndarray:
+    """Levels f16 [8, 2^w] of a group as the kernels' addresses find them in a head's tables of pairs, u8."""
+    table, _, shift, mask = pair_code
+    n = 1 << width
+    if shift & SINGLE:
+        assert mask == 0 and table % (16 * n) == 0
+        return at(pairs, table, 8 * n, np.float16).reshape(8, n)
+    index = np.arange(n * n, dtype=np.uint32)
+    address = (index << 2 & mask) ^ table
+    found = np.stack([at(pairs, 0, pairs.size // 2, np.float16)[(address + p * COLUMN) // 2 + i] for p in range(4) for i in (0, 1)])
+    low, high = index % n, index // n
+    levels = np.stack([found[c][(low if c % 2 == 0 else high).argsort(kind="stable")[::n]] for c in range(8)])
+    for c in range(8):  # whatever the pair's other code is
+        np.testing.assert_array_equal(found[c], levels[c][low if c % 2 == 0 else high])
+    return levels
+
+
+@pytest.mark.parametrize("bits", [(1, 3), (2, 4), (3, 4), (4, 4), (6, 6)])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_lookups_in_pairs_find_every_level_of_every_group(d, bits):
+    native, _ = coded_sides(2, tuple((b, d) for b in bits))
+    pack = write_pack(native, *bits)
+    for side in (K, V):
+        for h in range(2):
+            head = read_head(pack, side, h)
+            pairs = at(pack, head["pairs"], head["n_pairs"], np.uint8)
+            codes = at(pack, head["pair_codes"], 4 * d // 8, np.uint32).reshape(-1, 4).tolist()
+            first = at(pack, head["levels_at"], d // 8, np.uint32).tolist()
+            taken = np.zeros(head["n_pairs"], np.uint8)
+            bit = 8
+            for g, code in enumerate(codes):
+                width = code[2] >> 9
+                assert code[1] * 8 + code[2] % 32 == bit
+                bit += 8 * width
+                assert g < head["n_wide"] or not code[2] & SINGLE
+                if width == 0:
+                    assert not look_up(pairs, code, 0).any()
+                    continue
+                levels = at(pack, head["levels"] + 2 * first[g], 8 << width, np.float16).reshape(8, -1)
+                np.testing.assert_array_equal(look_up(pairs, code, width), levels)
+                start, step, size = (code[0], 1, 16 << width) if code[2] & SINGLE else (code[0] & ~(4 * (1 << 2 * width) - 1), 4, 4 << 2 * width)
+                for p in range(step):
+                    taken[start + p * COLUMN :][:size] += 1
+            assert taken.max() == 1 and bit == 8 * head["n_bytes"]
+            narrow = [c for c in codes if not c[2] & SINGLE]
+            if side == K and d == 256 and all(c[2] >> 9 < 4 for c in narrow):
+                continue  # only wider groups could need more
+            assert side == V or d < 256 or head["n_pairs"] <= MOST_PAIRS
 
 
 def test_limits_are_those_of_coded_sides():
