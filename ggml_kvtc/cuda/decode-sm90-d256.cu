@@ -93,7 +93,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     k_tables.read(base, kh);
     uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
     value_sums<D, ONE, SPLIT> sums;
-    sums.init(base, vh, part, levels, smem + p.at_wide);
+    sums.init(base, vh, part, levels, smem + p.at_wide, smem + p.at_looked_up + warp*SM90_LOOKED_UP);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
     half * zeros = (half *) (smem + p.at_turned) + GROUPS*n_row*LD;
     for (int i = threadIdx.x; i < D; i += THREADS) {

@@ -249,11 +249,12 @@ struct sm90_d256_plan {
     int split;             // both groups of a block have the same slab, one for each block
     staging rows;
     int n_fine;            // positions in the table of rotations: slabs less than that far from an anchor share it
-    int at_own, at_parts, at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2]; // the decode matrix is at 0
+    int at_own, at_parts, at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_looked_up, at_exchange, at_stage[2]; // the decode matrix is at 0
     size_t shared;
 };
 
 constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 2*16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
+constexpr int SM90_LOOKED_UP = 256; // bytes of one of these groups of 16 cells, for each warp
 constexpr int SM90_WIDE     = 4096; // bytes for the levels of a side's groups of more than 4 bits; what has no room is read from the pack
 
 inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm90_d256_plan & p) {
@@ -291,6 +292,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
             p.at_codes    = take(s.d/8*16);
             p.at_levels   = take(s.d/8*256, 256); // as nibbles.cuh has them
             p.at_wide     = take(SM90_WIDE);
+            p.at_looked_up = take(4*GROUPS*SM90_LOOKED_UP);
             p.at_exchange = take(GROUPS*SM90_EXCHANGE);
             p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
             p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);

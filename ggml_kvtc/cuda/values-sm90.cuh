@@ -22,6 +22,13 @@ struct exchange {
 
 static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
 
+// a group of more than 4 bits, as all threads of a warp look it up
+struct wide_group {
+    int          owner; // the first of its own threads
+    uint32_t     shift, word;
+    const half * levels;
+};
+
 // D: 256, so that a warp's quarter is eight groups, one for each lane/4. ONE: one token, whose value is given where it counts exactly;
 // SHORT: short code rather than many cells' speed
 template <int D, bool ONE, bool SHORT>
@@ -34,11 +41,14 @@ struct value_sums {
     bool        any_spread;  // is any group of the warp's narrower than a nibble, or wider?
     bool        few_wide;    // one or two wider; SHORT: any
     const half * wide;       // levels of a wide group, in shared memory if there is room
+    wide_group  shared_group; // few_wide: the warp's first
+    uint32_t    other_wide;  // and its others, a bit for each: of its first thread
+    half      * looked_up;   // [lane%4][component][cell/8][cell%2] of one of them
     int         first;       // of the thread's components
     int         from [4];    // slots of keys 2*q4, + 1, + 8, + 9 of 16, or -1
     uint4       exact[4];    // those of the store or of the batch's only token
 
-    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels) {
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels, uint8_t * of_warp) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
         levels = (uint32_t) __cvta_generic_to_shared(all_levels) + 8*LEVEL_BYTES*part;
         const int group = threadIdx.x%32/4*GROUP_WARPS + part; // warps take turns: the first groups, of many bits, take longest
@@ -57,6 +67,11 @@ struct value_sums {
                 wide = (const half *) to;
             }
         }
+        looked_up  = (half *) of_warp;
+        other_wide = of_wide & 0x11111111;
+        if (few_wide) {
+            shared_group = next_wide();
+        }
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
             o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.0f;
@@ -64,38 +79,46 @@ struct value_sums {
         top[0] = top[1] = -INFINITY;
     }
 
-    // 16 cells' components of wide groups, if there are few: all threads look some of them up, and the group's own take them
-    // rows: of codes, from the first of the cells on
-    __device__ __forceinline__ void share_wide(uint32_t (&z)[8][2], const uint8_t * rows, int stride) {
+    // the first of the warp's other wide groups
+    __device__ __forceinline__ wide_group next_wide() {
+        const int owner = __ffs(other_wide) - 1;
+        other_wide &= other_wide - 1;
+        return { owner, __shfl_sync(0xffffffff, code.shift, owner), __shfl_sync(0xffffffff, code.word, owner),
+                 (const half *) __shfl_sync(0xffffffff, (unsigned long long) wide, owner) };
+    }
+
+    // 16 cells' components of a wide group, of which there are few: each thread looks up four of a cell. rows: of codes, of the first
+    __device__ __forceinline__ void look_up_shared(const wide_group & g, const uint8_t * rows, int stride) const {
         const int lane = threadIdx.x % 32;
-#pragma unroll 1
-        for (uint32_t left = __ballot_sync(0xffffffff, width > 4 && lane%4 == 0); left != 0; left &= left - 1) {
-            const int owner = __ffs(left) - 1;
-            const uint32_t shift  = __shfl_sync(0xffffffff, code.shift, owner);
-            const uint32_t word   = __shfl_sync(0xffffffff, code.word,  owner);
-            const half   * level  = (const half *) __shfl_sync(0xffffffff, (unsigned long long) wide, owner);
-            const uint32_t w      = shift >> 9;
-            const uint32_t mask   = (1u << w) - 1;
-            const uint32_t bit    = shift%32 + lane%2*4*w; // of four components of cell lane/2
-            const uint32_t * from = (const uint32_t *) (rows + lane/2*stride + word) + bit/32;
-            const uint32_t bits   = __funnelshift_r(from[0], from[1], bit);
-            uint32_t x[4];
+        const int cell = lane/2;
+        const uint32_t w      = g.shift >> 9;
+        const uint32_t mask   = (1u << w) - 1;
+        const uint32_t bit    = g.shift%32 + lane%2*4*w;
+        const uint32_t * from = (const uint32_t *) (rows + cell*stride + g.word) + bit/32;
+        const uint32_t bits   = __funnelshift_r(from[0], from[1], bit);
+        const half   * level  = g.levels + (lane%2*4 << w);
+        half         * to     = looked_up + cell%8/2*32 + lane%2*16 + cell/8*2 + cell%2;
+        half x[4];
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                x[c] = __half_as_ushort(level[((lane%2*4 + c) << w) + (bits >> c*w & mask)]);
-            }
-            const uint32_t y[2] = { x[0] | x[1] << 16, x[2] | x[3] << 16 };
+        for (int c = 0; c < 4; ++c) {
+            x[c] = level[(c << w) + (bits >> c*w & mask)];
+        }
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const int cell = lane%4*2 + n%2 + n/2*8;
-                uint32_t of[4];
+        for (int c = 0; c < 4; ++c) {
+            to[4*c] = x[c];
+        }
+    }
+
+    // behind __syncwarp(), the group's own threads take them
+    __device__ __forceinline__ void take_shared(const wide_group & g, uint32_t (&z)[8][2]) const {
+        if (threadIdx.x%32/4 == g.owner/4) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    of[i] = __shfl_sync(0xffffffff, y[i%2], 2*cell + i/2);
-                }
-                if (lane/4 == owner/4) {
-                    set_row(z, n, make_uint4(of[0], of[1], of[2], of[3]));
-                }
+            for (int i = 0; i < 4; ++i) {
+                const uint4 x = ((const uint4 *) looked_up)[threadIdx.x%4*4 + i];
+                z[2*i]    [0] = x.x;
+                z[2*i]    [1] = x.y;
+                z[2*i + 1][0] = x.z;
+                z[2*i + 1][1] = x.w;
             }
         }
     }
@@ -147,6 +170,11 @@ struct value_sums {
         read_codes(j0, next);
 #pragma unroll 1
         for (int j = j0; j < j1; ++j) {
+            const uint8_t * rows_j = rows + (16*j - 2*q4)*stride;
+            if (few_wide) { // on their way while the others are looked up
+                __syncwarp();
+                look_up_shared(shared_group, rows_j, stride);
+            }
             uint32_t word[4] = { next[0], next[1], next[2], next[3] };
             if (j + 1 < j1) {
                 read_codes(j + 1, next);
@@ -160,7 +188,18 @@ struct value_sums {
             uint32_t z[8][2];
             decode_four<8>(word, levels, r8*0x10101010, z);
             if (few_wide) {
-                share_wide(z, rows + (16*j - 2*q4)*stride, stride);
+                __syncwarp();
+                take_shared(shared_group, z);
+                const uint32_t others = other_wide;
+#pragma unroll 1
+                while (other_wide != 0) {
+                    const wide_group g = next_wide();
+                    __syncwarp();
+                    look_up_shared(g, rows_j, stride);
+                    __syncwarp();
+                    take_shared(g, z);
+                }
+                other_wide = others;
             } else if (!SHORT && width > 4) {
                 uint4 y[4];
 #pragma unroll

@@ -70,7 +70,7 @@ int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
     sm90_d256_plan p = {};
     const bool ok = make_sm90_d256_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_parts };
+        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_looked_up, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_parts };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
 }

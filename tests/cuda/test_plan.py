@@ -115,7 +115,7 @@ def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
 @given(shape=shapes(st.integers(1, 8)))
 def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[23]")
+    out = ffi.new("long[24]")
     if library.plan_sm90(shape, *GPUS["hopper"], out):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
@@ -131,7 +131,7 @@ def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, grou
     rest = [heads * 16 * k, heads * 64, 17 * k + 1, 67, 0, 0, pairs, 16 * 4096 + 512]
     for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
         shape = [128, n_kv, tokens, group, heads, 1, *rest]
-        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == right
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == right
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
@@ -143,7 +143,7 @@ def test_one_token_of_few_query_heads_has_that_kernel_at_all_usual_widths(plans,
     pairs = [{1: 4096, 2: 4096, 3: 16384, 4: 65536}[b] for b in (k, v)]
     for n_kv in (256, 16384, 131072):
         shape = [128, n_kv, 1, 4, heads, 1, heads * 16 * k, heads * 16 * v, 16 * k + 2, 16 * v + 2, 0, 0, *pairs]
-        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[23]")) == 2
+        assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == 2
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, n_kv, unev
 @given(shape=shapes(st.integers(1, 8), st.just(256)))
 def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
     ffi, library = plans
-    out = ffi.new("long[20]")
+    out = ffi.new("long[21]")
     if library.plan_sm90_d256(shape, *GPUS["hopper"], out):
         assert shape[2] * shape[3] <= 8
         assert out[7] % 1024 == 0  # tables are aligned to their own size
@@ -181,7 +181,7 @@ def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv, bi
     ffi, library = plans
     pairs = {2: 4 * 4096, 3: 11 * 4096, 4: 26 * 4096}[bits]  # of keys of bench/random_model.py's shape
     shape = [256, n_kv, 1, group, heads, 1, heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, pairs, 0]
-    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[20]"))
+    assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[21]"))
 
 
 @settings(deadline=None, max_examples=300)
