@@ -18,7 +18,7 @@
 #define GGML_KVTC_CUDA_TURNS  256
 #define GGML_KVTC_CUDA_COLUMN 1024        // bytes from a group's table of pairs to its next one
 #define GGML_KVTC_CUDA_SINGLE 128         // of a pair code's shift: the group has single levels
-#define GGML_KVTC_CUDA_MOST_PAIRS 22528   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
+#define GGML_KVTC_CUDA_MOST_PAIRS 18432   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
 
 // How to read one group.
 struct ggml_kvtc_cuda_code {

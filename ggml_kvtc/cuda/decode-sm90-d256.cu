@@ -93,7 +93,9 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
     k_tables.read(base, kh);
     uint4 * levels = (uint4 *) (smem + p.at_levels); // of values
     value_sums<D, ONE, SPLIT> sums;
-    sums.init(base, vh, part, levels, smem + p.at_wide, smem + p.at_looked_up + warp*SM90_LOOKED_UP);
+    // SPLIT: where the other group leaves its part of the logits, which this one has read by then
+    uint8_t * looked_up = SPLIT ? smem + p.at_parts + (warp ^ WARPS)*32*sizeof(float4) : smem + p.at_looked_up + warp*SM90_LOOKED_UP;
+    sums.init(base, vh, part, levels, smem + p.at_wide, p.look_up, looked_up);
     const uint64_t * pack_freq = at<uint64_t>(base, pack.freq);
     half * zeros = (half *) (smem + p.at_turned) + GROUPS*n_row*LD;
     for (int i = threadIdx.x; i < D; i += THREADS) {

@@ -247,6 +247,7 @@ struct sm90_d256_plan {
     int n_split;
     int pairs;             // there is room for the keys' tables of pairs
     int split;             // both groups of a block have the same slab, one for each block
+    int look_up;           // there is room for what a warp looks up of wide groups of values together
     staging rows;
     int n_fine;            // positions in the table of rotations: slabs less than that far from an anchor share it
     int at_own, at_parts, at_barrier, at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_looked_up, at_exchange, at_stage[2]; // the decode matrix is at 0
@@ -268,31 +269,34 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
     const int blocks  = s.n_head_kv*s.n_stream;
     p.n_slab          = ceil_div(s.n_kv, SLAB);
     const int most = std::max(1, gpu.n_sm/blocks); // splits that have a processor each
-    for (const int option : { 0, 1, 2, 3 }) { // what is best comes first
-        p.pairs = option < 2;
-        p.split = option%2 == 0;
+    const struct { int pairs, split; } options[] = { { 1, 1 }, { 0, 1 }, { 1, 0 }, { 0, 0 } }; // what is best comes first
+    for (const auto & option : options) {
+        p.pairs = option.pairs;
+        p.split = option.split;
         if (p.split && (s.n_tokens > 1 || p.n_slab > most)) {
             continue;
         }
         p.slabs_per_split = ceil_div(p.n_slab, std::min(ceil_div(p.n_slab, p.split ? 1 : GROUPS), most));
         p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
-        for (const int n_fine : { 128, 65, 33 }) {
-            if (n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
+        const struct { int n_fine; bool look_up; } rooms[] = { { 128, true }, { 65, true }, { 33, true }, { 33, false } };
+        for (const auto & room : rooms) {
+            if (room.n_fine > 33 && p.slabs_per_split < 4*GROUPS) {
                 continue; // a block that short would not use them
             }
             int used = 0;
             const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
-            p.n_fine = n_fine;
+            p.n_fine  = room.n_fine;
+            p.look_up = room.look_up;
             take((s.d/8 + 1)*s.d*16);
             p.at_pairs    = take(p.pairs ? s.pairs[0] : s.d/8*256 + SM90_WIDE, 1024); // tables are aligned to their size; or levels
             p.at_queries  = take(n_row*(s.d + 8)*4);
             p.at_turned   = take((GROUPS*n_row + 1)*(s.d + 8)*2); // and a row of zeros
             p.at_freq     = take(s.d/2*8);
-            p.at_fine     = take(n_fine*(s.d/2 + 16)*4);
+            p.at_fine     = take(p.n_fine*(s.d/2 + 16)*4);
             p.at_codes    = take(s.d/8*16);
             p.at_levels   = take(s.d/8*256, 256); // as nibbles.cuh has them
             p.at_wide     = take(SM90_WIDE);
-            p.at_looked_up = take(4*GROUPS*SM90_LOOKED_UP);
+            p.at_looked_up = take(p.look_up && !p.split ? 4*GROUPS*SM90_LOOKED_UP : 0); // split: in at_parts
             p.at_exchange = take(GROUPS*SM90_EXCHANGE);
             p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
             p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);

@@ -48,7 +48,7 @@ struct value_sums {
     int         from [4];    // slots of keys 2*q4, + 1, + 8, + 9 of 16, or -1
     uint4       exact[4];    // those of the store or of the batch's only token
 
-    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels, uint8_t * of_warp) {
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint4 * all_levels, uint8_t * wide_levels, bool look_up, uint8_t * of_warp) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
         levels = (uint32_t) __cvta_generic_to_shared(all_levels) + 8*LEVEL_BYTES*part;
         const int group = threadIdx.x%32/4*GROUP_WARPS + part; // warps take turns: the first groups, of many bits, take longest
@@ -57,7 +57,7 @@ struct value_sums {
         width = code.shift >> 9;
         any_spread = __any_sync(0xffffffff, width < 4);
         const uint32_t of_wide = __ballot_sync(0xffffffff, width > 4);
-        few_wide = of_wide != 0 && (SHORT || __popc(of_wide) <= 2*4);
+        few_wide = of_wide != 0 && (SHORT || (look_up && __popc(of_wide) <= 2*4));
         wide = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
         if (of_wide != 0) {
             const int end = get_wide_end(at<uint8_t>(base, head.widths), group);

@@ -23,7 +23,7 @@ HEADER, HEAD = 80, 3152
 PLACES = {"payload": 0, "n_bytes": 1, "rank": 2, "keep_norm": 3, "mean": 11, "decode": 12}
 PLACES |= {"levels_at": 6, "levels": 7, "codes": 13, "tables": 14, "n_tables": 15}
 PLACES |= {"pair_codes": 16, "pairs": 17, "n_pairs": 18, "n_wide": 19}
-COLUMN, SINGLE, MOST_PAIRS = 1024, 128, 22528
+COLUMN, SINGLE, MOST_PAIRS = 1024, 128, 18432
 K, V = ffi.K, ffi.V
 
 
