@@ -2,6 +2,7 @@
 #pragma once
 
 #include "combine.cuh"
+#include "plan-prefill.h"
 
 namespace kvtc {
 

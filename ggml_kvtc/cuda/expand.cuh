@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "plan.h"
+#include "plan-prefill.h"
 
 namespace kvtc {
 

@@ -3,7 +3,7 @@
 // anywhere.
 #pragma once
 
-#include "plan.h"
+#include "plan-prefill.h"
 
 namespace kvtc {
 
