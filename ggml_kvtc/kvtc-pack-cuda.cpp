@@ -244,6 +244,23 @@ void put_operands(ggml_kvtc_cuda_pack * pack) {
     }
 }
 
+// The rotations of the first positions; without RoPE, of no angle: kernels use them all the same
+void put_turns(ggml_kvtc_cuda_pack * pack) {
+    char           * base   = (char *) pack;
+    const int        d      = (int) pack->side[GGML_KVTC_K].d;
+    const int        n_head = (int) std::max(pack->side[GGML_KVTC_K].n_head, pack->side[GGML_KVTC_V].n_head);
+    const uint64_t * freq   = (const uint64_t *) (base + pack->freq);
+    auto           * turns  = (ggml_fp16_t *)    (base + GGML_KVTC_CUDA_TURNS_AT(n_head, d));
+    for (int pos = 0; pos < GGML_KVTC_CUDA_TURNS && pack->operands; ++pos) {
+        for (int p = 0; p < d/2; ++p) { // pairs that do not rotate have frequency 0
+            const double angle = (double) ((uint64_t) pos*freq[p])*3.4061215800304515e-19; // 2*pi/2^64
+            const int    word  = pos*GGML_KVTC_CUDA_TURN_WORDS(d) + p/16*16 + p/4%2*8 + p/8%2*2 + p/2%2*4;
+            turns[2*word + p%2]     = ggml_fp32_to_fp16((float) cos(angle));
+            turns[2*word + p%2 + 2] = ggml_fp32_to_fp16((float) sin(angle));
+        }
+    }
+}
+
 size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v, char * base) {
     ggml_kvtc_bump out { base };
     out.align = 16;
@@ -274,6 +291,7 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         pack->freq      = freq;
         pack->operands  = GGML_KVTC_CUDA_HAS_OPERAND(d_k);
         put_operands(pack);
+        put_turns(pack);
     }
     return size;
 }
@@ -305,24 +323,11 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     pack->rope_n_rot  = (uint32_t) rope->n_rot;
     pack->rope_mscale = rope->mscale;
     uint64_t * freq = (uint64_t *) ((char *) data + pack->freq);
-    for (int p = 0; p < rope->n_rot/2 && rope->type != GGML_KVTC_ROPE_NONE; ++p) {
-        freq[p] = get_turns(rope->inv_freq[p]);
-    }
-    const int d = (int) pack->side[GGML_KVTC_K].d;
-    if (!pack->operands) {
-        return;
+    for (int p = 0; p < (int) pack->side[GGML_KVTC_K].d/2; ++p) {
+        freq[p] = p < rope->n_rot/2 && rope->type != GGML_KVTC_ROPE_NONE ? get_turns(rope->inv_freq[p]) : 0;
     }
     put_operands(pack);
-    const int n_head = (int) std::max(pack->side[GGML_KVTC_K].n_head, pack->side[GGML_KVTC_V].n_head);
-    auto * turns = (ggml_fp16_t *) ((char *) data + GGML_KVTC_CUDA_TURNS_AT(n_head, d));
-    for (int pos = 0; pos < GGML_KVTC_CUDA_TURNS; ++pos) {
-        for (int p = 0; p < d/2; ++p) { // pairs that do not rotate have frequency 0
-            const double angle = (double) ((uint64_t) pos*freq[p])*3.4061215800304515e-19; // 2*pi/2^64
-            const int    word  = pos*GGML_KVTC_CUDA_TURN_WORDS(d) + p/16*16 + p/4%2*8 + p/8%2*2 + p/2%2*4;
-            turns[2*word + p%2]     = ggml_fp32_to_fp16((float) cos(angle));
-            turns[2*word + p%2 + 2] = ggml_fp32_to_fp16((float) sin(angle));
-        }
-    }
+    put_turns(pack);
 }
 
 void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {

@@ -95,6 +95,16 @@ def test_turbo_heads_find_codes_gains_and_rotation(n_head, d, bits):
     assert pack.size < 2 * n_head * HEAD + 2 * (2 * d * d + 8192)  # nothing large for each head
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_pack_that_knows_of_no_rotation_rotates_by_no_angle(d):
+    """Models without RoPE never set one, and the kernels' tables are read for them as well."""
+    native, _ = coded_sides(2, ((2, d), (4, d)))
+    pack = write_pack(native, 2, 4)
+    start = HEADER + 4 * HEAD + 2 * (d // 8 + 1) * d * 16
+    turns = at(pack, start, 256 * 2 * (d // 2 + 16), np.float16).reshape(256, d // 2 + 16, 2)[:, : d // 2]
+    assert (turns[:, 0::2] == 1).all() and (turns[:, 1::2] == 0).all()
+
+
 @pytest.mark.parametrize("coded", ["turbo3", 2])
 def test_values_of_an_ordinary_type_have_a_matrix_of_ones(coded):
     native, _ = coded_sides(3, ((coded, 64), ("f16", 64)))
