@@ -20,7 +20,7 @@ from kvtc_gguf.layout import GROUP, WIDTHS, codebook_keys, payload_bytes, row_by
 BITS = (1, 2, 3, 4, 5, 6)
 # How far the log2 of the components' deviations goes up and down, and by which power of the distance from the middle.
 # "real": the widths of SmolLM2 and gemma-3-270m (of keys' groups at two bits 27 and 28% have none and 13 and 9% more
-# than four; of values' at four bits 19 and 5% have more). "even": fewer of both, as figures up to commit 92f5959 have them
+# than four; of values' at four bits 19 and 5% have more). "even": fewer of both, as all figures up to 92f5959 have them
 PROFILES = {"real": {"k": (3.6, 1.5), "v": (1.2, 2.0)}, "even": {"k": (2.2, 3.0), "v": (0.6, 3.0)}}
 BLOCK, BLOCK_BYTES = 32, 18  # values and bytes of a block of Q4_0
 
