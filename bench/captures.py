@@ -7,15 +7,15 @@ queries, keys before and after RoPE and values, the relative difference of a lay
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from kvtc_gguf import statistics_file
-from kvtc_gguf.gguf_io import replacing
 from kvtc_gguf.statistics_file import Statistics
+
+from bench.csv_file import write_csv
 
 
 def differences(a: Statistics, b: Statistics) -> dict[str, dict[int, np.ndarray]]:
@@ -56,13 +56,10 @@ def main(
         worst = max(layers, key=lambda layer: layers[layer].max())
         print(f"| {name} | {layers[worst].max():.2e} | {worst} | {np.median(np.stack(list(layers.values()))):.2e} |")
     if output:
-        with replacing(output) as temporary, temporary.open("w", newline="") as out:
-            writer = csv.writer(out)
-            writer.writerow(("stream", "layer", "head", "difference"))
-            rows = (
-                (n, layer, h, f"{x:.3e}") for n, by in found.items() for layer, d in by.items() for h, x in enumerate(d)
-            )
-            writer.writerows(rows)
+        rows = (
+            (n, layer, h, f"{x:.3e}") for n, by in found.items() for layer, d in by.items() for h, x in enumerate(d)
+        )
+        write_csv(output, ("stream", "layer", "head", "difference"), rows)
 
 
 if __name__ == "__main__":

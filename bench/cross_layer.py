@@ -13,7 +13,6 @@ same f16 logits.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from kvtc_gguf.reference_rope import Rope
 
 from bench import heldout, machine
 from bench.caches import Cache
+from bench.csv_file import write_csv
 from bench.states import BATCH, Context, Engine
 
 CHUNK = 1024  # tokens captured at a time
@@ -284,10 +284,7 @@ def main(
                 path.write_bytes(changed.data)
                 found = divergence(expected[n], judge(("f16", "f16"), path, n)).mean()
                 note(kind="pca", reach=reach, weighted=weighted, tokens=n, rate=rate, bits=round(bits, 4), kld=found)
-    with output.open("w", newline="") as file:
-        table = csv.DictWriter(file, figures[0])
-        table.writeheader()
-        table.writerows(figures)
+    write_csv(output, figures[0], figures)
 
 
 if __name__ == "__main__":

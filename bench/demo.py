@@ -5,8 +5,6 @@ A bench (`bench.run`) of matrices/demo.yaml on one engine, with fewer columns.
 
 from __future__ import annotations
 
-import csv
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import heldout, machine
+from bench.csv_file import write_csv
 from bench.engine import Engine
 from bench.harness import Bench
 from bench.logs import RunError
@@ -59,16 +58,6 @@ def table_rows(results: list[dict[str, str]]) -> list[dict[str, str]]:
             }
         )
     return lines
-
-
-def write_csv(rows: list[dict[str, str]], path: Path) -> None:
-    """Write the table, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def render(rows: list[dict[str, str]], caption: str) -> Table:
@@ -129,7 +118,7 @@ def main(
             measure(bench, subjects)
         rows = table_rows(bench.results.rows)
         output = output or build / "demo.csv"
-        write_csv(rows, output)
+        write_csv(output, COLUMNS, rows)
     except (RunError, OSError) as error:
         print(f"kvtc: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kvtc_gguf.gguf_io import replacing
 
 from bench import corpora
 from bench.caches import Cache
+from bench.csv_file import write_csv
 from bench.perplexity import Perplexity
 
 DEFAULT = "default"
@@ -76,10 +76,7 @@ def table(rows: list[Row], cache: str) -> str:
 
 def save(rows: list[Row], output: Path) -> None:
     """Write the CSV, whole or not at all."""
-    with replacing(output) as temporary, temporary.open("w", newline="") as out:
-        writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output, FIELDS, rows)
 
 
 def main(

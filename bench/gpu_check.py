@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import gpu_verdict
+from bench.csv_file import write_csv
 from bench.gpu_run import NotRun, Runner
-from bench.gpu_steps import STEPS, TIMED, Check, write_csv
+from bench.gpu_steps import STEPS, TIMED, Check
 
 TYPES = "f16,kvtc-k2v4,q8_0,q4_0,kvtc-k3v4,kvtc-k1v3,kvtc-k4v4"  # a run that is cut short has the first ones
 DEPTHS = "0,4096,16384,32768,65536,131072"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from kvtc_gguf.format import read, write
 
 from bench import nsight
 from bench.caches import Cache
+from bench.csv_file import write_csv
 from bench.float_copy import float_copy
 from bench.gpu_run import DEVICE_LINE, NotRun, Runner, StepError
 from bench.gpu_verdict import ratios
@@ -58,13 +58,6 @@ class Check:
     @property
     def deepest(self) -> int:
         return max(map(int, self.depths.split(",")))
-
-
-def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
-    partial.replace(path)
 
 
 def run_cases(c: Check, name: str, *more: object, before: tuple[object, ...] = ()) -> str:

@@ -8,7 +8,6 @@ libraries are those of $KVTC_LIB_DIR, the device is $KVTC_TEST_DEVICE (CUDA0).
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from kvtc_gguf.reference_rope import Rope
 from rich.console import Console
 
 from bench import ceilings
+from bench.csv_file import write_csv
 from bench.random_model import BITS, SHAPES, Shape, make_side
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -210,10 +210,7 @@ def main(
                 times = f"{seconds * 1e6:.1f} µs, {seconds / floor:.1f} x floor"
                 Console().print(f"{name} {n_tokens} tokens, {depth} cells: {times}")
     if output:
-        partial = output.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
-        partial.replace(output)
+        write_csv(output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ window and what rollbacks keep, whose codes the exact rows give again.
 
 from __future__ import annotations
 
-import csv
 import math
 import struct
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from kvtc_gguf.state_file import MODEL, STORED, Section, read
 from bench import heldout, machine
 from bench.caches import Cache
 from bench.cross_layer import Codec, PlainState, capture, divergence, log_probabilities, rotate, weights
+from bench.csv_file import write_csv
 from bench.states import BATCH, Engine
 
 SINKS, NEWEST, JUDGED = 4, 128 + 64, 128  # tokens: exact ones, and those after the state whose logits are compared
@@ -194,12 +194,7 @@ def main(
             for cache, own in lives.items():
                 replace_rows(work / f"{cache}.bin", work / "changed.bin", own, back)
                 note(source, rate, size, cache, work / "changed.bin")
-    part = output.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        table = csv.DictWriter(file, figures[0])
-        table.writeheader()
-        table.writerows(figures)
-    part.replace(output)
+    write_csv(output, figures[0], figures)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.csv_file import write_csv
 from bench.logs import RunError
 
 # bench/README.md says what each means
@@ -96,9 +96,4 @@ def read(path: Path) -> list[dict[str, str]]:
 def write(rows: list[dict[str, str]], path: Path) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    write_csv(path, COLUMNS, rows)

@@ -9,10 +9,8 @@ measures zstd, zlib, LZMA and the order-0 entropy on the same rows, a core each 
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import lzma
-import os
 import tempfile
 import time
 import zlib
@@ -32,6 +30,7 @@ from kvtc_gguf.state_file import Section, container_bytes, read
 
 from bench import heldout, machine
 from bench.caches import Cache
+from bench.csv_file import write_csv
 
 TYPES = {"f16": 1, "q8_0": 8, **{f"kvtc{bits}": 42 + bits for bits in range(1, 7)}}
 BATCH, CONTINUE, REPEAT = 512, 64, 5  # tokens; best of
@@ -262,12 +261,7 @@ def main(
             for row in measure(engine, caches.split(","), tokens, sizes, (with_coders, with_others), Path(scratch)):
                 figures.append({"cpu": cpu, "threads": threads, "model": path.name, **row})
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)
-    part = output.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        table = csv.DictWriter(file, figures[0])
-        table.writeheader()
-        table.writerows(figures)
-    os.replace(part, output)
+    write_csv(output, figures[0], figures)
 
 
 if __name__ == "__main__":
