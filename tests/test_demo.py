@@ -106,7 +106,7 @@ def cell(**more: str) -> list[dict[str, str]]:
 
 
 def test_csv_has_the_promised_columns(tmp_path: Path) -> None:
-    demo.write_csv(demo.table_rows(cell()), tmp_path / "demo.csv")
+    demo.write_csv(tmp_path / "demo.csv", demo.COLUMNS, demo.table_rows(cell()))
     assert (tmp_path / "demo.csv").read_text().splitlines()[0] == (
         "model,cache_type_k,cache_type_v,sink,window,bpv,kv_mib,ppl,kld,kld_p999,top1"
     )
