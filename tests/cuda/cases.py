@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -200,3 +201,15 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
     for name, extra in variants.items():
         for group, tokens in ((4, 1), (2, 4), (7, 1)):
             yield f"few {d}, {name} group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, **extra)
+
+
+def quick_cases(names: list[str]) -> list[int]:
+    """Every tenth case, and one of each kind (names that differ in numbers alone) that has none of these."""
+    kinds: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(i)
+    taken = set(range(0, len(names), 10))
+    for of_kind in kinds.values():
+        if taken.isdisjoint(of_kind):
+            taken.add(of_kind[len(of_kind) // 2])
+    return sorted(taken)

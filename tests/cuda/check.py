@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from tests.cuda.cases import cases
+from tests.cuda.cases import cases, quick_cases
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "native"), str(HERE.parent / "python"), str(HERE.parents[1] / "python")]
@@ -187,8 +187,8 @@ def check_write(n_head: int, d: int, kinds: tuple[int | str, int | str], n_token
 
 
 def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str = "0/1") -> None:
-    """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick every tenth, --part I/N of these
-    every N-th from the I-th on."""
+    """Check the kernels of DEVICE; --only takes cases whose names hold a text, --quick some of each kind, --part I/N of
+    these every N-th from the I-th on."""
     os.environ["KVTC_TEST_DEVICE"] = device
     import ffi
 
@@ -238,7 +238,8 @@ def main(device: str = "CUDA0", only: str = "", quick: bool = False, part: str =
             name = f"chunks tokens {tokens} exact {exact}, {k} and {v}"
             work.append((name, NMSE, partial(check_chunks, replace(case, k=k, v=v))))
     first, step = map(int, part.split("/"))
-    chosen = [x for i, x in enumerate(work) if only in x[0] and not (quick and i % 10)]
+    taken = quick_cases([x[0] for x in work]) if quick else range(len(work))
+    chosen = [work[i] for i in taken if only in work[i][0]]
     for name, bound, run in chosen[first::step]:
         count += 1
         try:
