@@ -1,4 +1,4 @@
-"""The choice of cases for a quick run. Failures caught: a kind of case that no quick run, so no sanitizer, ever sees."""
+"""The choice of cases for a quick run. Failure caught: a kind of case that no quick run, so no sanitizer, ever sees."""
 
 from __future__ import annotations
 
