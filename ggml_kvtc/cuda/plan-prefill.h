@@ -46,13 +46,16 @@ inline expand_plan make_expand_plan(const attn_shape & s, const gpu_shape & gpu)
     }
 }
 
-struct prefill_plan {
-    int n_cols;         // query rows of a block
-    int n_cols2;        // of these, heads of the group
+struct chunk_plan {
     int n_column;       // the list, then the cells
     int n_list;         // most keys that are exact for some queries only: they have columns of their own
     int chunk;          // columns expanded at once
     int n_chunk;
+};
+
+struct prefill_plan : chunk_plan {
+    int n_cols;         // query rows of a block
+    int n_cols2;        // of these, heads of the group
     int n_token_block, n_head_block; // blocks of queries: tokens, heads of a group
     int n_split;        // ranges of a chunk
     int n_merge;        // chunks whose sums are merged at once
@@ -72,33 +75,43 @@ inline int get_n_merge(const gpu_shape & gpu, int n_chunk, size_t sums, size_t f
 }
 
 // n_exact: most exact rows of a stream
-inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
-    prefill_plan p;
-    p.n_cols  = n_cols;
-    p.n_cols2 = alibi || (s.group == 1 && s.d <= MAX_SINGLE_HEAD) ? 1 : s.group <= 2 ? 2 : s.group <= 4 ? 4 : 8;
+inline chunk_plan make_chunks(const attn_shape & s, const gpu_shape & gpu, int n_exact) {
+    chunk_plan p;
     const int align = PREFILL_ALIGN;
     const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
     const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
-    p.n_list        = ceil_div(std::min(s.n_kv, n_exact), align)*align;
-    p.n_column      = ceil_div(s.n_kv, align)*align + p.n_list;
-    p.chunk         = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
-    p.n_chunk       = ceil_div(p.n_column, p.chunk);
+    p.n_list   = ceil_div(std::min(s.n_kv, n_exact), align)*align;
+    p.n_column = ceil_div(s.n_kv, align)*align + p.n_list;
+    p.chunk    = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
+    p.n_chunk  = ceil_div(p.n_column, p.chunk);
+    return p;
+}
+
+// as few ranges of a chunk, at most n_most, as let `blocks` for each fill the slots
+inline int get_n_range(int blocks, int slots, int n_most) {
+    double best = 0.0;
+    int n_range = 1;
+    for (int n = 1; n <= n_most; ++n) {
+        const double use = (double) blocks*n/(ceil_div(blocks*n, slots)*slots);
+        if (use > best + 0.05) {
+            best    = use;
+            n_range = n;
+        }
+    }
+    return n_range;
+}
+
+inline prefill_plan make_prefill_plan(const attn_shape & s, const gpu_shape & gpu, int n_exact, bool alibi, int n_cols) {
+    prefill_plan p;
+    (chunk_plan &) p = make_chunks(s, gpu, n_exact);
+    p.n_cols  = n_cols;
+    p.n_cols2 = alibi || (s.group == 1 && s.d <= MAX_SINGLE_HEAD) ? 1 : s.group <= 2 ? 2 : s.group <= 4 ? 4 : 8;
     p.n_token_block = ceil_div(s.n_tokens, p.n_cols/p.n_cols2);
     p.n_head_block  = ceil_div(s.group, p.n_cols2);
 
-    // as few ranges as fill the processors' slots, two blocks on each
     const int blocks = p.n_token_block*p.n_head_block*s.n_head_kv*s.n_stream;
-    const int slots  = 2*gpu.n_sm;
-    double best = 0.0;
-    p.n_split = 1;
-    for (int n = 1; n <= 8 && n*align <= p.chunk; ++n) {
-        const double use = (double) blocks*n/(ceil_div(blocks*n, slots)*slots);
-        if (use > best + 0.05) {
-            best = use;
-            p.n_split = n;
-        }
-    }
-    p.split   = ceil_div(ceil_div(p.chunk, p.n_split), align)*align;
+    p.n_split = get_n_range(blocks, 2*gpu.n_sm, std::min(8, p.chunk/PREFILL_ALIGN)); // two blocks on each processor
+    p.split   = ceil_div(ceil_div(p.chunk, p.n_split), PREFILL_ALIGN)*PREFILL_ALIGN;
     p.n_split = ceil_div(p.chunk, p.split);
     const size_t sums = (size_t) blocks*p.n_split*n_cols*(2 + s.d/2)*8;
     p.n_merge = get_n_merge(gpu, p.n_chunk, sums, (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4);
@@ -120,8 +133,8 @@ inline int tile_keys(int d) {
     return d <= 128 ? TILE_KEYS<128> : TILE_KEYS<256>;
 }
 
-struct tiles_plan {
-    int n_column, n_list, chunk, n_chunk, n_merge; // as in prefill_plan
+struct tiles_plan : chunk_plan {
+    int n_merge; // as in prefill_plan
     int n_row_block;
     int n_split, tiles_per_split; // of a chunk
     bool whole;                   // there are no sums to merge
@@ -132,27 +145,12 @@ inline bool make_tiles_plan(const attn_shape & s, const gpu_shape & gpu, int n_e
     if (s.d != 64 && s.d != 128 && s.d != 256) {
         return false;
     }
-    const int align = PREFILL_ALIGN;
-    const size_t per_cell = (size_t) s.n_stream*(s.n_head_kv*s.d*4 + s.n_tokens*2);
-    const int    most     = std::max<int>(1, (int) (gpu.scratch/per_cell/align))*align;
-    p.n_list      = ceil_div(std::min(s.n_kv, n_exact), align)*align;
-    p.n_column    = ceil_div(s.n_kv, align)*align + p.n_list;
-    p.chunk       = ceil_div(ceil_div(p.n_column, ceil_div(p.n_column, most)), align)*align;
-    p.n_chunk     = ceil_div(p.n_column, p.chunk);
+    (chunk_plan &) p = make_chunks(s, gpu, n_exact);
     p.n_row_block = ceil_div(s.n_tokens*s.group, TILE_ROWS);
 
     const int n_tile = p.chunk/tile_keys(s.d);
     const int blocks = p.n_row_block*s.n_head_kv*s.n_stream;
-    double best = 0.0;
-    int n_split = 1;
-    for (int n = 1; n <= 16 && 2*n <= n_tile; ++n) { // as few ranges as fill the processors
-        const double use = (double) blocks*n/(ceil_div(blocks*n, gpu.n_sm)*gpu.n_sm);
-        if (use > best + 0.05) {
-            best    = use;
-            n_split = n;
-        }
-    }
-    p.tiles_per_split = ceil_div(n_tile, n_split);
+    p.tiles_per_split = ceil_div(n_tile, get_n_range(blocks, gpu.n_sm, std::min(16, n_tile/2)));
     p.n_split         = ceil_div(n_tile, p.tiles_per_split);
     p.whole           = p.n_chunk == 1 && p.n_split == 1 && s.d <= TILE_MOST_WHOLE;
     const size_t rows = (size_t) s.n_stream*s.n_tokens*s.n_head_kv*s.group*(s.d + 2)*4;
