@@ -251,12 +251,14 @@ void put_turns(ggml_kvtc_cuda_pack * pack) {
     const int        n_head = (int) std::max(pack->side[GGML_KVTC_K].n_head, pack->side[GGML_KVTC_V].n_head);
     const uint64_t * freq   = (const uint64_t *) (base + pack->freq);
     auto           * turns  = (ggml_fp16_t *)    (base + GGML_KVTC_CUDA_TURNS_AT(n_head, d));
+    const ggml_fp16_t one = ggml_fp32_to_fp16(1.0f), zero = ggml_fp32_to_fp16(0.0f);
     for (int pos = 0; pos < GGML_KVTC_CUDA_TURNS && pack->operands; ++pos) {
-        for (int p = 0; p < d/2; ++p) { // pairs that do not rotate have frequency 0
+        for (int p = 0; p < d/2; ++p) {
+            const bool   rests = freq[p] == 0; // all pairs of a new pack, of which most get a rotation later: not computed twice
             const double angle = (double) ((uint64_t) pos*freq[p])*3.4061215800304515e-19; // 2*pi/2^64
             const int    word  = pos*GGML_KVTC_CUDA_TURN_WORDS(d) + p/16*16 + p/4%2*8 + p/8%2*2 + p/2%2*4;
-            turns[2*word + p%2]     = ggml_fp32_to_fp16((float) cos(angle));
-            turns[2*word + p%2 + 2] = ggml_fp32_to_fp16((float) sin(angle));
+            turns[2*word + p%2]     = rests ? one  : ggml_fp32_to_fp16((float) cos(angle));
+            turns[2*word + p%2 + 2] = rests ? zero : ggml_fp32_to_fp16((float) sin(angle));
         }
     }
 }
