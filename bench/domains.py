@@ -74,11 +74,6 @@ def table(rows: list[Row], cache: str) -> str:
     return "\n".join(f"| {line} |" if "|" in line else line for line in lines)
 
 
-def save(rows: list[Row], output: Path) -> None:
-    """Write the CSV, whole or not at all."""
-    write_csv(output, FIELDS, rows)
-
-
 def main(
     model: Path,
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV of KLDs.")] = Path("domains.csv"),
@@ -124,7 +119,7 @@ def main(
                 found = with_file.measure(Cache(cache, 4, 128))
                 values = (made, kind, cache, f"{found.kld:.6f}", f"{found.errors['kld']:.6f}")
                 rows.append(dict(zip(FIELDS, values, strict=True)))
-                save(rows, output)  # after each, so that the same command goes on from there
+                write_csv(output, FIELDS, rows)  # after each, so that the same command goes on from there
         finally:
             base.unlink(missing_ok=True)
     print("\n".join(table(rows, cache) for cache in caches))
