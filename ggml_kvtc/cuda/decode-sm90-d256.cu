@@ -304,7 +304,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
             wgmma_wait<0>();
             if (near) {
-                multiply_turned<D>(w, x, turned_row, turn, sign, row_pos);
+                multiply_turned<D>(w, x, turned_row, turn, sign);
             } else {
                 multiply_far<D>(w, x, turned_row, row_pos, freq);
             }

@@ -82,7 +82,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
-    const bool few_steps = (int) kh.rank <= 32*FEW_STEPS<D>; // in most heads at two bits, the last components of keys have none
+    const bool few_steps = has_few_steps<D>(kh);
     uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
@@ -359,7 +359,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     const int at = min(max(0, view.row_pos[i] - anchor), p.n_fine - 1);
                     turn[i] = fine + (PLAIN ? s*SLAB/2 + 8*part + r8 : at/16*8 + at%8)*TURN_WORDS<D> + 4*q4;
                 }
-                multiply_turned<D, PLAIN>(w, x, row_of_query, turn, sign, view.row_pos);
+                multiply_turned<D, PLAIN>(w, x, row_of_query, turn, sign);
                 const bool later = (my_pos - anchor & 8) != 0;
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {

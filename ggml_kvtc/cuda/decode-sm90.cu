@@ -306,7 +306,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             decode_values(v_rows);
             wgmma_wait();
             if (near) {
-                multiply_turned<D>(w, x, turned, turn, row_pos);
+                multiply_turned<D>(w, x, turned, turn);
             } else {
                 multiply_far<D>(w, x, turned + lane%8*LD + lane/8*8, row_pos, freq);
             }

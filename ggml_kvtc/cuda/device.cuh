@@ -115,6 +115,31 @@ __device__ __forceinline__ uint4 load_exact(const attn_args & a, int side, int d
     return make_uint4(pack_half2(z[0], z[1]), pack_half2(z[2], z[3]), pack_half2(z[4], z[5]), pack_half2(z[6], z[7]));
 }
 
+// A batch's only token: two components of its key, or value, of thread threadIdx.x < D; where the batch has it
+template <int D>
+__device__ __forceinline__ float2 read_own(const attn_args & a, int head, int stream) {
+    const int side = threadIdx.x/(D/2);
+    if (side > 1 || !a.batch[side]) {
+        return make_float2(0.0f, 0.0f);
+    }
+    const float * z = (const float *) (a.batch[side] + stream*a.nb_batch1[side] + head*a.nb_batch2[side]) + threadIdx.x%(D/2)*2;
+    return make_float2(z[0], z[1]);
+}
+
+// f16 [2][D], as the store will have them
+template <int D>
+__device__ __forceinline__ void store_own(half * own, const float2 & z) {
+    if (threadIdx.x < D) {
+        ((uint32_t *) own)[threadIdx.x] = pack_half2(z.x, z.y);
+    }
+}
+
+// the row of a token that counts exactly: of the store, or the batch's only one
+template <int D>
+__device__ __forceinline__ const uint4 * get_exact_row(const attn_args & a, int side, int head, int slot, const half * own) {
+    return (const uint4 *) (slot >= 0 ? a.exact[side] + ((int64_t) head*a.n_slots + slot)*D : own + side*D);
+}
+
 __device__ __forceinline__ float alibi_slope(const attn_args & a, int head) {
     if (a.max_bias == 0.0f) {
         return 1.0f;

@@ -83,12 +83,18 @@ struct block_share {
 
 template <int D> constexpr int FEW_STEPS = D/32 - D/128; // of 32 components that most heads' keys have codes of at two bits: 3 of 4, and all 2
 
+// in most heads at two bits, the last components of keys have no codes
+template <int D>
+__device__ __forceinline__ bool has_few_steps(const ggml_kvtc_cuda_head & kh) {
+    return (int) kh.rank <= 32*FEW_STEPS<D> && FEW_STEPS<D> < D/32;
+}
+
 // What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have paths of their own, those of keys four together
 template <int D>
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
     const ggml_kvtc_cuda_head & kh = get_head(pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(pack, GGML_KVTC_V, head);
-    return ((int) kh.rank <= 32*FEW_STEPS<D> && FEW_STEPS<D> < D/32 ? 89.0f : 100.0f) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
+    return (has_few_steps<D>(kh) ? 89.0f : 100.0f) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
 }
 
 // Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head

@@ -61,7 +61,7 @@ struct exact_keys {
         for (int i = 0; i < 2; ++i) {
             from[i] = __shfl_sync(0xffffffff, chosen, base + threadIdx.x%32/4 + 8*i);
             if (ONE && from[i] != -1) {
-                row[i] = threadIdx.x%4 + (from[i] >= 0 ? (const uint4 *) (a.exact[GGML_KVTC_K] + ((int64_t) head*a.n_slots + from[i])*D) : (const uint4 *) own);
+                row[i] = threadIdx.x%4 + get_exact_row<D>(a, GGML_KVTC_K, head, from[i], own);
             }
         }
         read(a, head, last);

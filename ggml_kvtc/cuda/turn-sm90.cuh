@@ -29,33 +29,15 @@ __device__ __forceinline__ void turn_queries(const float * queries, half * turne
 }
 
 // Step u of 16 rebuilt keys of a warp, rotated, as mma's operands of rows: its first eight pairs, then the others. x: keys r8 and r8 + 8
-// as wgmma leaves them; turn: where the thread's part of their rotations lies, sign: what changes their sines. Keys that are not near
-// the anchor (0 then) have their angles computed. SAME: keys r8 + 8 have the rotations of r8
-template <bool near, bool SAME = false>
-__device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t * x, int u, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2],
-                                            const int (&row_pos)[2], const uint64_t * freq) {
-    uint4 cs[2];
-    if constexpr (near) {
-        cs[0] = *(const uint4 *) (turn[0] + 16*u);
-        cs[1] = SAME ? cs[0] : *(const uint4 *) (turn[1] + 16*u);
-    }
+// as wgmma leaves them; get(m, i, cos, sin): rotations of two of these pairs of a key
+template <typename T>
+__device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t * x, const T & get) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             half2 cos, sin;
-            if constexpr (near) {
-                const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
-                const uint32_t su = (m == 0 ? cs[i].y : cs[i].w) ^ sign[i];
-                cos = *(const half2 *) &cu;
-                sin = *(const half2 *) &su;
-            } else {
-                const int    pair = 16*u + 8*m + threadIdx.x%4*2;
-                const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
-                const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
-                cos = __floats2half2_rn(cs0.x, cs1.x);
-                sin = __floats2half2_rn(cs0.y, cs1.y);
-            }
+            get(m, i, cos, sin);
             const half2 x0 = *(const half2 *) &x[4*m + i];
             const half2 x1 = *(const half2 *) &x[4*m + i + 2];
             const half2 y0 = __hfma2(x0, cos, __hneg2(__hmul2(x1, sin)));
@@ -66,12 +48,25 @@ __device__ __forceinline__ void rotate_keys(uint32_t (&k)[2][4], const uint32_t 
     }
 }
 
+// The same for keys near the anchor. turn: where the thread's part of their rotations lies, sign: what changes their sines. SAME: keys
+// r8 + 8 have the rotations of r8
+template <bool SAME = false>
+__device__ __forceinline__ void rotate_near(uint32_t (&k)[2][4], const uint32_t * x, int u, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2]) {
+    uint4 cs[2];
+    cs[0] = *(const uint4 *) (turn[0] + 16*u);
+    cs[1] = SAME ? cs[0] : *(const uint4 *) (turn[1] + 16*u);
+    rotate_keys(k, x, [&](int m, int i, half2 & cos, half2 & sin) {
+        const uint32_t cu = m == 0 ? cs[i].x : cs[i].z;
+        const uint32_t su = (m == 0 ? cs[i].y : cs[i].w) ^ sign[i];
+        cos = *(const half2 *) &cu;
+        sin = *(const half2 *) &su;
+    });
+}
+
 // w += rebuilt keys that are not near the anchor, rotated, times the queries; row: the thread's of these for ldmatrix. Rarely needed, so
 // what counts is that the code, which lies between what others execute, is short: the keys take a way through memory
 template <int D>
 __device__ __forceinline__ void multiply_far(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const int (&row_pos)[2], const uint64_t * freq) {
-    const uint32_t * const turn[2] = { nullptr, nullptr };
-    const uint32_t sign[2] = { 0, 0 };
     uint32_t y[D/4];
 #pragma unroll
     for (int i = 0; i < D/4; ++i) {
@@ -81,7 +76,13 @@ __device__ __forceinline__ void multiply_far(float (&w)[4], const uint32_t (&x)[
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, row + 32*u);
-        rotate_keys<false>(k, y + 8*u, u, turn, sign, row_pos, freq);
+        rotate_keys(k, y + 8*u, [&](int m, int i, half2 & cos, half2 & sin) {
+            const int    pair = 16*u + 8*m + threadIdx.x%4*2;
+            const float2 cs0  = get_rotation(row_pos[i], freq[pair]);
+            const float2 cs1  = get_rotation(row_pos[i], freq[pair + 1]);
+            cos = __floats2half2_rn(cs0.x, cs1.x);
+            sin = __floats2half2_rn(cs0.y, cs1.y);
+        });
         mma(w, k[0], q[0], q[1]);
         mma(w, k[1], q[2], q[3]);
     }
@@ -89,14 +90,13 @@ __device__ __forceinline__ void multiply_far(float (&w)[4], const uint32_t (&x)[
 
 // the same for near ones
 template <int D, bool SAME = false>
-__device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2],
-                                                const int (&row_pos)[2]) {
+__device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * row, const uint32_t * const (&turn)[2], const uint32_t (&sign)[2]) {
     float w2[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // of every other product, so that each waits for the one before the last
 #pragma unroll
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, row + 32*u);
-        rotate_keys<true, SAME>(k, x + 8*u, u, turn, sign, row_pos, nullptr);
+        rotate_near<SAME>(k, x + 8*u, u, turn, sign);
         mma(w,  k[0], q[0], q[1]);
         mma(w2, k[1], q[2], q[3]);
     }
@@ -108,15 +108,14 @@ __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&
 
 // all keys have positions from the anchor's on
 template <int D>
-__device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * turned, const uint32_t * const (&turn)[2],
-                                                const int (&row_pos)[2]) {
+__device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * turned, const uint32_t * const (&turn)[2]) {
     const int lane = threadIdx.x % 32;
     const uint32_t sign[2] = { 0, 0 };
 #pragma unroll
     for (int u = 0; u < D/32; ++u) {
         uint32_t q[4], k[2][4];
         ldmatrix_x4(q, turned + lane%8*(D + 8) + 32*u + lane/8*8);
-        rotate_keys<true>(k, x + 8*u, u, turn, sign, row_pos, nullptr);
+        rotate_near(k, x + 8*u, u, turn, sign);
         mma(w, k[0], q[0], q[1]);
         mma(w, k[1], q[2], q[3]);
     }
