@@ -21,40 +21,92 @@ uint32_t table_bytes(int w) {
     return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
 }
 
-// Where each group has its tables for lookups in pairs, and their size in all. Groups of single levels come first: those of more than 4
-// bits, and the first n_single of 4. Then come chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's four tables are at the
-// same place of each. The larger come first, so that all are aligned to their size.
+// bits of the largest groups that may have tables of pairs
+int most_in_pairs(int d) {
+    return d < 256 ? 5 : 4;
+}
+
+// Where each group has its tables for lookups in pairs, and their size in all. Groups of more bits than pairs may have, and of the widest
+// others the first n_single, have single levels. Those of pairs lie in chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's
+// four tables are at the same place of each. The larger come first, so that all are aligned to their size. Single levels fill what the
+// last chunk's columns leave, and what does not fit comes behind.
 uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t> & at, std::vector<bool> & single) {
-    constexpr uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN;
+    const uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN(8*G);
+    const int      most   = most_in_pairs(8*G);
     std::vector<int> order(G);
     for (int g = 0; g < G; ++g) {
         order[g] = g;
     }
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return w[a] > w[b]; });
-    uint32_t used   = 0;
-    uint32_t column = COLUMN; // bytes used of the last chunk's
+    uint32_t chunk  = 0;      // the last one
+    uint32_t column = COLUMN; // bytes used of its columns
+    uint32_t zeros  = 0;
+    bool     any    = false;
     at.resize(G);
     single.resize(G);
     for (int g : order) {
-        single[g] = w[g] > 4 || (w[g] == 4 && n_single-- > 0);
+        single[g] = w[g] > most || n_single-- > 0;
         if (single[g]) {
-            at[g] = used;
-            used += 16u << w[g];
             continue;
         }
         const uint32_t size = w[g] == 0 ? 4 : 4u << 2*w[g];
         if (column + size > COLUMN) {
-            used   = (used + COLUMN - 1)/COLUMN*COLUMN + 4*COLUMN;
+            chunk += any ? 4*COLUMN : 0;
             column = 0;
+            any    = true;
         }
-        at[g]   = used - 4*COLUMN + column;
+        at[g]   = chunk + column;
         column += w[g] == 0 ? 0 : size; // groups without bits share their zeros
+        zeros   = w[g] == 0 ? size : 0;
     }
-    return (used + 15)/16*16;
+    column += zeros;
+    uint32_t end     = any ? chunk + 3*COLUMN + column : 0;
+    uint32_t hole[3] = { column, column, column }; // from where on a column but the last is free
+    for (int g : order) {
+        if (!single[g]) {
+            continue;
+        }
+        const uint32_t size  = 16u << w[g];
+        const uint32_t align = 2u << w[g]; // a component's levels
+        bool placed = false;
+        for (int i = 0; any && i < 3 && !placed; ++i) {
+            const uint32_t from = (hole[i] + align - 1)/align*align;
+            placed = from + size <= COLUMN;
+            if (placed) {
+                at[g]   = chunk + i*COLUMN + from;
+                hole[i] = from + size;
+            }
+        }
+        if (!placed) {
+            at[g] = (end + align - 1)/align*align;
+            end   = at[g] + size;
+        }
+    }
+    return (end + 15)/16*16;
 }
 
-void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
-              uint32_t payload) {
+// Which groups have tables of pairs, as far as `most` bytes allow: the widest are the first to have single levels.
+uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t most, std::vector<uint32_t> & at, std::vector<bool> & single) {
+    const auto count = [&](int width) { return (int) std::count(w, w + G, width); };
+    const int d = 8*G;
+    if (d > 256 || (d == 256 && which == GGML_KVTC_V)) {
+        return place_pairs(w, G, 0, at, single);
+    }
+    const int n_most = count(d == 256 ? 4 : 5);
+    // a step of keys looks up all its groups of single levels together: that one has pairs saves nothing while another has none
+    const bool all  = which == GGML_KVTC_K && d < 256;
+    const int  step = all ? std::max(1, n_most) : 1;
+    for (int n = all && *std::max_element(w, w + G) > 5 ? n_most : 0; ; n += step) {
+        const uint32_t used = place_pairs(w, G, n, at, single);
+        if (used <= most || n >= n_most) {
+            return used;
+        }
+    }
+}
+
+// Bytes of its tables of pairs.
+uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
+              uint32_t payload, uint32_t most_pairs) {
     const uint32_t place = (uint32_t) GGML_KVTC_CUDA_HEAD_AT(which, h);
     const int d = side.d;
     const int G = d/8;
@@ -80,14 +132,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     std::vector<uint32_t> pairs_at(G);
     std::vector<bool>     single(G);
     if (!side.turbo) {
-        const uint32_t most = which == GGML_KVTC_K && d == 256 ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX;
-        const int      n4   = (int) std::count(w, w + G, 4);
-        for (int n = 0; n <= n4; ++n) {
-            tmp.n_pairs = place_pairs(w, G, n, pairs_at, single);
-            if (tmp.n_pairs <= most) {
-                break;
-            }
-        }
+        tmp.n_pairs = choose_pairs(w, G, which, most_pairs, pairs_at, single);
         for (int g = 0; g < G; ++g) {
             tmp.n_wide = single[g] ? g + 1 : tmp.n_wide;
         }
@@ -111,7 +156,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     tmp.pair_codes = out.put(side.turbo ? 0 : G, &pair_codes);
     tmp.pairs      = out.put(tmp.n_pairs, &pairs);
     if (!out.base) {
-        return;
+        return tmp.n_pairs;
     }
     ggml_kvtc_cuda_code * codes = tmp.group_code;
     const uint32_t * first_level = tmp.first_level;
@@ -125,7 +170,8 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         const bool     pair = w[g] > 0 && !single[g];
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
         if (!side.turbo) {
-            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+            const uint32_t last = pair ? at % 32 + 6u*w[g] - 2 : 0;
+            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8 | last << 16, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         }
         at += 8*w[g];
         if (w[g] == 0 || g >= n_book) {
@@ -157,7 +203,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         if (side.turbo) {
             continue; // the next groups have this table
         }
-        single[g] ? put_single(pairs + pairs_at[g]) : put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN, swap);
+        single[g] ? put_single(pairs + pairs_at[g]) : put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN(d), swap);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];
@@ -172,21 +218,48 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
         }
     }
     memcpy(out.base + place, &tmp, sizeof(tmp));
+    return tmp.n_pairs;
 }
 
-void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, ggml_kvtc_cuda_pack * pack) {
+uint32_t round_up(uint32_t n, uint32_t to) {
+    return (n + to - 1)/to*to;
+}
+
+// bytes of a side's rows in a block's shared memory, as plan.h stages them
+uint32_t get_staged(const ggml_kvtc_side_calibration & side, int budget) {
+    uint32_t most = 0;
+    for (int h = 0; h < side.H; ++h) {
+        most = std::max(most, (uint32_t) side.head_bytes(h, budget));
+    }
+    return GGML_KVTC_CUDA_STAGED*((round_up(most + 12, 16)/16) | 1)*16;
+}
+
+// Bytes that the largest of a side's tables may have; taken: of a block's, by the side before.
+uint32_t get_most_pairs(const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int budget, uint32_t taken) {
+    if (side.d >= 256 || side.turbo) {
+        return GGML_KVTC_CUDA_MOST_PAIRS;
+    }
+    const uint32_t most   = which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_KEYS : GGML_KVTC_CUDA_MOST_BLOCK - taken;
+    const uint32_t staged = get_staged(side, budget);
+    return most > staged ? most - staged : 0;
+}
+
+// Bytes of a block's shared memory that the side takes; taken: by the side before.
+uint32_t put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t taken, ggml_kvtc_cuda_pack * pack) {
     if (bits == 0) {
-        return;
+        return 0;
     }
     const ggml_kvtc_side_calibration & side = *cal.find(il, which);
     const int budget = side.budget_index(bits);
     const std::vector<ggml_kvtc_place> places = side.places(budget);
+    const uint32_t most_pairs = get_most_pairs(side, which, budget, taken);
+    uint32_t pairs = 0;
 
     for (int h = 0; h < side.H; ++h) {
         if (!side.turbo) {
-            put_head(out, side, which, h, budget, places[h].gain);
+            pairs = std::max(pairs, put_head(out, side, which, h, budget, places[h].gain, most_pairs));
         } else if (h == 0) {
-            put_head(out, side, which, h, budget, places[h].codes);
+            put_head(out, side, which, h, budget, places[h].codes, most_pairs);
         } else if (pack) { // all heads of turbo types share what the first has
             auto * head = (ggml_kvtc_cuda_head *) (out.base + GGML_KVTC_CUDA_HEAD_AT(which, h));
             memcpy(head, out.base + GGML_KVTC_CUDA_HEAD_AT(which, 0), sizeof(*head));
@@ -196,6 +269,7 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
     if (pack) {
         pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, side.row_bytes(bits) };
     }
+    return round_up(pairs, GGML_KVTC_CUDA_COLUMN(side.d)) + get_staged(side, budget);
 }
 
 // A side of an ordinary type, whose values take part in what kernels do with those of coded sides: they are their own components.
@@ -276,8 +350,8 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         const uint32_t at = out.reserve(n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + (size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d_k)*4);
         GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
     }
-    put_side(out, cal, il, GGML_KVTC_K, bits_k, pack);
-    put_side(out, cal, il, GGML_KVTC_V, bits_v, pack);
+    const uint32_t taken = put_side(out, cal, il, GGML_KVTC_K, bits_k, 0, pack);
+    put_side(out, cal, il, GGML_KVTC_V, bits_v, taken, pack);
     if (bits_k == 0 || bits_v == 0) {
         const ggml_kvtc_side_calibration & other = *cal.find(il, bits_k == 0 ? GGML_KVTC_V : GGML_KVTC_K);
         put_plain(out, bits_k == 0 ? GGML_KVTC_K : GGML_KVTC_V, other.H, other.d, pack);

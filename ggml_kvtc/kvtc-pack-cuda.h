@@ -16,9 +16,12 @@
 #include <stdint.h>
 
 #define GGML_KVTC_CUDA_TURNS  256
-#define GGML_KVTC_CUDA_COLUMN 1024        // bytes from a group's table of pairs to its next one
+#define GGML_KVTC_CUDA_COLUMN(d) ((d) < 256 ? 4096 : 1024) // bytes from a group's table of pairs to its next one: the largest that has such
 #define GGML_KVTC_CUDA_SINGLE 128         // of a pair code's shift: the group has single levels
 #define GGML_KVTC_CUDA_MOST_PAIRS 18432   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
+#define GGML_KVTC_CUDA_STAGED 192         // rows of each side that a block with tables of pairs of 5 bits has in shared memory
+#define GGML_KVTC_CUDA_MOST_BLOCK 155648  // bytes of these and the tables of both sides up to which groups of 5 bits have pairs, 16 KiB each: keys'
+#define GGML_KVTC_CUDA_MOST_KEYS  57344   // up to this, values' as far as keys leave room
 
 // How to read one group.
 struct ggml_kvtc_cuda_code {
@@ -47,7 +50,7 @@ struct ggml_kvtc_cuda_head {
                          // index being code | next code << w; for wider groups [8][2^w] f16
     uint32_t n_tables;   // bytes of these, a multiple of 16
     uint32_t pair_codes; // ggml_kvtc_cuda_pair_code [d/8]
-    uint32_t pairs;      // the same tables with pairs for widths up to 4 (not all of 4), for kernels that look up without a branch
+    uint32_t pairs;      // the same tables with pairs for widths up to 5 (not all of the widest), for kernels that look up without a branch
     uint32_t n_pairs;    // bytes of these, a multiple of 16
     uint32_t n_wide;     // groups, the first ones, of which one may have single levels there
     // what codes, bounds_at, levels_at and inv_scale point to
@@ -58,12 +61,12 @@ struct ggml_kvtc_cuda_head {
 };
 
 // The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
-// size; for more than 4 bits, and some groups of 4, one of single levels, [8][2^w] f16. Groups without bits have a pair of zeros in each
-// place.
+// size; for more bits than such a table has room for, and where all groups' would take too much, one of single levels, [8][2^w] f16.
+// Groups without bits have a pair of zeros in each place.
 struct ggml_kvtc_cuda_pair_code {
     uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or)
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
-    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8
+    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8 | (pairs: from there to two before the last pair) << 16
     uint32_t mask;       // of a pair's index, times 4; 0 for single levels
 };
 

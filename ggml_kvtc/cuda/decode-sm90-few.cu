@@ -1,13 +1,13 @@
-// Attention for one token of at most four query heads for each kv head on Hopper (sm_90a): as decode-sm90.cu, with what so few rows
-// allow.
+// Attention for one token of at most eight query heads for each kv head on Hopper (sm_90a): as decode-sm90.cu, with what one token
+// allows.
 //
 // Cells mostly come in the order of their positions, all seen, with codes only. A group of four warps asks this of stretches of up to
 // 256 cells at once: then nothing is read of single cells, and a key's place is its distance from the queries' anchor.
 //
-// mma's eight columns of queries hold each query twice. For logits, turned back by the anchor and by eight positions more: of 16
-// positions from the anchor on, keys of the last eight are rotated as those of the first. For the sum of values, the even and the odd components: the
-// products' inner dimension is (key, parity), two neighbouring components of a key are one register, as they are looked up, and the
-// weights' operand has zeros for the other parity.
+// Each query is there twice: of up to four, in mma's eight columns; of more, in two products. For logits, turned back by the anchor and
+// by eight positions more: of 16 positions from the anchor on, keys of the last eight are rotated as those of the first. For the sum of
+// values, the even and the odd components: the products' inner dimension is (key, parity), two neighbouring components of a key are one
+// register, as they are looked up, and the weights' operand has zeros for the other parity.
 //
 // A key's gain is applied to its logit; the mean, which has none, is added over it.
 #include "decode.cuh"
@@ -25,17 +25,17 @@ namespace {
 constexpr int WARPS  = GROUP_WARPS;
 constexpr int SLAB   = 16*WARPS;
 constexpr int GROUPS = SM90_GROUPS;
-constexpr int ROWS   = FEW_ROWS;
 
-// UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head. SHORT: so few cells that a
+// ROWS: of queries, 4 or 8. UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head. SHORT: so few cells that a
 // block executes most of its code once, and fetching it is much of what that takes: plain slabs have no code of their own
-template <int D, bool UNEVEN, bool SHORT>
+template <int D, int ROWS, bool UNEVEN, bool SHORT>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int KS     = D/16;
     constexpr int LD     = D + 8;
     constexpr int N_WARP = WARPS*GROUPS;
+    constexpr int KEYS   = ROWS/4; // whose logits a thread has
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(1024) uint8_t smem[];
     block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
@@ -82,7 +82,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
-    const bool few_steps = has_few_steps<D>(kh);
+    const int n_steps = get_steps(kh);
     uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
@@ -97,7 +97,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const int query_pos = a.query_pos[stream];
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
-    few_sums<D> sums;
+    few_sums<D, ROWS> sums;
     sums.init();
 
     const auto fetch = [&](int s, int slab) {
@@ -127,7 +127,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const uint64_t of_mean   = of_matrix + 2*D*KS - ((uint64_t) D << 16); // its other eight components, which count nothing, are the same
     const uint8_t * k_rows = stage[0] + skew[0] + r8*p.stride[0];
     const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
-    const uint8_t * v_gain = stage[1] + skew[1] + (r8 + q4/2*8)*p.stride[1]; // of the key whose logits the thread has
+    const int my_key = KEYS == 1 ? r8 + q4/2*8 : r8; // whose logits the thread has, and if of two keys, of that plus eight
+    const uint8_t * v_gain = stage[1] + skew[1] + my_key*p.stride[1];
     pair_code v_code[D/64];
 #pragma unroll
     for (int h = 0; h < D/64; ++h) {
@@ -146,13 +147,13 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         if (slab + n < slab_end) {
             look(slab + n);
         }
-        turn_twice<D>(queries, anchored, freq, start, n_row);
+        turn_twice<D, ROWS>(queries, anchored, freq, start, n_row);
         const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 
         const auto turn_again = [&] {
             meet(group, false); // the turned queries were read by all
-            turn_twice<D>(queries, anchored, freq, anchor, n_row);
+            turn_twice<D, ROWS>(queries, anchored, freq, anchor, n_row);
             meet(group, false);
         };
         const auto add_slab = [&](auto kind, int s) {
@@ -203,7 +204,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    put(s, i, decode_eight(row[i], code));
+                    put(s, i, decode_eight<D>(row[i], code));
                 }
             };
             const auto put_wide = [&](int s) { // groups of more than 4 bits, each by those that multiply them: all of a step together
@@ -248,8 +249,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                         words[0] = load_words(row[0], code);
                         words[1] = load_words(row[1], code);
                     }
-                    put(s, 0, decode_words(of_now[0], now));
-                    put(s, 1, decode_words(of_now[1], now));
+                    put(s, 0, decode_words<D>(of_now[0], now));
+                    put(s, 1, decode_words<D>(of_now[1], now));
                     if (odd) {
                         put_wide(s);
                         if (any_small) {
@@ -337,39 +338,53 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             const auto decode_values = [&](int h) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    z[n] = decode_eight(v_rows + (n%2 + n/2*8)*p.stride[1], v_code[h]);
+                    z[n] = decode_eight<D>(v_rows + (n%2 + n/2*8)*p.stride[1], v_code[h]);
                 }
             };
             decode_values(0);
             wgmma_wait();
 
-            // logits of key r8 + q4/2*8, queries 2*(q4%2) + x
-            float of_key[2] = { 0.0f, 0.0f };
-            const int   my_key  = r8 + q4/2*8;
-            const int   my_pos  = q4 < 2 ? view.row_pos[0] : view.row_pos[1];
-            const float my_gain = q4 < 2 ? gain[0] : gain[1];
+            // logits of queries 2*(q4%(ROWS/2)) + x
+            float of_key[KEYS][2] = {};
             const uint32_t sign[2] = { 0, 0 }; // all keys have positions from the anchor's on
-            const half * row_of_query = anchored + lane%(2*ROWS)*LD + lane/8*8;
+            const half * row_of_query = anchored + lane%8*LD + lane/8*8;
 #pragma unroll 1
             for (bool rest = true; rest; ) { // of keys as far from the anchor as the table goes; the others with another
-                float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
                 const uint32_t * turn[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int at = min(max(0, view.row_pos[i] - anchor), p.n_fine - 1);
                     turn[i] = fine + (PLAIN ? s*SLAB/2 + 8*part + r8 : at/16*8 + at%8)*TURN_WORDS<D> + 4*q4;
                 }
-                multiply_turned<D, PLAIN>(w, x, row_of_query, turn, sign);
-                const bool later = (my_pos - anchor & 8) != 0;
+                if constexpr (KEYS == 1) {
+                    float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+                    multiply_turned<D, PLAIN>(w, x, row_of_query, turn, sign);
+                    const int  my_pos = q4 < 2 ? view.row_pos[0] : view.row_pos[1];
+                    const bool later  = (my_pos - anchor & 8) != 0;
 #pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    const float mine = q4 < 2 ? w[x] : w[2 + x];
-                    if constexpr (PLAIN) {
-                        of_key[x] = mine;
-                    } else { // of other positions, the lane that has the query's other column
-                        const float other = __shfl_xor_sync(0xffffffff, q4 < 2 ? w[2 + x] : w[x], 2);
-                        if ((uint32_t) (my_pos - anchor) < (uint32_t) p.n_fine) {
-                            of_key[x] = later == (q4 >= 2) ? mine : other;
+                    for (int x = 0; x < 2; ++x) {
+                        const float mine = q4 < 2 ? w[x] : w[2 + x];
+                        if constexpr (PLAIN) {
+                            of_key[0][x] = mine;
+                        } else { // of other positions, the lane that has the query's other column
+                            const float other = __shfl_xor_sync(0xffffffff, q4 < 2 ? w[2 + x] : w[x], 2);
+                            if ((uint32_t) (my_pos - anchor) < (uint32_t) p.n_fine) {
+                                of_key[0][x] = later == (q4 >= 2) ? mine : other;
+                            }
+                        }
+                    }
+                } else {
+                    float w[2][4] = {};
+                    multiply_turned_twice<D, PLAIN>(w, x, row_of_query, turn);
+#pragma unroll
+                    for (int i = 0; i < KEYS; ++i) {
+                        const int  away  = view.row_pos[i] - anchor;
+                        const bool later = PLAIN ? i == 1 : (away & 8) != 0;
+#pragma unroll
+                        for (int x = 0; x < 2; ++x) {
+                            if (PLAIN || (uint32_t) away < (uint32_t) p.n_fine) {
+                                of_key[i][x] = later ? w[1][2*i + x] : w[0][2*i + x];
+                            }
                         }
                     }
                 }
@@ -381,33 +396,48 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 }
             }
 
-            float logit[2], v[2];
+            float logit[KEYS][2];
+            bool  rises = false;
 #pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                logit[x] = of_key[x]*(any_small && my_gain <= 0.0f ? 1.0f : my_gain);
-                if (a.softcap != 0.0f) {
-                    logit[x] = a.softcap*LOG2E*tanhf(logit[x]);
-                }
-                if constexpr (!PLAIN) {
-                    const int   r     = 2*(q4%2) + x;
-                    const float slope = LOG2E*alibi_slope(a, head*a.group + r%a.group);
-                    logit[x] += slope*__half2float(slab_mask[16*part + my_key]);
+            for (int i = 0; i < KEYS; ++i) {
+                const float of_gain = KEYS == 1 ? (q4 < 2 ? gain[0] : gain[1]) : gain[i];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    logit[i][x] = of_key[i][x]*(any_small && of_gain <= 0.0f ? 1.0f : of_gain);
+                    if (a.softcap != 0.0f) {
+                        logit[i][x] = a.softcap*LOG2E*tanhf(logit[i][x]);
+                    }
+                    if constexpr (!PLAIN) {
+                        const int   r     = 2*(q4%(ROWS/2)) + x;
+                        const float slope = LOG2E*alibi_slope(a, head*a.group + r%a.group);
+                        logit[i][x] += slope*__half2float(slab_mask[16*part + my_key + 8*i]);
+                    }
+                    rises = rises || logit[i][x] - sums.top[x] > slack;
                 }
             }
-            if (__any_sync(0xffffffff, logit[0] - sums.top[0] > slack || logit[1] - sums.top[1] > slack)) { // rarely
+            if (__any_sync(0xffffffff, rises)) { // rarely
                 sums.raise(logit);
             }
-            const bool  coded = !view.any_chosen || __shfl_sync(0xffffffff, view.chosen, my_key) == -1;
-            const float g     = coded ? gains.value[*v_gain] : 1.0f;
+            uint32_t of_queries[KEYS];
 #pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                v[x] = !PLAIN && sums.top[x] == -INFINITY ? 0.0f : exp2f(logit[x] - sums.top[x]);
-                sums.sum[x] += v[x];
+            for (int i = 0; i < KEYS; ++i) {
+                const bool  coded = !view.any_chosen || __shfl_sync(0xffffffff, view.chosen, my_key + 8*i) == -1;
+                const float g     = coded ? gains.value[v_gain[8*i*p.stride[1]]] : 1.0f;
+                float v[2];
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    v[x] = !PLAIN && sums.top[x] == -INFINITY ? 0.0f : exp2f(logit[i][x] - sums.top[x]);
+                    sums.sum[x] += v[x];
+                }
+                of_queries[i] = transpose(pack_half2(v[0]*g, v[1]*g));
             }
-            // of query r8%4: keys 2*q4, + 1 of the first eight, and of the others
-            const uint32_t t0 = transpose(pack_half2(v[0]*g, v[1]*g));
-            const uint32_t t1 = __shfl_xor_sync(0xffffffff, t0, 16);
-            const uint32_t wt[2] = { r8 < 4 ? t0 : t1, r8 < 4 ? t1 : t0 };
+            // of query r8%ROWS: keys 2*q4, + 1 of the first eight, and of the others
+            uint32_t wt[2] = { of_queries[0], of_queries[KEYS - 1] };
+            if constexpr (KEYS == 1) {
+                const uint32_t other = __shfl_xor_sync(0xffffffff, of_queries[0], 16);
+                wt[0] = r8 < 4 ? of_queries[0] : other;
+                wt[1] = r8 < 4 ? other : of_queries[0];
+            }
 
 #pragma unroll
             for (int h = 0; h < D/64; ++h) {
@@ -432,9 +462,13 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 #pragma unroll 1
         for (int s = 0; s < n; ++s, ++slab) {
             if constexpr (!SHORT) {
-                if constexpr (FEW_STEPS<D> < D/32) {
-                    if (all_plain && few_steps) {
-                        add_slab(std::integral_constant<int, FEW_STEPS<D>>(), s);
+                if constexpr (D == 128) {
+                    if (all_plain && n_steps == 2) {
+                        add_slab(std::integral_constant<int, 2>(), s);
+                        continue;
+                    }
+                    if (all_plain && n_steps == 3) {
+                        add_slab(std::integral_constant<int, 3>(), s);
                         continue;
                     }
                 }
@@ -448,7 +482,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     __syncthreads();
-    merge_few<D, N_WARP>(a, smem + p.at_merge, barriers.sums, sums, share, stream, p.n_sum, values, meta);
+    merge_few<D, ROWS, N_WARP>(a, smem + p.at_merge, barriers.sums, sums, share, stream, p.n_sum, values, meta);
     if (UNEVEN && share.split == 0) {
         clear_sums<D>(a, share, stream, p.n_sum, values, meta);
     }
@@ -458,9 +492,9 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 #endif
 }
 
-template <int D, bool UNEVEN, bool SHORT>
+template <int D, int ROWS, bool UNEVEN, bool SHORT>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    const auto kernel = decode_cells_sm90_few<D, UNEVEN, SHORT>;
+    const auto kernel = decode_cells_sm90_few<D, ROWS, UNEVEN, SHORT>;
     const row_maps maps = make_row_maps(a, p.stride);
     const dim3 grid = UNEVEN ? dim3(p.n_block, 1, a.n_stream) : dim3(p.n_split, a.n_head_kv, a.n_stream);
     allow_shared_memory((const void *) kernel, p.shared);
@@ -469,9 +503,13 @@ void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * m
 
 template <int D>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    return p.n_block > 0 ? launch<D, true,  false>(a, p, values, meta, stream)
-         : p.few_slabs   ? launch<D, false, true> (a, p, values, meta, stream)
-                         : launch<D, false, false>(a, p, values, meta, stream);
+    if (p.few_rows > 4) { // plans have these for many cells alone
+        return p.n_block > 0 ? launch<D, 8, true,  false>(a, p, values, meta, stream)
+                             : launch<D, 8, false, false>(a, p, values, meta, stream);
+    }
+    return p.n_block > 0 ? launch<D, 4, true,  false>(a, p, values, meta, stream)
+         : p.few_slabs   ? launch<D, 4, false, true> (a, p, values, meta, stream)
+                         : launch<D, 4, false, false>(a, p, values, meta, stream);
 }
 
 } // namespace

@@ -226,7 +226,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        put(s, i, decode_eight(row[i], code), k_gain[i]);
+                        put(s, i, decode_eight<D>(row[i], code), k_gain[i]);
                     }
                 }
             }
@@ -300,7 +300,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             const auto decode_values = [&](const uint8_t * rows) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    z[n] = decode_eight(rows + (n%2 + n/2*8)*p.stride[1], code);
+                    z[n] = decode_eight<D>(rows + (n%2 + n/2*8)*p.stride[1], code);
                 }
             };
             decode_values(v_rows);

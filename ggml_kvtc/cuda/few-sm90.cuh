@@ -11,8 +11,6 @@
 
 namespace kvtc {
 
-constexpr int FEW_ROWS = SM90_FEW_ROWS;
-
 // of gains, by their codes
 struct few_gains {
     uint2 key[256];   // what the mean's components are, f16 twice; f32, what the logit is multiplied by; so that their product is 1
@@ -81,20 +79,19 @@ struct block_share {
     int head, split, n_split;
 };
 
-template <int D> constexpr int FEW_STEPS = D/32 - D/128; // of 32 components that most heads' keys have codes of at two bits: 3 of 4, and all 2
+// Steps of 32 components that keys have codes of, at least LEAST_STEPS: in most heads at two bits the last components have none
+constexpr int LEAST_STEPS = 2;
 
-// in most heads at two bits, the last components of keys have no codes
-template <int D>
-__device__ __forceinline__ bool has_few_steps(const ggml_kvtc_cuda_head & kh) {
-    return (int) kh.rank <= 32*FEW_STEPS<D> && FEW_STEPS<D> < D/32;
+__device__ __forceinline__ int get_steps(const ggml_kvtc_cuda_head & kh) {
+    return max(LEAST_STEPS, ((int) kh.rank + 31)/32);
 }
 
-// What a head's cells take, roughly: groups of more than 4 bits, of which n_wide tells, have paths of their own, those of keys four together
+// What a head's cells take, roughly: groups of single levels, of which n_wide tells, have paths of their own, those of keys four together
 template <int D>
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
     const ggml_kvtc_cuda_head & kh = get_head(pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(pack, GGML_KVTC_V, head);
-    return (has_few_steps<D>(kh) ? 89.0f : 100.0f) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
+    return 100.0f - 11.0f*(D/32 - get_steps(kh)) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
 }
 
 // Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
@@ -151,36 +148,42 @@ __device__ __forceinline__ void clear_sums(const attn_args & a, const block_shar
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// What a warp has of its cells, for queries 2*(lane%4%2), + 1
-template <int D>
+// What a warp has of its cells. ROWS: queries, 4 or 8: of those that are two columns of a product one is for even components, of eight
+// each has two products. A thread has logits of KEYS keys and queries 2*(lane%4%(ROWS/2)), + 1
+template <int D, int ROWS>
 struct few_sums {
-    float    o[D/64][2][4]; // values: [64 components][even, odd][row lane/4, + 8][query]
-    float    top[2];        // logits that weights are relative to
-    float    sum[2];        // the thread's part of weights
-    uint32_t pick[2];       // permutations that leave a key's weight for the column's parity
+    static constexpr int KEYS = ROWS/4;
+    float    o[D/64][2][KEYS][4]; // values: [64 components][part of them][product][row lane/4, + 8][query]
+    float    top[2];              // logits that weights are relative to
+    float    sum[2];              // the thread's part of weights
+    uint32_t pick[KEYS][2];       // permutations that leave a key's weight for the column's parity
 
     __device__ __forceinline__ void init() {
-        const bool even = threadIdx.x%32/4 < 4;
-        pick[0] = even ? 0x4410u : 0x1044u;
-        pick[1] = even ? 0x4432u : 0x3244u;
+#pragma unroll
+        for (int i = 0; i < KEYS; ++i) {
+            const bool even = KEYS > 1 ? i == 0 : threadIdx.x%32/4 < 4;
+            pick[i][0] = even ? 0x4410u : 0x1044u;
+            pick[i][1] = even ? 0x4432u : 0x3244u;
+        }
         top[0] = top[1] = -INFINITY;
         sum[0] = sum[1] = 0.0f;
 #pragma unroll
         for (int h = 0; h < D/64; ++h) {
 #pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                o[h][t][0] = o[h][t][1] = o[h][t][2] = o[h][t][3] = 0.0f;
+            for (int t = 0; t < 2*KEYS; ++t) {
+                float (&x)[4] = o[h][t/KEYS][t%KEYS];
+                x[0] = x[1] = x[2] = x[3] = 0.0f;
             }
         }
     }
 
     // the largest of these logits to `top`, with all sums
-    __device__ __forceinline__ void raise(const float (&logit)[2]) {
+    __device__ __forceinline__ void raise(const float (&logit)[KEYS][2]) {
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-            float most = fmaxf(top[x], logit[x]);
+            float most = fmaxf(top[x], fmaxf(logit[0][x], logit[KEYS - 1][x]));
 #pragma unroll
-            for (int i = 2; i < 32; i *= 2) {
+            for (int i = ROWS/2; i < 32; i *= 2) {
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
             }
             const float fade = top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
@@ -189,47 +192,53 @@ struct few_sums {
 #pragma unroll
             for (int h = 0; h < D/64; ++h) {
 #pragma unroll
-                for (int t = 0; t < 2; ++t) {
-                    o[h][t][x]     *= fade;
-                    o[h][t][x + 2] *= fade;
+                for (int t = 0; t < 2*KEYS; ++t) {
+                    o[h][t/KEYS][t%KEYS][x]     *= fade;
+                    o[h][t/KEYS][t%KEYS][x + 2] *= fade;
                 }
             }
         }
     }
 
-    // z: a group of keys 2*q4, + 1, + 8, + 9; weights: of query lane/4%4, two keys of the first eight, and of the others
+    // z: a group of keys 2*q4, + 1, + 8, + 9; weights: of query lane/4%ROWS, two keys of the first eight, and of the others
     __device__ __forceinline__ void add(int h, const uint4 (&z)[4], const uint32_t (&weights)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t b0 = permute(weights[i], 0, pick[0]);
-            const uint32_t b1 = permute(weights[i], 0, pick[1]);
             const uint4 & z0 = z[2*i];
             const uint4 & z1 = z[2*i + 1];
             const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
             const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
-            mma(o[h][0], even, b0, b1);
-            mma(o[h][1], odd,  b0, b1);
+#pragma unroll
+            for (int j = 0; j < KEYS; ++j) {
+                const uint32_t b0 = permute(weights[i], 0, pick[j][0]);
+                const uint32_t b1 = permute(weights[i], 0, pick[j][1]);
+                mma(o[h][0][j], even, b0, b1);
+                mma(o[h][1][j], odd,  b0, b1);
+            }
         }
     }
 };
 
 // Warps' sums, largest logits and sums of weights to one of each for the block, and out
-template <int D, int N_WARP>
-__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const few_sums<D> & sums, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
-    constexpr int LD = D + 8;
+template <int D, int ROWS, int N_WARP>
+__device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const few_sums<D, ROWS> & sums, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
+    constexpr int LD   = D + 8;
+    constexpr int KEYS = ROWS/4;
     const int warp = threadIdx.x / 32;
     const int r8   = threadIdx.x % 32 / 4;
     const int q4   = threadIdx.x % 4;
-    float * all_o   = (float *) to;               // [warp][row][LD]
-    float * all_top = all_o + N_WARP*FEW_ROWS*LD; // [warp][row]
-    float * all_sum = all_top + N_WARP*FEW_ROWS;
+    float * all_o   = (float *) to;           // [warp][row][LD]
+    float * all_top = all_o + N_WARP*ROWS*LD; // [warp][row]
+    float * all_sum = all_top + N_WARP*ROWS;
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
         float s = sums.sum[x];
-        s += __shfl_xor_sync(0xffffffff, s, 2);
+        if constexpr (KEYS == 1) {
+            s += __shfl_xor_sync(0xffffffff, s, 2);
+        }
         s = column_sum(s);
-        const int row = warp*FEW_ROWS + 2*(q4%2) + x;
-        if (r8 == 0 && q4 < 2) {
+        const int row = warp*ROWS + 2*(q4%(ROWS/2)) + x;
+        if (r8 == 0 && q4 < ROWS/2) {
             all_top[row] = sums.top[x];
             all_sum[row] = s;
         }
@@ -237,24 +246,28 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uin
         for (int h = 0; h < D/64; ++h) {
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                all_o[row*LD + 64*h + 8*(2*t + q4/2) + r8]     = sums.o[h][t][x];
-                all_o[row*LD + 64*h + 8*(2*t + q4/2 + 4) + r8] = sums.o[h][t][x + 2];
+#pragma unroll
+                for (int j = 0; j < KEYS; ++j) {
+                    const int odd = KEYS == 1 ? q4/2 : j;
+                    all_o[row*LD + 64*h + 8*(2*t + odd) + r8]     = sums.o[h][t][j][x];
+                    all_o[row*LD + 64*h + 8*(2*t + odd + 4) + r8] = sums.o[h][t][j][x + 2];
+                }
             }
         }
     }
     meet_all(barrier);
-    put_sums<D, FEW_ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
+    put_sums<D, ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 
-// The queries, f16, turned back by a position, and FEW_ROWS rows on by eight more; the threads of a group do it together
-template <int D>
+// The queries, f16, turned back by a position, and ROWS rows on by eight more; the threads of a group do it together
+template <int D, int ROWS>
 __device__ __forceinline__ void turn_twice(const float * queries, half * turned, const uint64_t * freq, int pos, int n_row) {
     constexpr int UNITS = D/4; // of two pairs
+    constexpr int AT_ONCE = 32*GROUP_WARPS/UNITS; // rows
     const int i = threadIdx.x%UNITS;
-    const int r = threadIdx.x%(32*GROUP_WARPS)/UNITS;
-    if (r < n_row) {
-        const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+    const int first = threadIdx.x%(32*GROUP_WARPS)/UNITS;
+    if (first < n_row) {
         const ulonglong2 f = *(const ulonglong2 *) (freq + 2*i);
         float2 c[2][2]; // both before the first is written
 #pragma unroll
@@ -263,8 +276,14 @@ __device__ __forceinline__ void turn_twice(const float * queries, half * turned,
             c[e][1] = get_rotation(pos + 8*e, f.y);
         }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            put_turned(turned + (r + e*FEW_ROWS)*(D + 8), i, x, c[e][0], c[e][1]);
+        for (int r = first; r < ROWS; r += AT_ONCE) {
+            if (r < n_row) {
+                const float4 x = *(const float4 *) (queries + r*(D + 8) + 4*i);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    put_turned(turned + (r + e*ROWS)*(D + 8), i, x, c[e][0], c[e][1]);
+                }
+            }
         }
     }
 }

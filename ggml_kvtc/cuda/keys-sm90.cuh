@@ -34,7 +34,7 @@ struct key_tables {
             const int group = threadIdx.x/8;
             const int end   = get_wide_end(at<uint8_t>(pack, head.widths), group);
             code.table = 0;
-            const int width = code.shift >> 9;
+            const int width = get_width(code.shift);
             if (width > 4 && end <= SM90_WIDE) {
                 uint8_t * wide  = to + D/8*LEVEL_BYTES + end - (16 << width);
                 copy_levels(wide, at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[group], width, threadIdx.x%8, 8);
@@ -124,11 +124,11 @@ struct key_steps {
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    y[i] = decode_bits(bits[i], code);
+                    y[i] = decode_bits<D>(bits[i], code);
                 }
             }
         } else {
-            const uint32_t width = code.shift >> 9;
+            const uint32_t width = get_width(code.shift);
             if (__any_sync(0xffffffff, width < 4)) {
                 bits[0] = spread(bits[0], width);
                 bits[1] = spread(bits[1], width);

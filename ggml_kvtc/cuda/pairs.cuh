@@ -20,28 +20,48 @@ __device__ __forceinline__ uint32_t look_up(uint32_t address) {
     return x;
 }
 
-// the two words that hold eight codes of at most 4 bits
+// the width of a group's codes, of a pair code's shift
+__device__ __forceinline__ uint32_t get_width(uint32_t shift) {
+    return shift >> 9 & 15;
+}
+
+// the two words that hold eight codes of at most 5 bits
 __device__ __forceinline__ uint2 load_words(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
     return make_uint2(word[0], word[1]);
 }
 
-// eight codes looked up in pairs, b0; of single levels, something
-__device__ __forceinline__ uint4 decode_bits(uint32_t b0, const pair_code & code) {
-    const uint32_t   two  = code.shift >> 8;
-    const uint32_t   b1   = __funnelshift_r(b0, 0, two - 2); // shifts modulo 32: what wide and empty groups get does not count
-    const uint32_t   b2   = __funnelshift_r(b1, 0, two);
-    const uint32_t   b3   = __funnelshift_r(b2, 0, two);
-    return make_uint4(look_up((b0 << 2 & code.mask) ^ code.table), look_up<1*GGML_KVTC_CUDA_COLUMN>((b1 & code.mask) ^ code.table),
-        look_up<2*GGML_KVTC_CUDA_COLUMN>((b2 & code.mask) ^ code.table), look_up<3*GGML_KVTC_CUDA_COLUMN>((b3 & code.mask) ^ code.table));
+// Eight codes looked up in pairs; of single levels, something. b0: bits from the first code on; last: gives what the last pair begins at
+// the third bit of, from the same of the pair before
+template <int D, typename T>
+__device__ __forceinline__ uint4 look_up_pairs(uint32_t b0, const pair_code & code, const T & last) {
+    constexpr int COLUMN = GGML_KVTC_CUDA_COLUMN(D);
+    const uint32_t two = code.shift >> 8;
+    const uint32_t b1  = __funnelshift_r(b0, 0, two - 2); // shifts modulo 32: what wide and empty groups get does not count
+    const uint32_t b2  = __funnelshift_r(b1, 0, two);
+    const uint32_t b3  = last(b2);
+    return make_uint4(look_up((b0 << 2 & code.mask) ^ code.table), look_up<1*COLUMN>((b1 & code.mask) ^ code.table),
+        look_up<2*COLUMN>((b2 & code.mask) ^ code.table), look_up<3*COLUMN>((b3 & code.mask) ^ code.table));
 }
 
+// of at most 4 bits
+template <int D>
+__device__ __forceinline__ uint4 decode_bits(uint32_t bits, const pair_code & code) {
+    return look_up_pairs<D>(bits, code, [&](uint32_t b2) { return __funnelshift_r(b2, 0, code.shift >> 8); });
+}
+
+template <int D>
 __device__ __forceinline__ uint4 decode_words(const uint2 & words, const pair_code & code) {
-    return decode_bits(__funnelshift_r(words.x, words.y, code.shift), code); // its lowest 5 bits count
+    const uint32_t first = __funnelshift_r(words.x, words.y, code.shift); // its lowest 5 bits count
+    if constexpr (D >= 256) { // no pair has 5
+        return decode_bits<D>(first, code);
+    }
+    return look_up_pairs<D>(first, code, [&](uint32_t) { return (uint32_t) (((uint64_t) words.y << 32 | words.x) >> (code.shift >> 16)); });
 }
 
+template <int D>
 __device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_code & code) {
-    return decode_words(load_words(row, code), code);
+    return decode_words<D>(load_words(row, code), code);
 }
 
 // a level, of a table
@@ -54,7 +74,7 @@ __device__ __forceinline__ uint32_t look_up_one(uint32_t address) {
 // eight codes of single levels, of 4 bits or more
 __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
-    const uint32_t w    = code.shift >> 9;
+    const uint32_t w    = get_width(code.shift);
     const uint32_t low  = __funnelshift_r (word[0], word[1], code.shift);
     const uint32_t high = __funnelshift_rc(low, __funnelshift_r(word[1], word[2], code.shift), 4*w); // the last four
     const uint32_t mask = (2u << w) - 2;
@@ -75,7 +95,7 @@ __device__ __forceinline__ bool is_wide(const pair_code & code) {
 // A group of single levels of 16 rows, by a whole warp: a lane has one component of every fourth row
 __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
     const uint32_t lane  = threadIdx.x % 32;
-    const uint32_t w     = code.shift >> 9;
+    const uint32_t w     = get_width(code.shift);
     const uint32_t bit   = code.shift % 32 + lane%8*w;
     const uint32_t mask  = (2u << w) - 2;
     const uint32_t table = code.table + (2*(lane%8) << w);

@@ -163,7 +163,7 @@ template <int D> constexpr int REBUILD_GROUPS = D <= 128 ? 3 : 2; // of four war
 struct rebuild_plan {
     int n_key_block, n_value_block;
     int unit, lanes, stride; // as in staging
-    int at_barrier, at_table, at_freq, at_codes, at_stage; // keys: the decode matrix is at 0, and values' tables are
+    int at_barrier, at_table[2], at_freq, at_codes, at_stage; // keys: the decode matrix is at 0; a block has one side's tables
     size_t shared;
 };
 
@@ -178,10 +178,13 @@ inline bool make_rebuild_plan(const attn_shape & s, const gpu_shape & gpu, int n
     p.lanes  = std::max(rows.lanes [0], rows.lanes [1]);
     p.stride = std::max(rows.stride[0], rows.stride[1]);
     int used = 0;
-    const auto take = [&used](int n, int align) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+    const auto take = [&used](int n, int align) { const int from = align_shared(used, align); used = from + n; return from; };
+    p.at_table[1] = take(s.pairs[1], SM90_TABLE);
+    const int of_values = used;
+    used = 0;
     take((s.d/8 + 1)*s.d*16, 128);
-    p.at_table = take(s.pairs[0], 1024); // its tables are aligned to their size
-    used       = std::max(used, s.pairs[1]);
+    p.at_table[0] = take(s.pairs[0], SM90_TABLE);
+    used       = std::max(used, of_values);
     p.at_freq  = take(s.d/2*8, 128);
     p.at_codes = take(s.d/8*16, 128);
     p.at_stage = take(4*n_group*2*16*p.stride + 16, 128); // read past the end

@@ -138,10 +138,13 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 //
 
 constexpr int SM90_GROUPS    = 3;
-constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves
+constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves at any depth, and twice as many
+constexpr int SM90_FEW_LONG  = 12;     // where splits have this many slabs
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
 constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has short code
+constexpr int SM90_START     = 1024;   // of shared memory, the first KiB is the system's: a block's offsets count from there
+constexpr int SM90_TABLE     = 4096;   // to which tables of pairs are aligned, by their addresses: the largest one's size
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
@@ -150,6 +153,7 @@ struct sm90_plan {
     int slabs_per_split;
     int n_split;
     bool few;              // decode-sm90-few.cu
+    int few_rows;          // few: for at most 4 query rows, or 8
     bool few_slabs;        // few: so few for each block that short code is faster than that for many
     int n_block;           // few, so many slabs that heads get blocks by what they cost: of a stream; else 0, and each head has n_split
     int n_sum;             // sums of a row, for combine
@@ -163,6 +167,11 @@ struct sm90_plan {
     int at_merge;          // of the warps' sums: a place of its own where there is room
     size_t shared;
 };
+
+// the first offset from `used` on whose address is a multiple of `align`
+inline int align_shared(int used, int align) {
+    return ceil_div(used + SM90_START, align)*align - SM90_START;
+}
 
 // False where these kernels do not serve the shape, and decode_plan's does.
 inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_plan & p) {
@@ -186,10 +195,14 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
     p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
     for (const bool few : { true, false }) {
-        if (few && (s.n_tokens > 1 || s.group > SM90_FEW_ROWS || p.unit < 16 || std::max(p.stride[0], p.stride[1]) > 256)) {
+        if (few && (s.n_tokens > 1 || p.unit < 16 || std::max(p.stride[0], p.stride[1]) > 256)) {
             continue; // the copy engine brings rows in boxes of up to 256 bytes, multiples of 16
         }
         p.few       = few;
+        p.few_rows  = s.group <= SM90_FEW_ROWS ? SM90_FEW_ROWS : 2*SM90_FEW_ROWS;
+        if (few && p.few_rows > SM90_FEW_ROWS && p.slabs_per_split < SM90_FEW_LONG) {
+            continue;
+        }
         p.few_slabs = p.slabs_per_split <= SM90_FEW_SLABS;
         // where it pays that no processor is left without a block, and that each block finds its part
         const int  n_block = gpu.n_sm/s.n_stream;
@@ -204,16 +217,16 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.n_fine   = o.n_fine;
             p.n_turned = few ? o.n_turned : 1;
             int used = 0;
-            const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+            const auto take = [&used](int n, int align = 128) { const int from = align_shared(used, align); used = from + n; return from; };
             take((s.d/8 + 1)*s.d*16);
-            p.at_table[0] = take(s.pairs[0], 1024); // its tables are aligned to their size
-            p.at_table[1] = take(s.pairs[1], 1024);
-            p.at_queries  = take((few ? SM90_FEW_ROWS : 8)*(s.d + 8)*4);
-            p.at_turned   = take(p.n_turned*SM90_GROUPS*8*(s.d + 8)*2);
-            p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_freq     = take(s.d/2*8);
-            p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
             p.at_codes    = take(2*(s.d/8)*16);
+            p.at_table[0] = take(s.pairs[0], SM90_TABLE);
+            p.at_table[1] = take(s.pairs[1], SM90_TABLE);
+            p.at_queries  = take((few ? p.few_rows : 8)*(s.d + 8)*4);
+            p.at_turned   = take(p.n_turned*SM90_GROUPS*(few ? 2*p.few_rows : 8)*(s.d + 8)*2);
+            p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
+            p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
             p.at_cells    = take(few ? p.n_turned*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
             p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
             p.at_ranges   = take(few ? 0 : 2*n_warp*8);
@@ -223,7 +236,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_stage[0] = take(n_warp*16*p.stride[0] + 16); // read past the end
             p.at_stage[1] = take(n_warp*16*p.stride[1] + 16);
             p.at_barrier  = take(SM90_BARRIERS + (few ? 2*8*n_warp : 0));
-            const int merge = few ? n_warp*SM90_FEW_ROWS*(s.d + 8 + 2)*4 : n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
+            const int merge = few ? n_warp*p.few_rows*(s.d + 8 + 2)*4 : n_warp*64/s.d*8*(s.d + 8 + 1 + s.d/64)*4;
             p.at_merge    = (size_t) used + 127 + merge <= gpu.shared ? take(merge) : 0;
             p.shared      = std::max(used, merge);
             if ((size_t) p.shared <= gpu.shared) {
@@ -284,7 +297,7 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
                 continue; // a block that short would not use them
             }
             int used = 0;
-            const auto take = [&used](int n, int align = 128) { const int from = (used + align - 1)/align*align; used = from + n; return from; };
+            const auto take = [&used](int n, int align = 128) { const int from = align_shared(used, align); used = from + n; return from; };
             p.n_fine  = room.n_fine;
             p.look_up = room.look_up;
             take((s.d/8 + 1)*s.d*16);

@@ -48,7 +48,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
     const int   skew      = (int) (h.payload % p.unit);
 
     uint64_t & ready  = *(uint64_t *) (smem + p.at_barrier);
-    uint8_t  * table  = smem + (side == GGML_KVTC_K ? p.at_table : 0);
+    uint8_t  * table  = smem + (side == GGML_KVTC_K ? p.at_table[0] : p.at_table[1]);
     uint64_t * freq   = (uint64_t *)  (smem + p.at_freq);
     auto     * codes  = (pair_code *) (smem + p.at_codes);
     uint8_t  * stage  = smem + p.at_stage + warp*STAGES*16*p.stride;
@@ -139,7 +139,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
             const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                put(s, i, decode_eight(row[i], code), gain[i]);
+                put(s, i, decode_eight<D>(row[i], code), gain[i]);
             }
         }
         if (n_wide > 0) {

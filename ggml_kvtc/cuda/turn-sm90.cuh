@@ -106,6 +106,24 @@ __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&
     }
 }
 
+// The same for eight queries turned back by the anchor, and eight rows on by eight positions more: w[0] and w[1]
+template <int D, bool SAME>
+__device__ __forceinline__ void multiply_turned_twice(float (&w)[2][4], const uint32_t (&x)[D/4], const half * row, const uint32_t * const (&turn)[2]) {
+    const uint32_t sign[2] = { 0, 0 };
+#pragma unroll
+    for (int u = 0; u < D/32; ++u) {
+        uint32_t q[2][4], k[2][4];
+        ldmatrix_x4(q[0], row + 32*u);
+        ldmatrix_x4(q[1], row + 8*(D + 8) + 32*u);
+        rotate_near<SAME>(k, x + 8*u, u, turn, sign);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            mma(w[0], k[m], q[0][2*m], q[0][2*m + 1]);
+            mma(w[1], k[m], q[1][2*m], q[1][2*m + 1]);
+        }
+    }
+}
+
 // all keys have positions from the anchor's on
 template <int D>
 __device__ __forceinline__ void multiply_turned(float (&w)[4], const uint32_t (&x)[D/4], const half * turned, const uint32_t * const (&turn)[2]) {

@@ -91,7 +91,7 @@ def cases() -> Iterator[tuple[str, object]]:
         yield f"strided tokens {tokens}", replace(plain, permuted=True, tokens=tokens)
         yield f"strided batch tokens {tokens}", replace(plain, permuted=True, tokens=tokens, exact="batch", streams=2)
     yield from sides_cases(plain)
-    for d in (128, 256):
+    for d in (64, 128, 256):
         yield from few_cases(replace(plain, dk=d, heads=1, rope=neox(d), k=2, v=4, n_kv=700), d)
 
 
@@ -201,6 +201,16 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
     for name, extra in variants.items():
         for group, tokens in ((4, 1), (2, 4), (7, 1)):
             yield f"few {d}, {name} group {group} tokens {tokens}", replace(plain, group=group, tokens=tokens, **extra)
+    if d <= 128:  # many slabs for a block: one token of 5 to 8 query heads has a kernel of its own then
+        many = replace(plain, tokens=1, group=7, heads=16, streams=2, n_kv=3100, exact="store", window=90)
+        for group in (5, 6, 8):
+            yield f"few {d}, many slabs, group {group}", replace(many, group=group)
+        for k, v in ((1, 3), (3, 4), (4, 4), (6, 6)):
+            yield f"few {d}, many slabs, k{k}v{v}", replace(many, k=k, v=v)
+        if d == 64:  # as "unequal parts" above
+            yield "few 64, many slabs, unequal parts", replace(many, streams=1, heads=32, n_kv=24_500, empty=0, k=3, v=6)
+        for name, extra in variants.items():
+            yield f"few {d}, many slabs, {name}", replace(many, **extra | {"n_kv": 3100, "heads": 16, "streams": 2})
 
 
 def quick_cases(names: list[str]) -> list[int]:

@@ -53,7 +53,7 @@ int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
     sm90_plan p = {};
     const bool ok = make_sm90_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_own, p.at_freq, p.at_fine, p.at_codes, p.at_cells, p.at_gains, p.at_ranges, p.at_weights, p.at_tops, p.at_wide, p.at_stage[0], p.at_stage[1], p.at_barrier };
+        p.at_freq, p.at_codes, p.at_table[0], p.at_table[1], p.at_queries, p.at_turned, p.at_own, p.at_fine, p.at_cells, p.at_gains, p.at_ranges, p.at_weights, p.at_tops, p.at_wide, p.at_stage[0], p.at_stage[1], p.at_barrier };
     std::copy(std::begin(values), std::end(values), out);
     return ok ? 1 + p.few : 0;
 }

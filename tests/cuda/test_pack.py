@@ -23,7 +23,7 @@ HEADER, HEAD = 80, 3152
 PLACES = {"payload": 0, "n_bytes": 1, "rank": 2, "keep_norm": 3, "mean": 11, "decode": 12}
 PLACES |= {"levels_at": 6, "levels": 7, "codes": 13, "tables": 14, "n_tables": 15}
 PLACES |= {"pair_codes": 16, "pairs": 17, "n_pairs": 18, "n_wide": 19}
-COLUMN, SINGLE, MOST_PAIRS = 1024, 128, 18432
+SINGLE, MOST_PAIRS, STAGED, MOST_BLOCK, MOST_KEYS = 128, 18432, 192, 155648, 57344
 K, V = ffi.K, ffi.V
 
 
@@ -115,17 +115,21 @@ def test_values_of_an_ordinary_type_have_a_matrix_of_ones(coded):
         assert not at(pack, head["mean"], 64, np.float32).any() and head["n_tables"] == 0
 
 
-def look_up(pairs: np.ndarray, pair_code: list[int], width: int) -> np.ndarray:
+def column_bytes(d: int) -> int:
+    return 4096 if d < 256 else 1024
+
+
+def look_up(pairs: np.ndarray, pair_code: list[int], width: int, column: int) -> np.ndarray:
     """Levels f16 [8, 2^w] of a group as the kernels' addresses find them in a head's tables of pairs, u8."""
     table, _, shift, mask = pair_code
     n = 1 << width
     if shift & SINGLE:
-        assert mask == 0 and table % (16 * n) == 0
+        assert mask == 0 and table % (2 * n) == 0
         return at(pairs, table, 8 * n, np.float16).reshape(8, n)
     index = np.arange(n * n, dtype=np.uint32)
     address = (index << 2 & mask) ^ table
     found = np.stack(
-        [at(pairs, 0, pairs.size // 2, np.float16)[(address + p * COLUMN) // 2 + i] for p in range(4) for i in (0, 1)]
+        [at(pairs, 0, pairs.size // 2, np.float16)[(address + p * column) // 2 + i] for p in range(4) for i in (0, 1)]
     )
     low, high = index % n, index // n
     levels = np.stack([found[c][(low if c % 2 == 0 else high).argsort(kind="stable")[::n]] for c in range(8)])
@@ -139,6 +143,7 @@ def look_up(pairs: np.ndarray, pair_code: list[int], width: int) -> np.ndarray:
 def test_lookups_in_pairs_find_every_level_of_every_group(d, bits):
     native, _ = coded_sides(2, tuple((b, d) for b in bits))
     pack = write_pack(native, *bits)
+    column = column_bytes(d)
     for side in (K, V):
         for h in range(2):
             head = read_head(pack, side, h)
@@ -148,24 +153,26 @@ def test_lookups_in_pairs_find_every_level_of_every_group(d, bits):
             taken = np.zeros(head["n_pairs"], np.uint8)
             bit = 8
             for g, code in enumerate(codes):
-                width = code[2] >> 9
+                width = code[2] >> 9 & 15
                 assert code[1] * 8 + code[2] % 32 == bit
                 bit += 8 * width
                 assert g < head["n_wide"] or not code[2] & SINGLE
+                if width > 0 and not code[2] & SINGLE:  # the last pair, whose index is two bits further up
+                    assert code[2] >> 16 == code[2] % 32 + 6 * width - 2 and code[2] % 32 + 8 * width <= 64
                 if width == 0:
-                    assert not look_up(pairs, code, 0).any()
+                    assert not look_up(pairs, code, 0, column).any()
                     continue
                 levels = at(pack, head["levels"] + 2 * first[g], 8 << width, np.float16).reshape(8, -1)
-                np.testing.assert_array_equal(look_up(pairs, code, width), levels)
+                np.testing.assert_array_equal(look_up(pairs, code, width, column), levels)
                 start, step, size = (
                     (code[0], 1, 16 << width)
                     if code[2] & SINGLE
                     else (code[0] & ~(4 * (1 << 2 * width) - 1), 4, 4 << 2 * width)
                 )
                 for p in range(step):
-                    taken[start + p * COLUMN :][:size] += 1
+                    taken[start + p * column :][:size] += 1
             assert taken.max() == 1 and bit == 8 * head["n_bytes"]
-            in_pairs = [c[2] >> 9 for c in codes if not c[2] & SINGLE]
+            in_pairs = [c[2] >> 9 & 15 for c in codes if not c[2] & SINGLE]
             assert side == V or d < 256 or head["n_pairs"] <= MOST_PAIRS or max(in_pairs) < 4
 
 
@@ -176,3 +183,47 @@ def test_limits_are_those_of_coded_sides():
         pack = write_pack(native, 3, bits_v)
         ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(pack), limits)
         assert list(limits) == right
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("k", range(1, 7))
+def test_tables_of_any_widths_leave_room_for_what_a_block_needs_beside_them(plans, d, k):
+    """Else attention would fall back to the kernels of other devices, several times as slow. More than 4 query heads with
+    more than 5 bits on both sides may: of these widths seven and five groups have 8 bits, 4 KiB of levels each."""
+    ffi_plan, library = plans
+    limits = ffi.ffi.new("int32_t[6]")
+    for v in range(1, 7):
+        native, _ = coded_sides(4, ((k, d), (v, d)))
+        pack = write_pack(native, k, v)
+        ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(pack), limits)
+        rows = [4 * d * b // 8 for b in (k, v)]
+        for tokens, group, n_kv in ((1, 4, 100_000), (1, 8, 100_000), (1, 4, 200), (1, 8, 200), (2, 4, 100_000)):
+            if (k, v) == (6, 6) and d == 128 and tokens * group > 4:
+                continue
+            shape = [d, n_kv, tokens, group, 4, 1, *rows, *limits]
+            kernel = library.plan_sm90(shape, 132, 227 << 10, ffi_plan.new("long[24]"))
+            assert kernel == (2 if tokens == 1 and (group == 4 or n_kv > 200) else 1), (v, shape)
+
+
+@pytest.mark.parametrize("bits", [(2, 4), (3, 4), (4, 4), (5, 2)])
+def test_groups_of_five_bits_have_pairs_as_far_as_a_block_has_room(bits):
+    native, _ = coded_sides(3, tuple((b, 128) for b in bits))
+    pack = write_pack(native, *bits)
+    taken, some = 0, False
+    for side, most in ((K, MOST_KEYS), (V, MOST_BLOCK)):
+        heads = [read_head(pack, side, h) for h in range(3)]
+        staged = STAGED * 16 * (-(-(max(head["n_bytes"] for head in heads) + 12) // 16) | 1)
+        room = most - taken - staged
+        for head in heads:
+            codes = at(pack, head["pair_codes"], 4 * 16, np.uint32).reshape(-1, 4)
+            widths, single = codes[:, 2] >> 9 & 15, (codes[:, 2] & SINGLE) != 0
+            pairs = widths[~single]
+            assert (single[widths > 5]).all() and not single[widths < 5].any()
+            assert head["n_pairs"] <= room or not (pairs == 5).any()
+            if side == K and (widths > 5).any():  # which are looked up together with these
+                assert single[widths == 5].all()
+            elif single[widths == 5].any():  # one more has no room
+                assert head["n_pairs"] + 4 * 4096 > room - 4096
+            some |= bool((pairs == 5).any())
+        taken = -(-max(head["n_pairs"] for head in heads) // 4096) * 4096 + staged
+    assert some

@@ -6,40 +6,13 @@ are misaligned or overlap the end, a prefill that leaves cells out or whose scra
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from cffi import FFI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tests.cxx import compiled, llama_cpp
 
 MIB = 1 << 20
 GPUS = {"turing": (72, 64 << 10), "ampere": (84, 99 << 10), "hopper": (132, 227 << 10)}
 DIMS = st.sampled_from([64, 80, 96, 128, 256, 512])
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory):
-    """The planning functions, compiled; needs a C++ compiler, as the build does."""
-    library = tmp_path_factory.mktemp("plan") / "plan.so"
-    include = [llama_cpp() / "ggml" / "include"]
-    compiled(library, [Path(__file__).with_name("plan.cpp")], include, "-Werror", "-shared", "-fPIC")
-    ffi = FFI()
-    ffi.cdef("""
-        int  plan_decode (const int * shape, int n_sm, long shared, long * out);
-        int  plan_decode_sides(const int * shape, const int * kinds, int n_sm, long shared, long * out);
-        int  plan_sm90_sides(const int * shape, const int * kinds);
-        int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
-        void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
-        int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
-        void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
-        int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
-        long scratch_size(const int * shape, int n_sm, long scratch, int n_exact, int n_cells, int tiles);
-        long decode_scratch_size(long scratch, long need);
-    """)
-    return ffi, ffi.dlopen(str(library))
 
 
 @st.composite
@@ -118,20 +91,26 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
     out = ffi.new("long[24]")
     if library.plan_sm90(shape, *GPUS["hopper"], out):
         assert shape[0] in (64, 128) and shape[2] * shape[3] <= 8
-        assert out[7] % 1024 == 0 and out[8] % 1024 == 0  # tables are aligned to their own size
+        assert out[9] % 4096 == out[10] % 4096 == 3072  # behind the system's KiB, tables are aligned to their own size
         check_splits(shape, list(out), GPUS["hopper"][1])
 
 
-@pytest.mark.parametrize("heads, group, kernel", [(8, 4, 2), (8, 1, 2), (4, 7, 1)])
-@pytest.mark.parametrize("n_kv", [256, 16384, 131072])
-@pytest.mark.parametrize("k, pairs", [(2, 2 * 4096), (3, 5 * 4096 + 512)])
-def test_one_token_of_few_query_heads_has_a_kernel_of_its_own(plans, heads, group, kernel, n_kv, k, pairs):
+@pytest.mark.parametrize("heads, group, n_kv", [(8, 4, 256), (8, 4, 131072), (8, 1, 16384), (4, 7, 65536), (8, 8, 131072)])
+@pytest.mark.parametrize("k, pairs", [(2, 31 << 10), (3, 20 << 10)])
+def test_one_token_has_a_kernel_of_its_own(plans, heads, group, n_kv, k, pairs):
     """Tables as bench/random_model.py makes them."""
     ffi, library = plans
-    rest = [heads * 16 * k, heads * 64, 17 * k + 1, 67, 0, 0, pairs, 16 * 4096 + 512]
-    for tokens, right in ((1, kernel), (8 // group, kernel if group > 4 else 1)):
+    rest = [heads * 16 * k, heads * 64, 19 * k, 65, 0, 0, pairs, 80 << 10]
+    for tokens, right in ((1, 2), (8 // group, 2 if group > 4 else 1)):
         shape = [128, n_kv, tokens, group, heads, 1, *rest]
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == right
+
+
+@pytest.mark.parametrize("n_kv, kernel", [(256, 1), (16384, 1), (32768, 2)])
+def test_more_than_four_query_heads_have_that_kernel_where_a_block_has_many_slabs(plans, n_kv, kernel):
+    ffi, library = plans
+    shape = [128, n_kv, 1, 7, 4, 1, 128, 256, 38, 65, 0, 0, 31 << 10, 80 << 10]
+    assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == kernel
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
