@@ -16,8 +16,6 @@
 #include "hopper-tiles.cuh"
 #include "row-maps-sm90.cuh"
 
-#include <type_traits>
-
 namespace kvtc {
 
 namespace {
@@ -25,6 +23,13 @@ namespace {
 constexpr int WARPS  = GROUP_WARPS;
 constexpr int SLAB   = 16*WARPS;
 constexpr int GROUPS = SM90_GROUPS;
+
+// N_STEP: of 32 components that keys have codes of, in plain slabs; else 0. IS_CLEAN: all groups have pairs, and no key has a small gain
+template <int N_STEP, bool IS_CLEAN>
+struct slab_kind {
+    static constexpr int  STEPS = N_STEP;
+    static constexpr bool CLEAN = IS_CLEAN;
+};
 
 // ROWS: of queries, 4 or 8. UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head. SHORT: so few cells that a
 // block executes most of its code once, and fetching it is much of what that takes: plain slabs have no code of their own
@@ -82,7 +87,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
     const int n_wide[2] = { (int) kh.n_wide, (int) vh.n_wide };
-    const int n_steps = get_steps(kh);
+    const int  n_steps  = get_steps(kh);
+    const bool any_wide = n_wide[0] > 0 || n_wide[1] > 0;
     uint64_t * arrived = (uint64_t *) (&barriers + 1) + 2*warp; // the warp's keys and values
     if (lane == 0) {
         init_bring(arrived[0], 1);
@@ -156,13 +162,30 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             turn_twice<D, ROWS>(queries, anchored, freq, anchor, n_row);
             meet(group, false);
         };
-        const auto add_slab = [&](auto kind, int s) {
-            constexpr int  STEPS = decltype(kind)::value; // of 32 components, that keys of plain slabs have codes of; 0: not plain
-            constexpr bool PLAIN = STEPS > 0;
-            const bool more = slab + 1 < slab_end;
-            barrier_wait(arrived[0], parity[0]); // the keys
+        // keys' gains, when their rows are there
+        const uint8_t * const row[2] = { k_rows, k_rows + 8*p.stride[0] };
+        uint32_t ones[4] = { 0, 0, 0, 0 }; // the components that count the mean
+        float    gain[2];
+        bool     any_small;
+        const auto await_keys = [&] {
+            barrier_wait(arrived[0], parity[0]);
             parity[0] ^= 1;
             __syncwarp(); // the values of the last slab were read
+        };
+        const auto read_gains = [&] {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint2 g = gains.key[row[i][0]];
+                ones[i] = q4 == 0 ? g.x : 0;
+                gain[i] = __uint_as_float(g.y);
+            }
+            any_small = __any_sync(0xffffffff, gain[0] <= 0.0f || gain[1] <= 0.0f);
+        };
+        const auto add_slab = [&](auto kind, int s) {
+            constexpr int  STEPS = decltype(kind)::STEPS; // of 32 components, that keys of plain slabs have codes of; 0: not plain
+            constexpr bool CLEAN = decltype(kind)::CLEAN;
+            constexpr bool PLAIN = STEPS > 0;
+            const bool more = slab + 1 < slab_end;
             const int2 * slab_cell = of_stretch.cell + s*SLAB;
             const half * slab_mask = of_stretch.mask + s*SLAB;
             if (!PLAIN && !__any_sync(0xffffffff, is_seen(slab_mask[lane]) || is_seen(slab_mask[lane + 32]))) {
@@ -171,10 +194,10 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 }
                 return;
             }
-            fetch(1, slab);
-
             slab_view view;
             if constexpr (!PLAIN) {
+                fetch(1, slab);
+                read_gains();
                 const int lowest = view.look(a, slab_cell, slab_mask, part, query_pos, n_rot > 0);
                 if (view.choose_anchor(anchor, lowest, p.n_fine)) {
                     turn_again();
@@ -189,17 +212,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 k[2*s + 1][i]     = x.z;
                 k[2*s + 1][i + 2] = x.w;
             };
-            const uint8_t * row[2];
-            uint32_t ones[4]; // the components that count the mean
-            float    gain[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                row[i] = k_rows + 8*i*p.stride[0];
-                const uint2 g = gains.key[row[i][0]];
-                ones[i]     = q4 == 0 ? g.x : 0;
-                ones[i + 2] = 0;
-                gain[i]     = __uint_as_float(g.y);
-            }
             const auto decode_keys = [&](int s) {
                 const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
@@ -216,8 +228,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     }
                 }
             };
-            const bool any_small = __any_sync(0xffffffff, gain[0] <= 0.0f || gain[1] <= 0.0f);
-            const bool odd       = any_small || n_wide[0] > 0;
             const auto shrink_keys = [&](int s) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -238,27 +248,35 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             };
             if constexpr (PLAIN) {
                 hold_registers(ones);
-                pair_code code = load_code(codes + 4*(STEPS - 1) + q4);
-                uint2 words[2] = { load_words(row[0], code), load_words(row[1], code) };
-#pragma unroll
-                for (int s = STEPS - 1; s >= 0; --s) {
-                    const pair_code now  = code;
+                // each step's words are on their way two steps before its product, its lookups one
+                pair_code code;
+                uint2     words[2];
+                const auto load_step = [&](int s) {
+                    code = load_code(codes + 4*s + q4);
+                    words[0] = load_words(row[0], code);
+                    words[1] = load_words(row[1], code);
+                };
+                const auto look_up_step = [&](int s) {
+                    const pair_code now = code;
                     const uint2 of_now[2] = { words[0], words[1] };
-                    if (s > 0) { // on their way while those before are looked up
-                        code = load_code(codes + 4*(s - 1) + q4);
-                        words[0] = load_words(row[0], code);
-                        words[1] = load_words(row[1], code);
+                    if (s > 0) {
+                        load_step(s - 1);
                     }
                     put(s, 0, decode_words<D>(of_now[0], now));
                     put(s, 1, decode_words<D>(of_now[1], now));
-                    if (odd) {
+                };
+                load_step(STEPS - 1);
+                look_up_step(STEPS - 1);
+#pragma unroll
+                for (int s = STEPS - 1; s >= 0; --s) {
+                    if (s > 0) {
+                        look_up_step(s - 1);
+                    }
+                    if constexpr (!CLEAN) {
                         put_wide(s);
                         if (any_small) {
                             shrink_keys(s);
                         }
-                    }
-                    if (s < STEPS - 2) {
-                        wgmma_wait<1>();
                     }
                     wgmma_fence();
                     multiply(s, s == STEPS - 1);
@@ -403,7 +421,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 const float of_gain = KEYS == 1 ? (q4 < 2 ? gain[0] : gain[1]) : gain[i];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
-                    logit[i][x] = of_key[i][x]*(any_small && of_gain <= 0.0f ? 1.0f : of_gain);
+                    logit[i][x] = of_key[i][x]*(!CLEAN && any_small && of_gain <= 0.0f ? 1.0f : of_gain);
                     if (a.softcap != 0.0f) {
                         logit[i][x] = a.softcap*LOG2E*tanhf(logit[i][x]);
                     }
@@ -444,14 +462,16 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 if (h > 0) {
                     decode_values(h);
                 }
-                for_wide(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
-                    if (r8 == g) {
+                if constexpr (!CLEAN) {
+                    for_wide(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
+                        if (r8 == g) {
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            z[n] = wide[2*q4 + n%2 + n/2*8];
+                            for (int n = 0; n < 4; ++n) {
+                                z[n] = wide[2*q4 + n%2 + n/2*8];
+                            }
                         }
-                    }
-                });
+                    });
+                }
                 if (!PLAIN && view.any_chosen) {
                     view.take_exact<D>(a, head, r8 + 8*h, own, z);
                 }
@@ -461,23 +481,36 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
 #pragma unroll 1
         for (int s = 0; s < n; ++s, ++slab) {
+            await_keys();
             if constexpr (!SHORT) {
-                if constexpr (D == 128) {
-                    if (all_plain && n_steps == 2) {
-                        add_slab(std::integral_constant<int, 2>(), s);
-                        continue;
-                    }
-                    if (all_plain && n_steps == 3) {
-                        add_slab(std::integral_constant<int, 3>(), s);
-                        continue;
-                    }
-                }
                 if (all_plain) {
-                    add_slab(std::integral_constant<int, D/32>(), s);
+                    fetch(1, slab);
+                    read_gains();
+                    if (!any_small && !any_wide) {
+                        if constexpr (D == 128) {
+                            if (n_steps == 2) {
+                                add_slab(slab_kind<2, true>(), s);
+                                continue;
+                            }
+                            if (n_steps == 3) {
+                                add_slab(slab_kind<3, true>(), s);
+                                continue;
+                            }
+                        }
+                        add_slab(slab_kind<D/32, true>(), s);
+                        continue;
+                    }
+                    if constexpr (D == 128) {
+                        if (n_steps <= 3) {
+                            add_slab(slab_kind<3, false>(), s);
+                            continue;
+                        }
+                    }
+                    add_slab(slab_kind<D/32, false>(), s);
                     continue;
                 }
             }
-            add_slab(std::integral_constant<int, 0>(), s);
+            add_slab(slab_kind<0, false>(), s);
         }
     }
 
