@@ -21,6 +21,10 @@ uint32_t table_bytes(int w) {
     return w == 0 ? 0 : w <= 3 ? 4*4u << 2*w : 8*2u << w;
 }
 
+uint32_t round_up(uint32_t n, uint32_t to) {
+    return (n + to - 1)/to*to;
+}
+
 // bits of the largest groups that may have tables of pairs
 int most_in_pairs(int d) {
     return d < 256 ? 5 : 4;
@@ -29,7 +33,8 @@ int most_in_pairs(int d) {
 // Where each group has its tables for lookups in pairs, and their size in all. Groups of more bits than pairs may have, and of the widest
 // others the first n_single, have single levels. Those of pairs lie in chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's
 // four tables are at the same place of each. The larger come first, so that all are aligned to their size. Single levels fill what the
-// last chunk's columns leave, and what does not fit comes behind.
+// last chunk's first column leaves; the others come before the chunks. Kernels look them up in pairs too, and take nothing of what they
+// find: that ends before the tables do.
 uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t> & at, std::vector<bool> & single) {
     const uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN(8*G);
     const int      most   = most_in_pairs(8*G);
@@ -38,51 +43,44 @@ uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t
         order[g] = g;
     }
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return w[a] > w[b]; });
-    uint32_t chunk  = 0;      // the last one
-    uint32_t column = COLUMN; // bytes used of its columns
-    uint32_t zeros  = 0;
-    bool     any    = false;
     at.resize(G);
     single.resize(G);
+    uint32_t n_chunk = 0;
+    uint32_t column  = COLUMN; // bytes used of the last chunk's columns
+    uint32_t zeros   = 0;      // of these, behind them
     for (int g : order) {
         single[g] = w[g] > most || n_single-- > 0;
         if (single[g]) {
             continue;
         }
-        const uint32_t size = w[g] == 0 ? 4 : 4u << 2*w[g];
+        const uint32_t size = 4u << 2*w[g];
         if (column + size > COLUMN) {
-            chunk += any ? 4*COLUMN : 0;
+            n_chunk++;
             column = 0;
-            any    = true;
         }
-        at[g]   = chunk + column;
-        column += w[g] == 0 ? 0 : size; // groups without bits share their zeros
+        at[g]   = (n_chunk - 1)*4*COLUMN + column;
         zeros   = w[g] == 0 ? size : 0;
+        column += size - zeros; // groups without bits share their zeros
     }
-    column += zeros;
-    uint32_t end     = any ? chunk + 3*COLUMN + column : 0;
-    uint32_t hole[3] = { column, column, column }; // from where on a column but the last is free
+    uint32_t hole  = column + zeros;
+    uint32_t front = 0;
+    std::vector<bool> before(G);
     for (int g : order) {
-        if (!single[g]) {
-            continue;
-        }
-        const uint32_t size  = 16u << w[g];
-        const uint32_t align = 2u << w[g]; // a component's levels
-        bool placed = false;
-        for (int i = 0; any && i < 3 && !placed; ++i) {
-            const uint32_t from = (hole[i] + align - 1)/align*align;
-            placed = from + size <= COLUMN;
-            if (placed) {
-                at[g]   = chunk + i*COLUMN + from;
-                hole[i] = from + size;
-            }
-        }
-        if (!placed) {
-            at[g] = (end + align - 1)/align*align;
-            end   = at[g] + size;
+        if (single[g]) {
+            const uint32_t size = 16u << w[g];
+            const uint32_t from = round_up(hole, 2u << w[g]); // to a component's levels
+            before[g] = from + size > COLUMN;
+            at[g]     = before[g] ? front : (n_chunk - 1)*4*COLUMN + from;
+            hole      = before[g] ? hole  : from + size;
+            front    += before[g] ? size  : 0;
         }
     }
-    return (end + 15)/16*16;
+    uint32_t end = front;
+    for (int g = 0; g < G; ++g) {
+        at[g] += before[g] ? 0 : round_up(front, COLUMN);
+        end    = std::max(end, at[g] + (single[g] ? 4 : 4u << 2*w[g]) + 3*COLUMN);
+    }
+    return round_up(end, 16);
 }
 
 // Which groups have tables of pairs, as far as `most` bytes allow: the widest are the first to have single levels.
@@ -219,10 +217,6 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
     }
     memcpy(out.base + place, &tmp, sizeof(tmp));
     return tmp.n_pairs;
-}
-
-uint32_t round_up(uint32_t n, uint32_t to) {
-    return (n + to - 1)/to*to;
 }
 
 // bytes of a side's rows in a block's shared memory, as plan.h stages them

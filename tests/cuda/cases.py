@@ -175,8 +175,8 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
     variants = {
         "no rope": {"rope": None},
         "normal": {"rope": Rope(d, neox=False)},
-        "neox 64": {"rope": Rope(64, neox=True)},
-        "normal 96": {"rope": Rope(96, neox=False)},
+        "neox, half": {"rope": Rope(d // 2, neox=True)},
+        "normal, three quarters": {"rope": Rope(d * 3 // 4, neox=False)},
         "attn factor": {"rope": Rope(d, neox=True, attn_factor=1.5)},
         "shuffled": {"order": "shuffled", "start": 61},
         "sparse": {"order": "sparse"},
