@@ -233,9 +233,9 @@ uint32_t get_most_pairs(const ggml_kvtc_side_calibration & side, ggml_kvtc_side 
     if (side.d >= 256 || side.turbo) {
         return GGML_KVTC_CUDA_MOST_PAIRS;
     }
-    const uint32_t most   = which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_KEYS : GGML_KVTC_CUDA_MOST_BLOCK - taken;
-    const uint32_t staged = get_staged(side, budget);
-    return most > staged ? most - staged : 0;
+    const uint32_t most = which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_KEYS : GGML_KVTC_CUDA_MOST_BLOCK;
+    const uint32_t used = taken + get_staged(side, budget);
+    return most > used ? most - used : 0;
 }
 
 // Bytes of a block's shared memory that the side takes; taken: by the side before.

@@ -19,9 +19,11 @@
 #define GGML_KVTC_CUDA_COLUMN(d) ((d) < 256 ? 4096 : 1024) // bytes from a group's table of pairs to its next one: the largest that has such
 #define GGML_KVTC_CUDA_SINGLE 128         // of a pair code's shift: the group has single levels
 #define GGML_KVTC_CUDA_MOST_PAIRS 18432   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
-#define GGML_KVTC_CUDA_STAGED 192         // rows of each side that a block with tables of pairs of 5 bits has in shared memory
-#define GGML_KVTC_CUDA_MOST_BLOCK 155648  // bytes of these and the tables of both sides up to which groups of 5 bits have pairs, 16 KiB each: keys'
-#define GGML_KVTC_CUDA_MOST_KEYS  57344   // up to this, values' as far as keys leave room
+// Below 256 components groups of 5 bits have pairs, 16 KiB each, as far as a block has room: rows and tables of keys may take MOST_KEYS
+// bytes, those of both sides MOST_BLOCK
+#define GGML_KVTC_CUDA_MOST_KEYS  57344
+#define GGML_KVTC_CUDA_MOST_BLOCK 155648
+#define GGML_KVTC_CUDA_STAGED     192     // rows of a side that a block has in shared memory
 
 // How to read one group.
 struct ggml_kvtc_cuda_code {

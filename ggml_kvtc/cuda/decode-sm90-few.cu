@@ -31,8 +31,9 @@ struct slab_kind {
     static constexpr bool CLEAN = IS_CLEAN;
 };
 
-// ROWS: of queries, 4 or 8. UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head. SHORT: so few cells that a
-// block executes most of its code once, and fetching it is much of what that takes: plain slabs have no code of their own
+// ROWS: of queries, 4 or 8. UNEVEN: a grid of p.n_block blocks, of which heads get as many as they cost; else p.n_split for each head.
+// SHORT: so few cells that a block executes most of its code once, and fetching it is much of what that takes: plain slabs have no code
+// of their own
 template <int D, int ROWS, bool UNEVEN, bool SHORT>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
@@ -77,7 +78,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     uint32_t * fine    = (uint32_t *) (smem + p.at_fine);   // [position][TURN_WORDS]
     auto     * codes   = (pair_code *) (smem + p.at_codes); // [2][D/8]
     half     * turned  = (half *) (smem + p.at_turned) + group*p.n_turned*2*ROWS*LD; // [n_turned] queries turned back by an anchor, and by eight positions more
-    uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of more than 4 bits
+    uint4    * wide    = (uint4  *) (smem + p.at_wide) + warp*16; // [key] a group of single levels
     uint8_t  * stage[2] = { smem + p.at_stage[0] + warp*16*p.stride[0], smem + p.at_stage[1] + warp*16*p.stride[1] };
     few_gains & gains = *(few_gains *) (smem + p.at_gains);
     load_block<D>(p, smem, a.pack, kh, vh, n_rot);
@@ -219,7 +220,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     put(s, i, decode_eight<D>(row[i], code));
                 }
             };
-            const auto put_wide = [&](int s) { // groups of more than 4 bits, each by those that multiply them: all of a step together
+            const auto put_wide = [&](int s) { // groups of single levels, each by those that multiply them: all of a step together
                 if (4*s < n_wide[0]) {
                     const pair_code code = load_code(codes + 4*s + q4);
                     if (is_wide(code)) {

@@ -208,7 +208,10 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
         for k, v in ((1, 3), (3, 4), (4, 4), (6, 6)):
             yield f"few {d}, many slabs, k{k}v{v}", replace(many, k=k, v=v)
         if d == 64:  # as "unequal parts" above
-            yield "few 64, many slabs, unequal parts", replace(many, streams=1, heads=32, n_kv=24_500, empty=0, k=3, v=6)
+            yield (
+                "few 64, many slabs, unequal parts",
+                replace(many, streams=1, heads=32, n_kv=24_500, empty=0, k=3, v=6),
+            )
         for name, extra in variants.items():
             yield f"few {d}, many slabs, {name}", replace(many, **extra | {"n_kv": 3100, "heads": 16, "streams": 2})
 

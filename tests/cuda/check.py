@@ -23,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "native"), str(HERE.parent / "python"), str(HERE.parents[1] / "python")]
 NMSE = 1e-5  # the bound of test-backend-ops is 5e-4; f16 operands leave about 1e-6
 # A key's gain is rounded to f16, which changes its logit by up to 2^-11: more where these cases' logits are large.
-LARGE_LOGITS = tuple(f"few {d}, {name}" for d in (64, 128) for name in ("cells 20000", "sparse", "interleaved", "many slabs, window"))
+LARGE_LOGITS = tuple(
+    f"few {d}, {name}" for d in (64, 128) for name in ("cells 20000", "sparse", "interleaved", "many slabs, window")
+)
 LARGE_NMSE = 5e-5
 
 

@@ -189,8 +189,8 @@ def test_limits_are_those_of_coded_sides():
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("k", range(1, 7))
 def test_tables_of_any_widths_leave_room_for_what_a_block_needs_beside_them(plans, d, k):
-    """Else attention would fall back to the kernels of other devices, several times as slow. More than 4 query heads with
-    more than 5 bits on both sides may: of these widths seven and five groups have 8 bits, 4 KiB of levels each."""
+    """Else attention would fall back to the kernels of other devices, several times as slow. With 6 bits on both sides
+    more than 4 query heads may: of these widths seven and five groups have 8 bits, 4 KiB of levels each."""
     ffi_plan, library = plans
     limits = ffi.ffi.new("int32_t[6]")
     for v in range(1, 7):

@@ -95,7 +95,9 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
         check_splits(shape, list(out), GPUS["hopper"][1])
 
 
-@pytest.mark.parametrize("heads, group, n_kv", [(8, 4, 256), (8, 4, 131072), (8, 1, 16384), (4, 7, 65536), (8, 8, 131072)])
+@pytest.mark.parametrize(
+    "heads, group, n_kv", [(8, 4, 256), (8, 4, 131072), (8, 1, 16384), (4, 7, 65536), (8, 8, 131072)]
+)
 @pytest.mark.parametrize("k, pairs", [(2, 31 << 10), (3, 20 << 10)])
 def test_one_token_has_a_kernel_of_its_own(plans, heads, group, n_kv, k, pairs):
     """Tables as bench/random_model.py makes them."""
