@@ -168,7 +168,7 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
         const bool     pair = w[g] > 0 && !single[g];
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
         if (!side.turbo) {
-            const uint32_t last = pair ? at % 32 + 6u*w[g] - 2 : 0;
+            const uint32_t last = pair && d < 256 ? at % 32 + 6u*w[g] - 2 : 0;
             pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8 | last << 16, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
         }
         at += 8*w[g];

@@ -68,7 +68,7 @@ struct ggml_kvtc_cuda_head {
 struct ggml_kvtc_cuda_pair_code {
     uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or)
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
-    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8 | (pairs: from there to two before the last pair) << 16
+    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8 | (pairs below 256 components: to two before the last) << 16
     uint32_t mask;       // of a pair's index, times 4; 0 for single levels
 };
 

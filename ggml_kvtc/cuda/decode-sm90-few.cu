@@ -224,8 +224,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 if (4*s < n_wide[0]) {
                     const pair_code code = load_code(codes + 4*s + q4);
                     if (is_wide(code)) {
-                        put(s, 0, decode_wide(row[0], code));
-                        put(s, 1, decode_wide(row[1], code));
+                        put(s, 0, decode_wide<D>(row[0], code));
+                        put(s, 1, decode_wide<D>(row[1], code));
                     }
                 }
             };
@@ -297,7 +297,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 for (int s = 0; s < D/32; ++s) {
                     decode_keys(s);
                 }
-                for_wide(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
+                for_wide<D>(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
                     const uint4 y[2] = { wide[r8], wide[r8 + 8] };
 #pragma unroll
                     for (int s = 0; s < D/32; ++s) {
@@ -464,7 +464,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     decode_values(h);
                 }
                 if constexpr (!CLEAN) {
-                    for_wide(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
+                    for_wide<D>(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
                         if (r8 == g) {
 #pragma unroll
                             for (int n = 0; n < 4; ++n) {

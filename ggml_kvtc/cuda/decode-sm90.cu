@@ -230,7 +230,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                     }
                 }
             }
-            for_wide(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
+            for_wide<D>(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
                 const uint4 y[2] = { wide[r8], wide[r8 + 8] };
 #pragma unroll
                 for (int s = 0; s < D/32; ++s) {
@@ -410,7 +410,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (s > 0) {
                     decode_values(rows);
                 }
-                for_wide<SHARE>(codes + D/8 + mine, (n_wide[1] - mine + SHARE - 1)/SHARE, rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
+                for_wide<D, SHARE>(codes + D/8 + mine, (n_wide[1] - mine + SHARE - 1)/SHARE, rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (r8 == g) {

@@ -34,7 +34,7 @@ struct key_tables {
             const int group = threadIdx.x/8;
             const int end   = get_wide_end(at<uint8_t>(pack, head.widths), group);
             code.table = 0;
-            const int width = get_width(code.shift);
+            const int width = get_width<D>(code.shift);
             if (width > 4 && end <= SM90_WIDE) {
                 uint8_t * wide  = to + D/8*LEVEL_BYTES + end - (16 << width);
                 copy_levels(wide, at<half>(pack, head.levels) + at<uint32_t>(pack, head.levels_at)[group], width, threadIdx.x%8, 8);
@@ -119,7 +119,7 @@ struct key_steps {
             if (any_wide && is_wide(code)) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    y[i] = decode_wide(row[i], code);
+                    y[i] = decode_wide<D>(row[i], code);
                 }
             } else {
 #pragma unroll
@@ -128,7 +128,7 @@ struct key_steps {
                 }
             }
         } else {
-            const uint32_t width = get_width(code.shift);
+            const uint32_t width = get_width<D>(code.shift);
             if (__any_sync(0xffffffff, width < 4)) {
                 bits[0] = spread(bits[0], width);
                 bits[1] = spread(bits[1], width);
@@ -142,7 +142,7 @@ struct key_steps {
             if (any_wide && width > 4) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    y[i] = code.table != 0 ? decode_wide(row[i], code) : look_up_wide(row[i], code, levels + first_level[4*s + threadIdx.x%4]);
+                    y[i] = code.table != 0 ? decode_wide<D>(row[i], code) : look_up_wide(row[i], code, levels + first_level[4*s + threadIdx.x%4]);
                 }
             }
         }

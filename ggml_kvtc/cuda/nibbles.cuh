@@ -124,7 +124,7 @@ __device__ __forceinline__ uint4 look_up_wide(const uint8_t * row, const pair_co
     const uint32_t * word = (const uint32_t *) (row + code.word);
     uint32_t lo = __funnelshift_r(word[0], word[1], code.shift);
     uint32_t hi = __funnelshift_r(word[1], word[2], code.shift);
-    const uint32_t w = get_width(code.shift);
+    const uint32_t w = get_width<256>(code.shift);
     uint32_t x[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {

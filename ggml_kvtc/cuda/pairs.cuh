@@ -21,8 +21,9 @@ __device__ __forceinline__ uint32_t look_up(uint32_t address) {
 }
 
 // the width of a group's codes, of a pair code's shift
+template <int D>
 __device__ __forceinline__ uint32_t get_width(uint32_t shift) {
-    return shift >> 9 & 15;
+    return D < 256 ? shift >> 9 & 15 : shift >> 9;
 }
 
 // the two words that hold eight codes of at most 5 bits
@@ -72,9 +73,10 @@ __device__ __forceinline__ uint32_t look_up_one(uint32_t address) {
 }
 
 // eight codes of single levels, of 4 bits or more
+template <int D>
 __device__ __forceinline__ uint4 decode_wide(const uint8_t * row, const pair_code & code) {
     const uint32_t * word = (const uint32_t *) (row + code.word);
-    const uint32_t w    = get_width(code.shift);
+    const uint32_t w    = get_width<D>(code.shift);
     const uint32_t low  = __funnelshift_r (word[0], word[1], code.shift);
     const uint32_t high = __funnelshift_rc(low, __funnelshift_r(word[1], word[2], code.shift), 4*w); // the last four
     const uint32_t mask = (2u << w) - 2;
@@ -93,9 +95,10 @@ __device__ __forceinline__ bool is_wide(const pair_code & code) {
 }
 
 // A group of single levels of 16 rows, by a whole warp: a lane has one component of every fourth row
+template <int D>
 __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int stride, const pair_code & code, uint4 * to) {
     const uint32_t lane  = threadIdx.x % 32;
-    const uint32_t w     = get_width(code.shift);
+    const uint32_t w     = get_width<D>(code.shift);
     const uint32_t bit   = code.shift % 32 + lane%8*w;
     const uint32_t mask  = (2u << w) - 2;
     const uint32_t table = code.table + (2*(lane%8) << w);
@@ -114,13 +117,13 @@ __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int strid
 
 // n groups from `codes` on, STEP apart: those of single levels come to `to`, one after the other, for use(number of the n) to take
 // from there
-template <int STEP = 1, typename T>
+template <int D, int STEP = 1, typename T>
 __device__ __forceinline__ void for_wide(const pair_code * codes, int n, const uint8_t * rows, int stride, uint4 * to, const T & use) {
 #pragma unroll 1
     for (int g = 0; g < n; ++g) {
         const pair_code code = load_code(codes + g*STEP);
         if (is_wide(code)) {
-            decode_wide_rows(rows, stride, code, to);
+            decode_wide_rows<D>(rows, stride, code, to);
             __syncwarp();
             use(g);
             __syncwarp();

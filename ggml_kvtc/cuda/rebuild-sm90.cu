@@ -150,7 +150,7 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
                     if (is_wide(code)) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
-                            put(s, i, decode_wide(row[i], code), gain[i]);
+                            put(s, i, decode_wide<D>(row[i], code), gain[i]);
                         }
                     }
                 }

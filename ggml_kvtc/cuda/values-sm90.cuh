@@ -54,7 +54,7 @@ struct value_sums {
         const int group = threadIdx.x%32/4*GROUP_WARPS + part; // warps take turns: the first groups, of many bits, take longest
         first = 8*group;
         code  = at<pair_code>(base, head.pair_codes)[group];
-        width = get_width(code.shift);
+        width = get_width<D>(code.shift);
         any_spread = __any_sync(0xffffffff, width < 4);
         const uint32_t of_wide = __ballot_sync(0xffffffff, width > 4);
         few_wide = of_wide != 0 && (SHORT || (look_up && __popc(of_wide) <= 2*4));
@@ -91,7 +91,7 @@ struct value_sums {
     __device__ __forceinline__ void look_up_shared(const wide_group & g, const uint8_t * rows, int stride) const {
         const int lane = threadIdx.x % 32;
         const int cell = lane/2;
-        const uint32_t w      = get_width(g.shift);
+        const uint32_t w      = get_width<D>(g.shift);
         const uint32_t mask   = (1u << w) - 1;
         const uint32_t bit    = g.shift%32 + lane%2*4*w;
         const uint32_t * from = (const uint32_t *) (rows + cell*stride + g.word) + bit/32;
