@@ -83,23 +83,19 @@ uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t
     return round_up(end, 16);
 }
 
-// Which groups have tables of pairs, as far as `most` bytes allow: the widest are the first to have single levels.
+// Which groups have tables of pairs, as far as `most` bytes allow: the widest that may are the first to have single levels.
 uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t most, std::vector<uint32_t> & at, std::vector<bool> & single) {
-    const auto count = [&](int width) { return (int) std::count(w, w + G, width); };
-    const int d = 8*G;
-    if (d > 256 || (d == 256 && which == GGML_KVTC_V)) {
-        return place_pairs(w, G, 0, at, single);
-    }
-    const int n_most = count(d == 256 ? 4 : 5);
+    const int widest = most_in_pairs(8*G);
+    const int n_most = (int) std::count(w, w + G, widest);
     // a step of keys looks up all its groups of single levels together: that one has pairs saves nothing while another has none
-    const bool all  = which == GGML_KVTC_K && d < 256;
-    const int  step = all ? std::max(1, n_most) : 1;
-    for (int n = all && *std::max_element(w, w + G) > 5 ? n_most : 0; ; n += step) {
-        const uint32_t used = place_pairs(w, G, n, at, single);
-        if (used <= most || n >= n_most) {
-            return used;
-        }
+    const bool together = which == GGML_KVTC_K && 8*G < 256;
+    int n_single = together && *std::max_element(w, w + G) > widest ? n_most : 0;
+    uint32_t used = place_pairs(w, G, n_single, at, single);
+    while (used > most && n_single < n_most) {
+        n_single = together ? n_most : n_single + 1;
+        used     = place_pairs(w, G, n_single, at, single);
     }
+    return used;
 }
 
 // Bytes of its tables of pairs.
@@ -228,14 +224,13 @@ uint32_t get_staged(const ggml_kvtc_side_calibration & side, int budget) {
     return GGML_KVTC_CUDA_STAGED*((round_up(most + 12, 16)/16) | 1)*16;
 }
 
-// Bytes that the largest of a side's tables may have; taken: of a block's, by the side before.
-uint32_t get_most_pairs(const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int budget, uint32_t taken) {
-    if (side.d >= 256 || side.turbo) {
-        return GGML_KVTC_CUDA_MOST_PAIRS;
+// Bytes that a head's tables of pairs may have; taken: of a block's, by the side before and this one's rows.
+uint32_t get_most_pairs(ggml_kvtc_side which, int d, uint32_t taken) {
+    if (d >= 256) {
+        return d == 256 && which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX;
     }
     const uint32_t most = which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_KEYS : GGML_KVTC_CUDA_MOST_BLOCK;
-    const uint32_t used = taken + get_staged(side, budget);
-    return most > used ? most - used : 0;
+    return most > taken ? most - taken : 0;
 }
 
 // Bytes of a block's shared memory that the side takes; taken: by the side before.
@@ -246,7 +241,8 @@ uint32_t put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int i
     const ggml_kvtc_side_calibration & side = *cal.find(il, which);
     const int budget = side.budget_index(bits);
     const std::vector<ggml_kvtc_place> places = side.places(budget);
-    const uint32_t most_pairs = get_most_pairs(side, which, budget, taken);
+    const uint32_t staged     = get_staged(side, budget);
+    const uint32_t most_pairs = get_most_pairs(which, side.d, taken + staged);
     uint32_t pairs = 0;
 
     for (int h = 0; h < side.H; ++h) {
@@ -263,7 +259,7 @@ uint32_t put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int i
     if (pack) {
         pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, side.row_bytes(bits) };
     }
-    return round_up(pairs, GGML_KVTC_CUDA_COLUMN(side.d)) + get_staged(side, budget);
+    return round_up(pairs, GGML_KVTC_CUDA_COLUMN(side.d)) + staged;
 }
 
 // A side of an ordinary type, whose values take part in what kernels do with those of coded sides: they are their own components.

@@ -537,13 +537,14 @@ void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * m
 
 template <int D>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
-    if (p.few_rows > 4) { // plans have these for many cells alone
-        return p.n_block > 0 ? launch<D, 8, true,  false>(a, p, values, meta, stream)
-                             : launch<D, 8, false, false>(a, p, values, meta, stream);
+    constexpr int FEW = SM90_FEW_ROWS;
+    if (p.few_rows > FEW) { // plans have these for many cells alone
+        return p.n_block > 0 ? launch<D, 2*FEW, true,  false>(a, p, values, meta, stream)
+                             : launch<D, 2*FEW, false, false>(a, p, values, meta, stream);
     }
-    return p.n_block > 0 ? launch<D, 4, true,  false>(a, p, values, meta, stream)
-         : p.few_slabs   ? launch<D, 4, false, true> (a, p, values, meta, stream)
-                         : launch<D, 4, false, false>(a, p, values, meta, stream);
+    return p.n_block > 0 ? launch<D, FEW, true,  false>(a, p, values, meta, stream)
+         : p.few_slabs   ? launch<D, FEW, false, true> (a, p, values, meta, stream)
+                         : launch<D, FEW, false, false>(a, p, values, meta, stream);
 }
 
 } // namespace

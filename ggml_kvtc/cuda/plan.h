@@ -144,7 +144,7 @@ constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
 constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has short code
 constexpr int SM90_START     = 1024;   // of shared memory, the first KiB is the system's: a block's offsets count from there
-constexpr int SM90_TABLE     = 4096;   // to which tables of pairs are aligned, by their addresses: the largest one's size
+constexpr int SM90_TABLE     = GGML_KVTC_CUDA_COLUMN(128); // to which tables of pairs are aligned, by their addresses: the largest one's size
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
 
