@@ -83,8 +83,44 @@ uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t
     return round_up(end, 16);
 }
 
-// Which groups have tables of pairs, as far as `most` bytes allow: the widest that may are the first to have single levels.
+// The same for values below 256 components, of which each lane has banks of its own (kvtc-pack-cuda.h). Groups that have single levels
+// come first, then the sets of pairs, then the first set. most: bits of groups of pairs
+uint32_t place_banks(const int8_t * w, int G, int most, std::vector<uint32_t> & at, std::vector<bool> & single) {
+    const uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN(8*G);
+    at.resize(G);
+    single.resize(G);
+    uint32_t end = 0;
+    std::vector<int> widest((G + 7)/8, 0);
+    for (int g = 0; g < G; ++g) {
+        single[g] = w[g] > (g < 8 ? 5 : most);
+        if (single[g]) {
+            at[g] = end;
+            end  += 16u << w[g];
+        } else {
+            widest[g/8] = std::max(widest[g/8], (int) w[g]);
+        }
+    }
+    for (int set = (int) widest.size() - 1; set >= 0; --set) {
+        end = set > 0 ? end : round_up(end, COLUMN);
+        for (int g = 8*set; g < std::min(G, 8*set + 8); ++g) {
+            at[g] = single[g] ? at[g] : end + g%8*(GGML_KVTC_CUDA_LEVEL/8);
+        }
+        end += set > 0 ? GGML_KVTC_CUDA_LEVEL << 2*widest[set] : 3*COLUMN + (GGML_KVTC_CUDA_LEVEL << widest[set]);
+    }
+    return end;
+}
+
+// Does each lane look up in banks of its own?
+bool has_banks(ggml_kvtc_side which, int d) {
+    return which == GGML_KVTC_V && d < 256;
+}
+
+// Which groups have tables of pairs, as far as `most` bytes allow (banks: of so many bits): the widest that may are the first to have
+// single levels.
 uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t most, std::vector<uint32_t> & at, std::vector<bool> & single) {
+    if (has_banks(which, 8*G)) {
+        return place_banks(w, G, (int) most, at, single);
+    }
     const int widest = most_in_pairs(8*G);
     const int n_most = (int) std::count(w, w + G, widest);
     // a step of keys looks up all its groups of single levels together: that one has pairs saves nothing while another has none
@@ -98,9 +134,8 @@ uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t mo
     return used;
 }
 
-// Bytes of its tables of pairs.
-uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
-              uint32_t payload, uint32_t most_pairs) {
+void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
+              uint32_t payload, uint32_t most) {
     const uint32_t place = (uint32_t) GGML_KVTC_CUDA_HEAD_AT(which, h);
     const int d = side.d;
     const int G = d/8;
@@ -126,7 +161,7 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
     std::vector<uint32_t> pairs_at(G);
     std::vector<bool>     single(G);
     if (!side.turbo) {
-        tmp.n_pairs = choose_pairs(w, G, which, most_pairs, pairs_at, single);
+        tmp.n_pairs = choose_pairs(w, G, which, most, pairs_at, single);
         for (int g = 0; g < G; ++g) {
             tmp.n_wide = single[g] ? g + 1 : tmp.n_wide;
         }
@@ -150,7 +185,7 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
     tmp.pair_codes = out.put(side.turbo ? 0 : G, &pair_codes);
     tmp.pairs      = out.put(tmp.n_pairs, &pairs);
     if (!out.base) {
-        return tmp.n_pairs;
+        return;
     }
     ggml_kvtc_cuda_code * codes = tmp.group_code;
     const uint32_t * first_level = tmp.first_level;
@@ -161,11 +196,13 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
     for (int g = 0; g < G; ++g) {
         widths   [g] = (uint8_t) w[g];
         codes    [g] = { (uint16_t) (at/8), (uint8_t) w[g], (uint8_t) (std::find_if(w + g, w + G, [&](int8_t x) { return x != w[g]; }) - (w + g)), table };
-        const bool     pair = w[g] > 0 && !single[g];
+        const bool     bank = has_banks(which, d);
+        const bool     pair = w[g] > 0 && !single[g] && !bank;
         const uint32_t swap = pair ? 4u*(g % 8) & ((1u << 2*w[g]) - 1) : 0; // neighbouring groups have their likely codes in different banks
         if (!side.turbo) {
-            const uint32_t last = pair && d < 256 ? at % 32 + 6u*w[g] - 2 : 0;
-            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8 | last << 16, pair ? ((1u << 2*w[g]) - 1) << 2 : 0 };
+            const uint32_t last = single[g] || d >= 256 ? 0 : bank ? at % 32 + 4u*w[g] : pair ? at % 32 + 6u*w[g] - 2 : 0;
+            const uint32_t mask = single[g] ? 0 : bank ? ((1u << (g < 8 ? 1 : 2)*w[g]) - 1)*GGML_KVTC_CUDA_LEVEL : pair ? ((1u << 2*w[g]) - 1) << 2 : 0;
+            pair_codes[g] = { pairs_at[g] | swap*4, at/32*4, at % 32 | (single[g] ? GGML_KVTC_CUDA_SINGLE : 0) | 2u*w[g] << 8 | last << 16, mask };
         }
         at += 8*w[g];
         if (w[g] == 0 || g >= n_book) {
@@ -190,6 +227,22 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
                 }
             }
         };
+        const auto put_banks = [&](uint8_t * to) {
+            for (int p = 0; p < 4; ++p) {
+                const ggml_fp16_t * of_pair[2] = { levels + first_level[g] + 2*p*n, levels + first_level[g] + (2*p + 1)*n };
+                for (int i = 0; i < n && g < 8; ++i) {
+                    auto * entry = (ggml_fp16_t *) (to + p*GGML_KVTC_CUDA_COLUMN(d) + i*GGML_KVTC_CUDA_LEVEL);
+                    for (int j = 0; j < 8; ++j) { // four times both
+                        entry[j] = of_pair[j%2][i];
+                    }
+                }
+                for (int i = 0; i < n*n && g >= 8; ++i) {
+                    auto * entry = (ggml_fp16_t *) (to + 4*p + i*GGML_KVTC_CUDA_LEVEL);
+                    entry[0] = of_pair[0][i%n];
+                    entry[1] = of_pair[1][i/n];
+                }
+            }
+        };
         const auto put_single = [&](uint8_t * to) {
             std::copy_n(levels + first_level[g], 8*n, (ggml_fp16_t *) to);
         };
@@ -197,7 +250,8 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
         if (side.turbo) {
             continue; // the next groups have this table
         }
-        single[g] ? put_single(pairs + pairs_at[g]) : put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN(d), swap);
+        single[g] ? put_single(pairs + pairs_at[g]) :
+        bank      ? put_banks(pairs + pairs_at[g]) : put_pairs(pairs + pairs_at[g], GGML_KVTC_CUDA_COLUMN(d), swap);
         table += table_bytes(w[g]);
     }
     const float * scale = &side.scale[(size_t) h*d];
@@ -212,11 +266,15 @@ uint32_t put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side,
         }
     }
     memcpy(out.base + place, &tmp, sizeof(tmp));
-    return tmp.n_pairs;
 }
 
 // bytes of a side's rows in a block's shared memory, as plan.h stages them
-uint32_t get_staged(const ggml_kvtc_side_calibration & side, int budget) {
+uint32_t get_staged(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits) {
+    if (bits == 0) {
+        return 0;
+    }
+    const ggml_kvtc_side_calibration & side = *cal.find(il, which);
+    const int budget = side.budget_index(bits);
     uint32_t most = 0;
     for (int h = 0; h < side.H; ++h) {
         most = std::max(most, (uint32_t) side.head_bytes(h, budget));
@@ -224,32 +282,53 @@ uint32_t get_staged(const ggml_kvtc_side_calibration & side, int budget) {
     return GGML_KVTC_CUDA_STAGED*((round_up(most + 12, 16)/16) | 1)*16;
 }
 
-// Bytes that a head's tables of pairs may have; taken: of a block's, by the side before and this one's rows.
-uint32_t get_most_pairs(ggml_kvtc_side which, int d, uint32_t taken) {
-    if (d >= 256) {
-        return d == 256 && which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX;
-    }
-    const uint32_t most = which == GGML_KVTC_K ? GGML_KVTC_CUDA_MOST_KEYS : GGML_KVTC_CUDA_MOST_BLOCK;
-    return most > taken ? most - taken : 0;
-}
-
-// Bytes of a block's shared memory that the side takes; taken: by the side before.
-uint32_t put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t taken, ggml_kvtc_cuda_pack * pack) {
+// Bytes of a block's shared memory that a side's rows and tables take; most: as choose_pairs has it.
+uint32_t get_taken(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t most) {
     if (bits == 0) {
         return 0;
     }
     const ggml_kvtc_side_calibration & side = *cal.find(il, which);
     const int budget = side.budget_index(bits);
+    uint32_t tables = 0;
+    std::vector<uint32_t> at;
+    std::vector<bool> single;
+    for (int h = 0; h < side.H && !side.turbo; ++h) {
+        tables = std::max(tables, choose_pairs(side.group_widths(h, budget), side.d/8, which, most, at, single));
+    }
+    return round_up(tables, GGML_KVTC_CUDA_COLUMN(side.d)) + get_staged(cal, il, which, bits);
+}
+
+// What a layer's tables may have, as choose_pairs takes it.
+struct table_room {
+    uint32_t most[2];
+};
+
+table_room get_room(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v) {
+    const int d_k = bits_k > 0 ? cal.find(il, GGML_KVTC_K)->d : 0;
+    const int d_v = bits_v > 0 ? cal.find(il, GGML_KVTC_V)->d : 0;
+    table_room r = { { d_k == 256 ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX, has_banks(GGML_KVTC_V, d_v) ? 4 : UINT32_MAX } };
+    if (d_k < 256 && d_v < 256) {
+        const uint32_t keys = get_taken(cal, il, GGML_KVTC_K, bits_k, 0);
+        r.most[GGML_KVTC_V] = keys + get_taken(cal, il, GGML_KVTC_V, bits_v, 4) > GGML_KVTC_CUDA_MOST_BLOCK ? 3 : 4;
+        const uint32_t taken = get_taken(cal, il, GGML_KVTC_V, bits_v, r.most[GGML_KVTC_V]) + get_staged(cal, il, GGML_KVTC_K, bits_k);
+        r.most[GGML_KVTC_K] = GGML_KVTC_CUDA_MOST_BLOCK > taken ? GGML_KVTC_CUDA_MOST_BLOCK - taken : 0;
+    }
+    return r;
+}
+
+void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t most, ggml_kvtc_cuda_pack * pack) {
+    if (bits == 0) {
+        return;
+    }
+    const ggml_kvtc_side_calibration & side = *cal.find(il, which);
+    const int budget = side.budget_index(bits);
     const std::vector<ggml_kvtc_place> places = side.places(budget);
-    const uint32_t staged     = get_staged(side, budget);
-    const uint32_t most_pairs = get_most_pairs(which, side.d, taken + staged);
-    uint32_t pairs = 0;
 
     for (int h = 0; h < side.H; ++h) {
         if (!side.turbo) {
-            pairs = std::max(pairs, put_head(out, side, which, h, budget, places[h].gain, most_pairs));
+            put_head(out, side, which, h, budget, places[h].gain, most);
         } else if (h == 0) {
-            put_head(out, side, which, h, budget, places[h].codes, most_pairs);
+            put_head(out, side, which, h, budget, places[h].codes, most);
         } else if (pack) { // all heads of turbo types share what the first has
             auto * head = (ggml_kvtc_cuda_head *) (out.base + GGML_KVTC_CUDA_HEAD_AT(which, h));
             memcpy(head, out.base + GGML_KVTC_CUDA_HEAD_AT(which, 0), sizeof(*head));
@@ -259,7 +338,6 @@ uint32_t put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int i
     if (pack) {
         pack->side[which] = { (uint32_t) bits, (uint32_t) side.H, (uint32_t) side.d, side.row_bytes(bits) };
     }
-    return round_up(pairs, GGML_KVTC_CUDA_COLUMN(side.d)) + staged;
 }
 
 // A side of an ordinary type, whose values take part in what kernels do with those of coded sides: they are their own components.
@@ -340,8 +418,9 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         const uint32_t at = out.reserve(n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + (size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d_k)*4);
         GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
     }
-    const uint32_t taken = put_side(out, cal, il, GGML_KVTC_K, bits_k, 0, pack);
-    put_side(out, cal, il, GGML_KVTC_V, bits_v, taken, pack);
+    const table_room room = get_room(cal, il, bits_k, bits_v);
+    put_side(out, cal, il, GGML_KVTC_K, bits_k, room.most[GGML_KVTC_K], pack);
+    put_side(out, cal, il, GGML_KVTC_V, bits_v, room.most[GGML_KVTC_V], pack);
     if (bits_k == 0 || bits_v == 0) {
         const ggml_kvtc_side_calibration & other = *cal.find(il, bits_k == 0 ? GGML_KVTC_V : GGML_KVTC_K);
         put_plain(out, bits_k == 0 ? GGML_KVTC_K : GGML_KVTC_V, other.H, other.d, pack);

@@ -17,11 +17,11 @@
 
 #define GGML_KVTC_CUDA_TURNS  256
 #define GGML_KVTC_CUDA_COLUMN(d) ((d) < 256 ? 4096 : 1024) // bytes from a group's table of pairs to its next one: the largest that has such
+#define GGML_KVTC_CUDA_LEVEL  128         // bytes of all banks: what values' tables have of one index
 #define GGML_KVTC_CUDA_SINGLE 128         // of a pair code's shift: the group has single levels
 #define GGML_KVTC_CUDA_MOST_PAIRS 18432   // bytes of a key's tables of 256 components: of those of 4 bits, 4 KiB each, the first have single levels instead
-// Below 256 components groups of 5 bits have pairs, 16 KiB each, as far as a block has room: rows and tables of keys may take MOST_KEYS
-// bytes, those of both sides MOST_BLOCK
-#define GGML_KVTC_CUDA_MOST_KEYS  57344
+// Below 256 components keys' groups of 5 bits have pairs, 16 KiB each, as far as a block has room: rows and tables of both sides may take
+// MOST_BLOCK bytes
 #define GGML_KVTC_CUDA_MOST_BLOCK 155648
 #define GGML_KVTC_CUDA_STAGED     192     // rows of a side that a block has in shared memory
 
@@ -52,7 +52,8 @@ struct ggml_kvtc_cuda_head {
                          // index being code | next code << w; for wider groups [8][2^w] f16
     uint32_t n_tables;   // bytes of these, a multiple of 16
     uint32_t pair_codes; // ggml_kvtc_cuda_pair_code [d/8]
-    uint32_t pairs;      // the same tables with pairs for widths up to 5 (not all of the widest), for kernels that look up without a branch
+    uint32_t pairs;      // the same tables with pairs for widths up to 5 (not all of the widest), or values' banks, for kernels that look up
+                         // without a branch
     uint32_t n_pairs;    // bytes of these, a multiple of 16
     uint32_t n_wide;     // groups, the first ones, of which one may have single levels there
     // what codes, bounds_at, levels_at and inv_scale point to
@@ -65,11 +66,27 @@ struct ggml_kvtc_cuda_head {
 // The same for lookups in pairs. Four tables for a group, [4^w] pairs each, GGML_KVTC_CUDA_COLUMN bytes apart and aligned to their
 // size; for more bits than such a table has room for, and where all groups' would take too much, one of single levels, [8][2^w] f16.
 // Groups without bits have a pair of zeros in each place.
+//
+// Values below 256 components have other tables: of eight groups each has four of shared memory's 32 banks, and the four lanes that decode
+// one, of different rows, one each. So no two lanes meet in a bank. The first eight groups have levels, of up to 5 bits; lanes look up one
+// by one, all in the same pair of components, whose tables are GGML_KVTC_CUDA_COLUMN bytes apart:
+//
+//             bank 0 … 3                                        4 … 7       31
+//   code 0    | group 0: both levels of the pair, four times | group 1 | … |
+//   code 1    | …
+//
+// The others have pairs, of up to 4 bits (3 where those of both sides would take too much); each lane begins with another one:
+//
+//             bank 0   1        2        3        4 … 7       31
+//   codes 0   | pair 0 | pair 1 | pair 2 | pair 3 | group 9 | … |
+//   codes 1   | …
 struct ggml_kvtc_cuda_pair_code {
-    uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or)
+    uint32_t table;      // byte offset of the group's first table in pairs, and what its indices are changed by (exclusive or); banks: of
+                         // the first one's code 0
     uint32_t word;       // byte offset of the first code's word in the payload, a multiple of 4
-    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8 | (pairs below 256 components: to two before the last) << 16
-    uint32_t mask;       // of a pair's index, times 4; 0 for single levels
+    uint32_t shift;      // bits from there to the first code | GGML_KVTC_CUDA_SINGLE | 2*width << 8 | (pairs below 256 components: to two before the last;
+                         // banks: to the fifth code) << 16
+    uint32_t mask;       // of a pair's index, times 4; banks: of an index, times GGML_KVTC_CUDA_LEVEL; 0 for single levels
 };
 
 struct ggml_kvtc_cuda_side {

@@ -75,12 +75,6 @@ struct tile_place {
     __device__ __forceinline__ int operator()(int c) const { return (c/64*8 + c%8)*8 + c/8%8; }
 };
 
-// the same where these are not neighbouring groups, but every SHARE-th
-template <int SHARE>
-struct turn_place {
-    __device__ __forceinline__ int operator()(int c) const { return (c/8%SHARE*8 + c%8)*8 + c/8/SHARE; }
-};
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // The warps' sums, their largest logits and sums of weights to one of each for the block, and out. o: as mma leaves it, of tiles whose
 // rows r8, r8 + 8 are components t, t + 4 of a group of eight; D/64 warps have the same largest logits and a part of the components
@@ -115,7 +109,7 @@ __device__ __forceinline__ void merge_warps(const attn_args & a, uint8_t * to, u
         }
     }
     meet_all(barrier);
-    put_sums<D, 8, SHARE>(a, all_o, all_top, all_sum, N_SET, head, 0, stream, blockIdx.x, gridDim.x, turn_place<SHARE>(), values, meta);
+    put_sums<D, 8, SHARE>(a, all_o, all_top, all_sum, N_SET, head, 0, stream, blockIdx.x, gridDim.x, tile_place(), values, meta);
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 

@@ -16,6 +16,8 @@
 #include "hopper-tiles.cuh"
 #include "row-maps-sm90.cuh"
 
+#include <type_traits>
+
 namespace kvtc {
 
 namespace {
@@ -102,8 +104,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const int skew[2] = { (int) (kh.payload % p.unit), (int) (vh.payload % p.unit) };
 
     const int query_pos = a.query_pos[stream];
-    const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
-    const int2 * info = a.info + (int64_t) stream*a.n_kv;
     few_sums<D, ROWS> sums;
     sums.init();
 
@@ -114,7 +114,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         }
     };
     stretch_cells of_stretch;
-    const auto look = [&](int slab) { of_stretch.look(a, mask, info, slab*SLAB, 32*part + lane); };
+    const auto get_cells = [&](int odd) { return smem + p.at_cells + (2*group + odd)*p.n_fine*SM90_FEW_CELL; };
+    const auto look = [&](int odd, int slab) { of_stretch.look(a, get_cells(odd), p.n_fine, stream, slab*SLAB, 32*part + lane); };
 
     // neighbouring slabs to one group
     const int2 slabs = get_slabs<UNEVEN>(p, share, group);
@@ -123,7 +124,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const int stretch = p.n_fine/SLAB;
     if (slab < slab_end) {
         fetch(0, slab);
-        look(slab);
+        look(0, slab);
     }
     const float2 z_own = read_own<D>(a, head, stream);
     load_queries<D, true>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
@@ -136,26 +137,20 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     const uint8_t * v_rows = stage[1] + skew[1] + 2*q4*p.stride[1];
     const int my_key = KEYS == 1 ? r8 + q4/2*8 : r8; // whose logits the thread has, and if of two keys, of that plus eight
     const uint8_t * v_gain = stage[1] + skew[1] + my_key*p.stride[1];
-    pair_code v_code[D/64];
-#pragma unroll
-    for (int h = 0; h < D/64; ++h) {
-        v_code[h] = load_code(codes + D/8 + r8 + 8*h);
-    }
 
-    for (int buffer = 0; slab < slab_end; buffer ^= p.n_turned - 1) {
+    for (int odd = 0; slab < slab_end; odd ^= 1) {
         const int n     = min(stretch, slab_end - slab);
-        const int start = of_stretch.next_start;
+        const int start = of_stretch.first_pos;
         if (p.n_turned == 1) {
             meet(group, false); // those of the last stretch were read
         }
-        half * anchored = turned + buffer*2*ROWS*LD;
-        uint8_t * cells = smem + p.at_cells + (group*p.n_turned + buffer)*p.n_fine*SM90_FEW_CELL;
-        const bool plain = of_stretch.start(a, cells, p.n_fine, n*SLAB, 32*part + lane, query_pos);
-        if (slab + n < slab_end) {
-            look(slab + n);
-        }
+        half * anchored = turned + (odd & (p.n_turned - 1))*2*ROWS*LD;
+        const bool plain = of_stretch.start(a, get_cells(odd), p.n_fine, stream, slab*SLAB, n*SLAB, 32*part + lane, query_pos);
         turn_twice<D, ROWS>(queries, anchored, freq, start, n_row);
         const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
+        if (slab + n < slab_end) {
+            look(odd ^ 1, slab + n); // all have met: the stretch before is read
+        }
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 
         const auto turn_again = [&] {
@@ -354,13 +349,16 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             }
             // meanwhile, some of the values: group r8 + 8*h of keys 2*q4, + 1, + 8, + 9
             uint4 z[4];
-            const auto decode_values = [&](int h) {
+            const auto decode_values = [&](auto set) {
+                int bank = q4;
+                asm volatile("" : "+r"(bank)); // what follows from it is not kept from slab to slab: there are no registers left
+                const pair_code code = load_code(codes + D/8 + r8 + 8*set.value);
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    z[n] = decode_eight<D>(v_rows + (n%2 + n/2*8)*p.stride[1], v_code[h]);
+                    z[n] = decode_banks<D, set.value>(v_rows + (n%2 + n/2*8)*p.stride[1], code, bank);
                 }
             };
-            decode_values(0);
+            decode_values(std::integral_constant<int, 0>());
             wgmma_wait();
 
             // logits of queries 2*(q4%(ROWS/2)) + x
@@ -461,7 +459,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 #pragma unroll
             for (int h = 0; h < D/64; ++h) {
                 if (h > 0) {
-                    decode_values(h);
+                    decode_values(std::integral_constant<int, D/64 - 1>());
                 }
                 if constexpr (!CLEAN) {
                     for_wide<D>(codes + D/8 + 8*h, min(8, n_wide[1] - 8*h), stage[1] + skew[1], p.stride[1], wide, [&](int g) {
@@ -515,7 +513,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         }
     }
 
-    __syncthreads();
+    meet_all(barriers.sums);
     merge_few<D, ROWS, N_WARP>(a, smem + p.at_merge, barriers.sums, sums, share, stream, p.n_sum, values, meta);
     if (UNEVEN && share.split == 0) {
         clear_sums<D>(a, share, stream, p.n_sum, values, meta);

@@ -53,11 +53,11 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
     const int part  = warp % WARPS; // of the slab
     const int here  = part % 2;     // of 32 cells
-    const int mine  = warp % SHARE; // of the shared keys, and of each SHARE groups of values: the first ones, of many bits, take longest
+    const int mine  = warp % SHARE; // of the shared keys, and of the sets of eight groups of values
     const int set   = warp / SHARE;
     const int q4    = lane % 4;
     const int r8    = lane / 4;
-    const int of_thread = r8*SHARE + mine; // group of values
+    const int of_thread = r8 + 8*mine; // group of values
 
     const int stream = blockIdx.z;
     const int n_row  = a.n_tokens*a.group; // up to 8
@@ -294,13 +294,14 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
             wgmma<false>(x, ones, of_mean);
             wgmma_commit();
-            // meanwhile, values of the warp's own keys. Group r8*SHARE + mine of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
+            // meanwhile, values of the warp's own keys. Group r8 + 8*mine of keys 2*q4, + 1, + 8, + 9: component c is row r8, or r8 + 8, of tile c modulo 4
             uint4 z[4];
             const pair_code code = load_code(codes + D/8 + of_thread);
             const auto decode_values = [&](const uint8_t * rows) {
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    z[n] = decode_eight<D>(rows + (n%2 + n/2*8)*p.stride[1], code);
+                    const uint8_t * row = rows + (n%2 + n/2*8)*p.stride[1];
+                    z[n] = mine == 0 ? decode_banks<D, 0>(row, code, q4) : decode_banks<D, 1>(row, code, q4);
                 }
             };
             decode_values(v_rows);
@@ -410,7 +411,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
                 if (s > 0) {
                     decode_values(rows);
                 }
-                for_wide<D, SHARE>(codes + D/8 + mine, (n_wide[1] - mine + SHARE - 1)/SHARE, rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
+                for_wide<D>(codes + D/8 + 8*mine, min(8, n_wide[1] - 8*mine), rows - 2*q4*p.stride[1], p.stride[1], wide, [&](int g) {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         if (r8 == g) {

@@ -34,40 +34,45 @@ __device__ __forceinline__ void make_gains(few_gains & gains, const ggml_kvtc_cu
     }
 }
 
-// The cells of a stretch, up to 256: a group's thread has one or two of them before it begins
+// The cells of a stretch, up to 256, of which a group's thread has one or two. They are on their way while the stretch before is
+// processed, without registers: the compiler would wait for them to put them aside
 struct stretch_cells {
-    int2 next     [2]; // (position, slot)
-    half next_mask[2];
-    int  next_start;   // the first position
+    int first_pos = 0; // of the next one
 
     // in shared memory, of this one
-    int2 * cell;
-    half * mask; // as positions leave it
+    int2 * cell;   // (position, slot)
+    half * mask;   // as positions leave it
 
     // first: cell; mine: the thread's, from it on, and 32*GROUP_WARPS more
-    __device__ __forceinline__ void look(const attn_args & a, const half * of_mask, const int2 * info, int first, int mine) {
+    __device__ __forceinline__ void look(const attn_args & a, uint8_t * to, int most, int stream, int first, int mine) {
+        const int2 * info = a.info + (int64_t) stream*a.n_kv;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const int i = first + mine + 32*GROUP_WARPS*j;
-            next     [j] = info[min(i, a.n_kv - 1)];
-            next_mask[j] = read_mask(a, of_mask, 0, i);
+            const int i = mine + 32*GROUP_WARPS*j;
+            if (i < most) {
+                copy_async<8>((int2 *) to + i, info + min(first + i, a.n_kv - 1));
+            }
         }
-        next_start = info[first].x;
+        copy_commit();
+        first_pos = info[first].x;
     }
 
     // n of at most `most` cells; true where the thread's come in the order of their positions, all seen, with codes only
-    __device__ __forceinline__ bool start(const attn_args & a, uint8_t * to, int most, int n, int mine, int query_pos) {
+    __device__ __forceinline__ bool start(const attn_args & a, uint8_t * to, int most, int stream, int first, int n, int mine, int query_pos) {
+        const half * of_mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
         cell = (int2 *) to;
         mask = (half *) (cell + most);
         bool plain = true;
+        copy_wait<0>();
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int i = mine + 32*GROUP_WARPS*j;
             if (i < n) {
-                const half seen = hide_cell(a, next_mask[j], query_pos, next[j]);
-                cell[i] = next[j];
+                int2 x = cell[i];
+                const half seen = hide_cell(a, read_mask(a, of_mask, 0, first + i), query_pos, x);
+                cell[i] = x;
                 mask[i] = seen;
-                plain = plain && next[j].x == next_start + i && __half_as_ushort(seen) == 0 && get_use(a, next[j].x, next[j].y, query_pos, query_pos) == USE_CODES;
+                plain = plain && x.x == first_pos + i && __half_as_ushort(seen) == 0 && get_use(a, x.x, x.y, query_pos, query_pos) == USE_CODES;
             }
         }
         return plain;
@@ -219,7 +224,7 @@ struct few_sums {
     }
 };
 
-// Warps' sums, largest logits and sums of weights to one of each for the block, and out
+// Warps' sums, largest logits and sums of weights to one of each for the block, and out; all threads have met at the barrier once
 template <int D, int ROWS, int N_WARP>
 __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uint64_t & barrier, const few_sums<D, ROWS> & sums, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
     constexpr int LD   = D + 8;
@@ -255,7 +260,7 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uin
             }
         }
     }
-    meet_all(barrier);
+    meet_all(barrier, 1);
     put_sums<D, ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL

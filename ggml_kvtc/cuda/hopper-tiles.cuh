@@ -135,11 +135,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t & barrier, int parity) {
         :: "r"((uint32_t) __cvta_generic_to_shared(&barrier)), "r"(parity) : "memory");
 }
 
-// All threads of a block meet, once; barrier: counts them all. For __syncthreads() where warps have met at named barriers, some more
-// often than others: racecheck does not follow that (NOTES.md)
-__device__ __forceinline__ void meet_all(uint64_t & barrier) {
+// All threads of a block meet; barrier: counts them all, phase: how often they met at it before, modulo 2. For __syncthreads() where warps
+// have met at named barriers, some more often than others: racecheck does not follow that (NOTES.md)
+__device__ __forceinline__ void meet_all(uint64_t & barrier, int phase = 0) {
     barrier_arrive(barrier);
-    barrier_wait(barrier, 0);
+    barrier_wait(barrier, phase);
 }
 
 // a multiple of 16 bytes, by the copy engine

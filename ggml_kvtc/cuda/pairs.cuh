@@ -65,6 +65,63 @@ __device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_co
     return decode_words<D>(load_words(row, code), code);
 }
 
+constexpr int LEVEL_SHIFT = 7;
+static_assert(1 << LEVEL_SHIFT == GGML_KVTC_CUDA_LEVEL, "indices of banks are shifted by another number of bits");
+
+// Eight codes of values' first eight groups, looked up one by one; of single levels, something. bank: of the group's four, the lane's
+template <int D>
+__device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_code & code, int bank) {
+    constexpr int COLUMN = GGML_KVTC_CUDA_COLUMN(D);
+    const uint2    words = load_words(row, code);
+    const uint32_t width = code.shift >> 9; // shifts are modulo 32
+    uint32_t bits = __funnelshift_r(words.x, words.y, code.shift) << LEVEL_SHIFT;
+    const auto next = [&] {
+        const uint32_t at = (bits & code.mask) | (code.table + 4*bank);
+        bits = __funnelshift_r(bits, 0, width);
+        return at;
+    };
+    uint32_t at[8];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        at[c] = next();
+    }
+    bits = (uint32_t) (((uint64_t) words.y << 32 | words.x) >> (code.shift >> 16)) << LEVEL_SHIFT;
+#pragma unroll
+    for (int c = 4; c < 8; ++c) {
+        at[c] = next();
+    }
+    return make_uint4(__byte_perm(look_up(at[0]), look_up(at[1]), 0x7610),
+        __byte_perm(look_up<1*COLUMN>(at[2]), look_up<1*COLUMN>(at[3]), 0x7610),
+        __byte_perm(look_up<2*COLUMN>(at[4]), look_up<2*COLUMN>(at[5]), 0x7610),
+        __byte_perm(look_up<3*COLUMN>(at[6]), look_up<3*COLUMN>(at[7]), 0x7610));
+}
+
+// The same of the other groups, in pairs; bank: which the lane begins with
+__device__ __forceinline__ uint4 decode_turned_pairs(const uint8_t * row, const pair_code & code, int bank) {
+    const uint2    words = load_words(row, code);
+    const uint32_t bits  = __funnelshift_r(words.x, words.y, code.shift);
+    const uint32_t two   = code.shift >> 8 & 31;
+    uint32_t x[4]; // pair bank ^ n
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        const uint32_t pair = bank ^ n;
+        x[n] = look_up((__funnelshift_r(bits << LEVEL_SHIFT, bits >> (32 - LEVEL_SHIFT), two*pair) & code.mask) + (code.table + 4*pair));
+    }
+    const bool odd = bank & 1;
+    const uint4 y = make_uint4(odd ? x[1] : x[0], odd ? x[0] : x[1], odd ? x[3] : x[2], odd ? x[2] : x[3]);
+    return bank & 2 ? make_uint4(y.z, y.w, y.x, y.y) : y;
+}
+
+// Eight codes of a group of values, of set group/8
+template <int D, int SET>
+__device__ __forceinline__ uint4 decode_banks(const uint8_t * row, const pair_code & code, int bank) {
+    if constexpr (SET == 0) {
+        return decode_levels<D>(row, code, bank);
+    } else {
+        return decode_turned_pairs(row, code, bank);
+    }
+}
+
 // a level, of a table
 __device__ __forceinline__ uint32_t look_up_one(uint32_t address) {
     uint16_t x;
@@ -115,13 +172,13 @@ __device__ __forceinline__ void decode_wide_rows(const uint8_t * rows, int strid
     }
 }
 
-// n groups from `codes` on, STEP apart: those of single levels come to `to`, one after the other, for use(number of the n) to take
+// n groups from `codes` on: those of single levels come to `to`, one after the other, for use(number of the n) to take
 // from there
-template <int D, int STEP = 1, typename T>
+template <int D, typename T>
 __device__ __forceinline__ void for_wide(const pair_code * codes, int n, const uint8_t * rows, int stride, uint4 * to, const T & use) {
 #pragma unroll 1
     for (int g = 0; g < n; ++g) {
-        const pair_code code = load_code(codes + g*STEP);
+        const pair_code code = load_code(codes + g);
         if (is_wide(code)) {
             decode_wide_rows<D>(rows, stride, code, to);
             __syncwarp();

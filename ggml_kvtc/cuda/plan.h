@@ -161,7 +161,7 @@ struct sm90_plan {
     int lanes[2];
     int stride[2];
     int n_fine;            // positions from an anchor on that slabs share; few: the table of rotations has the first eight of each 16
-    int n_turned;          // few: 2 where there is room for the next stretch's queries and cells beside this one's
+    int n_turned;          // few: 2 where there is room for the next stretch's queries beside this one's, as for its cells
     int at_own, at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
@@ -227,7 +227,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_turned   = take(p.n_turned*SM90_GROUPS*(few ? 2*p.few_rows : 8)*(s.d + 8)*2);
             p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
-            p.at_cells    = take(few ? p.n_turned*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
+            p.at_cells    = take(few ? 2*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
             p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
             p.at_ranges   = take(few ? 0 : 2*n_warp*8);
             p.at_weights  = take(few ? 0 : n_warp*32*8);

@@ -134,12 +134,23 @@ __global__ void rebuild(const attn_args a, const columns c, const rebuild_plan p
             pos [i] = __shfl_sync(0xffffffff, mine.pos,  r8 + 8*i);
             slot[i] = __shfl_sync(0xffffffff, mine.slot, r8 + 8*i);
         }
+        if (D < 256 && side == GGML_KVTC_V) {
 #pragma unroll
-        for (int s = 0; s < D/32; ++s) {
-            const pair_code code = load_code(codes + 4*s + q4);
+            for (int s = 0; s < D/32; ++s) {
+                const pair_code code = load_code(codes + 4*s + q4);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                put(s, i, decode_eight<D>(row[i], code), gain[i]);
+                for (int i = 0; i < 2; ++i) {
+                    put(s, i, s < 2 ? decode_banks<D, 0>(row[i], code, r8 % 4) : decode_banks<D, 1>(row[i], code, r8 % 4), gain[i]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int s = 0; s < D/32; ++s) {
+                const pair_code code = load_code(codes + 4*s + q4);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    put(s, i, decode_eight<D>(row[i], code), gain[i]);
+                }
             }
         }
         if (n_wide > 0) {
