@@ -25,31 +25,22 @@ uint32_t round_up(uint32_t n, uint32_t to) {
     return (n + to - 1)/to*to;
 }
 
-// bits of the largest groups that may have tables of pairs
-int most_in_pairs(int d) {
-    return d < 256 ? 5 : 4;
-}
-
-// Where each group has its tables for lookups in pairs, and their size in all. Groups of more bits than pairs may have, and of the widest
-// others the first n_single, have single levels. Those of pairs lie in chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's
+// Where each group has its tables for lookups in pairs, but for those of single levels, and their size in all. Those of pairs lie in chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's
 // four tables are at the same place of each. The larger come first, so that all are aligned to their size. Single levels fill what the
 // last chunk's first column leaves; the others come before the chunks. Kernels look them up in pairs too, and take nothing of what they
 // find: that ends before the tables do.
-uint32_t place_pairs(const int8_t * w, int G, int n_single, std::vector<uint32_t> & at, std::vector<bool> & single) {
+uint32_t place_pairs(const int8_t * w, int G, const std::vector<bool> & single, std::vector<uint32_t> & at) {
     const uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN(8*G);
-    const int      most   = most_in_pairs(8*G);
     std::vector<int> order(G);
     for (int g = 0; g < G; ++g) {
         order[g] = g;
     }
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return w[a] > w[b]; });
     at.resize(G);
-    single.resize(G);
     uint32_t n_chunk = 0;
     uint32_t column  = COLUMN; // bytes used of the last chunk's columns
     uint32_t zeros   = 0;      // of these, behind them
     for (int g : order) {
-        single[g] = w[g] > most || n_single-- > 0;
         if (single[g]) {
             continue;
         }
@@ -121,15 +112,22 @@ uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t mo
     if (has_banks(which, 8*G)) {
         return place_banks(w, G, (int) most, at, single);
     }
-    const int widest = most_in_pairs(8*G);
-    const int n_most = (int) std::count(w, w + G, widest);
-    // a step of keys looks up all its groups of single levels together: that one has pairs saves nothing while another has none
-    const bool together = which == GGML_KVTC_K && 8*G < 256;
-    int n_single = together && *std::max_element(w, w + G) > widest ? n_most : 0;
-    uint32_t used = place_pairs(w, G, n_single, at, single);
-    while (used > most && n_single < n_most) {
-        n_single = together ? n_most : n_single + 1;
-        used     = place_pairs(w, G, n_single, at, single);
+    // Groups fall in width. Below 256 components all four of a step of keys have tables of the same kind
+    const int step   = 8*G < 256 ? 4 : 1;
+    const int widest = 8*G < 256 ? 5 : 4;
+    int n_single = 0;
+    while (n_single < G && w[n_single] > widest) {
+        n_single += step;
+    }
+    const auto place = [&] {
+        single.assign(G, false);
+        std::fill_n(single.begin(), std::min(n_single, G), true);
+        return place_pairs(w, G, single, at);
+    };
+    uint32_t used = place();
+    while (used > most && n_single < G && w[n_single] == widest) {
+        n_single += step;
+        used = place();
     }
     return used;
 }

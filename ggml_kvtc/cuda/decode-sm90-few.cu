@@ -26,7 +26,9 @@ constexpr int WARPS  = GROUP_WARPS;
 constexpr int SLAB   = 16*WARPS;
 constexpr int GROUPS = SM90_GROUPS;
 
-// N_STEP: of 32 components that keys have codes of, in plain slabs; else 0. IS_CLEAN: all groups have pairs, and no key has a small gain
+// What a group of warps executes for a slab: all four must be in the same code, for wgmma is theirs together, so this does not depend on
+// what a warp finds in its own rows. N_STEP: of 32 components that keys have codes of, in plain slabs; else 0. IS_CLEAN: no group of the
+// head has single levels
 template <int N_STEP, bool IS_CLEAN>
 struct slab_kind {
     static constexpr int  STEPS = N_STEP;
@@ -208,22 +210,6 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 k[2*s + 1][i]     = x.z;
                 k[2*s + 1][i + 2] = x.w;
             };
-            const auto decode_keys = [&](int s) {
-                const pair_code code = load_code(codes + 4*s + q4);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    put(s, i, decode_eight<D>(row[i], code));
-                }
-            };
-            const auto put_wide = [&](int s) { // groups of single levels, each by those that multiply them: all of a step together
-                if (4*s < n_wide[0]) {
-                    const pair_code code = load_code(codes + 4*s + q4);
-                    if (is_wide(code)) {
-                        put(s, 0, decode_wide<D>(row[0], code));
-                        put(s, 1, decode_wide<D>(row[1], code));
-                    }
-                }
-            };
             const auto shrink_keys = [&](int s) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -258,8 +244,11 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     if (s > 0) {
                         load_step(s - 1);
                     }
-                    put(s, 0, decode_words<D>(of_now[0], now));
-                    put(s, 1, decode_words<D>(of_now[1], now));
+                    const bool wide_step = !CLEAN && 4*s < n_wide[0]; // all its groups have single levels
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        put(s, i, wide_step ? decode_wide<D>(row[i], now) : decode_words<D>(of_now[i], now));
+                    }
                 };
                 load_step(STEPS - 1);
                 look_up_step(STEPS - 1);
@@ -268,11 +257,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                     if (s > 0) {
                         look_up_step(s - 1);
                     }
-                    if constexpr (!CLEAN) {
-                        put_wide(s);
-                        if (any_small) {
-                            shrink_keys(s);
-                        }
+                    if (any_small) { // rarely
+                        shrink_keys(s);
                     }
                     wgmma_fence();
                     multiply(s, s == STEPS - 1);
@@ -290,7 +276,9 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             } else {
 #pragma unroll
                 for (int s = 0; s < D/32; ++s) {
-                    decode_keys(s);
+                    const pair_code code = load_code(codes + 4*s + q4);
+                    put(s, 0, decode_eight<D>(row[0], code));
+                    put(s, 1, decode_eight<D>(row[1], code));
                 }
                 for_wide<D>(codes, n_wide[0], stage[0] + skew[0], p.stride[0], wide, [&](int g) {
                     const uint4 y[2] = { wide[r8], wide[r8 + 8] };
@@ -420,7 +408,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 const float of_gain = KEYS == 1 ? (q4 < 2 ? gain[0] : gain[1]) : gain[i];
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
-                    logit[i][x] = of_key[i][x]*(!CLEAN && any_small && of_gain <= 0.0f ? 1.0f : of_gain);
+                    logit[i][x] = of_key[i][x]*(of_gain <= 0.0f ? 1.0f : of_gain);
                     if (a.softcap != 0.0f) {
                         logit[i][x] = a.softcap*LOG2E*tanhf(logit[i][x]);
                     }
@@ -485,7 +473,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
                 if (all_plain) {
                     fetch(1, slab);
                     read_gains();
-                    if (!any_small && !any_wide) {
+                    if (!any_wide) {
                         if constexpr (D == 128) {
                             if (n_steps == 2) {
                                 add_slab(slab_kind<2, true>(), s);

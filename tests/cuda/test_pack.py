@@ -185,7 +185,8 @@ def test_lookups_find_every_level_of_every_group_and_tables_do_not_overlap(d, bi
                 assert g < head["n_wide"] or not code[2] & SINGLE
                 banks = side == V and d < 256
                 single = bool(code[2] & SINGLE)
-                assert not banks or single == (width > 5) or (g >= 8 and single and width > 3)
+                if banks:
+                    assert single == (width > 5) or (g >= 8 and single and width > 3)
                 last = 12 if banks and g >= 8 else 3 * column + 12 if banks else 3 * column
                 assert (code[0] | code[3]) + last + 4 <= head["n_pairs"]  # whatever is looked up without a branch
                 if width > 0 and not single:  # the last pair, whose index is two bits further up, or the fifth code
@@ -263,13 +264,11 @@ def test_keys_of_five_bits_have_pairs_as_far_as_a_block_has_room(bits):
     for head in keys:
         codes = at(pack, head["pair_codes"], 4 * 16, np.uint32).reshape(-1, 4)
         widths, single = codes[:, 2] >> 9 & 15, (codes[:, 2] & SINGLE) != 0
-        pairs = widths[~single]
-        assert (single[widths > 5]).all() and not single[widths < 5].any()
-        assert head["n_pairs"] <= room or not (pairs == 5).any()
-        if (widths > 5).any():  # which are looked up together with these
-            assert single[widths == 5].all()
-        elif single[widths == 5].any():  # all of them have no room
-            assert head["n_pairs"] + 4 * 4096 * int(single.sum()) > room - 4096
-        some |= bool((pairs == 5).any())
-    assert some == (bits[0] == 2)
+        steps, wide = single.reshape(4, 4), widths.reshape(4, 4)[:, 0] > 5  # steps are looked up together
+        assert (steps.all(axis=1) | ~steps.any(axis=1)).all() and steps[wide].all()
+        assert head["n_pairs"] <= room or not (widths[~single] == 5).any()
+        for n in range(int(wide.sum()), int(steps.sum()) // 4):  # its groups of 5 bits have no room
+            assert head["n_pairs"] + 4 * 4096 * int((widths[4 * n :] == 5).sum() + 1) > room - 4096
+        some |= bool((widths[~single] == 5).any())
+    assert some == (bits[0] != 3)  # where those of 5 bits have one of 6 in their step
     assert all(head["n_wide"] == 0 for head in values)
