@@ -25,10 +25,10 @@ uint32_t round_up(uint32_t n, uint32_t to) {
     return (n + to - 1)/to*to;
 }
 
-// Where each group has its tables for lookups in pairs, but for those of single levels, and their size in all. Those of pairs lie in chunks of four columns of GGML_KVTC_CUDA_COLUMN bytes: a group's
-// four tables are at the same place of each. The larger come first, so that all are aligned to their size. Single levels fill what the
-// last chunk's first column leaves; the others come before the chunks. Kernels look them up in pairs too, and take nothing of what they
-// find: that ends before the tables do.
+// Where each group has its tables of pairs, or single levels, and their size in all. Tables of pairs lie in chunks of four columns of
+// GGML_KVTC_CUDA_COLUMN bytes: a group's four are at the same place of each. The larger come first, so that all are aligned to their size.
+// Single levels fill what the last chunk's first column leaves; the others come before the chunks. Kernels look them up in pairs too, and
+// take nothing of what they find: that ends before the tables do.
 uint32_t place_pairs(const int8_t * w, int G, const std::vector<bool> & single, std::vector<uint32_t> & at) {
     const uint32_t COLUMN = GGML_KVTC_CUDA_COLUMN(8*G);
     std::vector<int> order(G);

@@ -25,7 +25,8 @@ __device__ __forceinline__ void wgmma_fence(uint32_t (&k)[2][4]) {
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait()   { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// 64 rows x 256 (128, 64) columns += 64 x 16, of registers, times 16 x 256 (128, 64); start: = instead
+// 64 rows x 256 (128, 64) columns += 64 x 16, of registers, times 16 x 256 (128, 64); start: = instead. The four warps of a group multiply
+// together: all must be at this very instruction, so none may choose its code by what its own rows hold
 __device__ __forceinline__ void wgmma(uint32_t (&d)[64], const uint32_t (&a)[4], uint64_t b, bool start) {
     asm volatile(
         "{\n"
