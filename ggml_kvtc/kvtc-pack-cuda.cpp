@@ -106,12 +106,18 @@ bool has_banks(ggml_kvtc_side which, int d) {
     return which == GGML_KVTC_V && d < 256;
 }
 
-// Which groups have tables of pairs, as far as `most` bytes allow (banks: of so many bits): the widest that may are the first to have
-// single levels.
-uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t most, std::vector<uint32_t> & at, std::vector<bool> & single) {
+// What a head's tables may have: bytes of keys' pairs, and bits of the pairs in values' banks.
+struct table_room {
+    uint32_t key_pairs;
+    int      bank_bits;
+};
+
+// Which groups have tables of pairs, and where: of keys as far as there is room, the widest that may being the first to have single levels.
+uint32_t choose_tables(const int8_t * w, int G, ggml_kvtc_side which, const table_room & room, std::vector<uint32_t> & at, std::vector<bool> & single) {
     if (has_banks(which, 8*G)) {
-        return place_banks(w, G, (int) most, at, single);
+        return place_banks(w, G, room.bank_bits, at, single);
     }
+    const uint32_t most = which == GGML_KVTC_K ? room.key_pairs : UINT32_MAX;
     // Groups fall in width. Below 256 components all four of a step of keys have tables of the same kind
     const int step   = 8*G < 256 ? 4 : 1;
     const int widest = 8*G < 256 ? 5 : 4;
@@ -133,7 +139,7 @@ uint32_t choose_pairs(const int8_t * w, int G, ggml_kvtc_side which, uint32_t mo
 }
 
 void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggml_kvtc_side which, int h, int budget,
-              uint32_t payload, uint32_t most) {
+              uint32_t payload, const table_room & room) {
     const uint32_t place = (uint32_t) GGML_KVTC_CUDA_HEAD_AT(which, h);
     const int d = side.d;
     const int G = d/8;
@@ -159,7 +165,7 @@ void put_head(ggml_kvtc_bump & out, const ggml_kvtc_side_calibration & side, ggm
     std::vector<uint32_t> pairs_at(G);
     std::vector<bool>     single(G);
     if (!side.turbo) {
-        tmp.n_pairs = choose_pairs(w, G, which, most, pairs_at, single);
+        tmp.n_pairs = choose_tables(w, G, which, room, pairs_at, single);
         for (int g = 0; g < G; ++g) {
             tmp.n_wide = single[g] ? g + 1 : tmp.n_wide;
         }
@@ -280,8 +286,8 @@ uint32_t get_staged(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side wh
     return GGML_KVTC_CUDA_STAGED*((round_up(most + 12, 16)/16) | 1)*16;
 }
 
-// Bytes of a block's shared memory that a side's rows and tables take; most: as choose_pairs has it.
-uint32_t get_taken(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t most) {
+// Bytes of a block's shared memory that a side's rows and tables take.
+uint32_t get_taken(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, const table_room & room) {
     if (bits == 0) {
         return 0;
     }
@@ -291,30 +297,27 @@ uint32_t get_taken(const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side whi
     std::vector<uint32_t> at;
     std::vector<bool> single;
     for (int h = 0; h < side.H && !side.turbo; ++h) {
-        tables = std::max(tables, choose_pairs(side.group_widths(h, budget), side.d/8, which, most, at, single));
+        tables = std::max(tables, choose_tables(side.group_widths(h, budget), side.d/8, which, room, at, single));
     }
     return round_up(tables, GGML_KVTC_CUDA_COLUMN(side.d)) + get_staged(cal, il, which, bits);
 }
 
-// What a layer's tables may have, as choose_pairs takes it.
-struct table_room {
-    uint32_t most[2];
-};
-
 table_room get_room(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_v) {
     const int d_k = bits_k > 0 ? cal.find(il, GGML_KVTC_K)->d : 0;
     const int d_v = bits_v > 0 ? cal.find(il, GGML_KVTC_V)->d : 0;
-    table_room r = { { d_k == 256 ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX, has_banks(GGML_KVTC_V, d_v) ? 4 : UINT32_MAX } };
+    table_room room = { d_k == 256 ? GGML_KVTC_CUDA_MOST_PAIRS : UINT32_MAX, 4 };
     if (d_k < 256 && d_v < 256) {
-        const uint32_t keys = get_taken(cal, il, GGML_KVTC_K, bits_k, 0);
-        r.most[GGML_KVTC_V] = keys + get_taken(cal, il, GGML_KVTC_V, bits_v, 4) > GGML_KVTC_CUDA_MOST_BLOCK ? 3 : 4;
-        const uint32_t taken = get_taken(cal, il, GGML_KVTC_V, bits_v, r.most[GGML_KVTC_V]) + get_staged(cal, il, GGML_KVTC_K, bits_k);
-        r.most[GGML_KVTC_K] = GGML_KVTC_CUDA_MOST_BLOCK > taken ? GGML_KVTC_CUDA_MOST_BLOCK - taken : 0;
+        const uint32_t keys = get_taken(cal, il, GGML_KVTC_K, bits_k, { 0, room.bank_bits });
+        if (keys + get_taken(cal, il, GGML_KVTC_V, bits_v, room) > GGML_KVTC_CUDA_MOST_BLOCK) {
+            room.bank_bits = 3;
+        }
+        const uint32_t taken = get_taken(cal, il, GGML_KVTC_V, bits_v, room) + get_staged(cal, il, GGML_KVTC_K, bits_k);
+        room.key_pairs = GGML_KVTC_CUDA_MOST_BLOCK > taken ? GGML_KVTC_CUDA_MOST_BLOCK - taken : 0;
     }
-    return r;
+    return room;
 }
 
-void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, uint32_t most, ggml_kvtc_cuda_pack * pack) {
+void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, ggml_kvtc_side which, int bits, const table_room & room, ggml_kvtc_cuda_pack * pack) {
     if (bits == 0) {
         return;
     }
@@ -324,9 +327,9 @@ void put_side(ggml_kvtc_bump & out, const ggml_kvtc_calibration & cal, int il, g
 
     for (int h = 0; h < side.H; ++h) {
         if (!side.turbo) {
-            put_head(out, side, which, h, budget, places[h].gain, most);
+            put_head(out, side, which, h, budget, places[h].gain, room);
         } else if (h == 0) {
-            put_head(out, side, which, h, budget, places[h].codes, most);
+            put_head(out, side, which, h, budget, places[h].codes, room);
         } else if (pack) { // all heads of turbo types share what the first has
             auto * head = (ggml_kvtc_cuda_head *) (out.base + GGML_KVTC_CUDA_HEAD_AT(which, h));
             memcpy(head, out.base + GGML_KVTC_CUDA_HEAD_AT(which, 0), sizeof(*head));
@@ -417,8 +420,8 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
         GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
     }
     const table_room room = get_room(cal, il, bits_k, bits_v);
-    put_side(out, cal, il, GGML_KVTC_K, bits_k, room.most[GGML_KVTC_K], pack);
-    put_side(out, cal, il, GGML_KVTC_V, bits_v, room.most[GGML_KVTC_V], pack);
+    put_side(out, cal, il, GGML_KVTC_K, bits_k, room, pack);
+    put_side(out, cal, il, GGML_KVTC_V, bits_v, room, pack);
     if (bits_k == 0 || bits_v == 0) {
         const ggml_kvtc_side_calibration & other = *cal.find(il, bits_k == 0 ? GGML_KVTC_V : GGML_KVTC_K);
         put_plain(out, bits_k == 0 ? GGML_KVTC_K : GGML_KVTC_V, other.H, other.d, pack);

@@ -32,6 +32,11 @@ __device__ __forceinline__ uint2 load_words(const uint8_t * row, const pair_code
     return make_uint2(word[0], word[1]);
 }
 
+// 32 bits of these, from any on
+__device__ __forceinline__ uint32_t get_bits(const uint2 & words, uint32_t from) {
+    return (uint32_t) (((uint64_t) words.y << 32 | words.x) >> from);
+}
+
 // Eight codes looked up in pairs; of single levels, something. b0: bits from the first code on; last: gives what the last pair begins at
 // the third bit of, from the same of the pair before
 template <int D, typename T>
@@ -57,7 +62,7 @@ __device__ __forceinline__ uint4 decode_words(const uint2 & words, const pair_co
     if constexpr (D >= 256) { // no pair has 5
         return decode_bits<D>(first, code);
     }
-    return look_up_pairs<D>(first, code, [&](uint32_t) { return (uint32_t) (((uint64_t) words.y << 32 | words.x) >> (code.shift >> 16)); });
+    return look_up_pairs<D>(first, code, [&](uint32_t) { return get_bits(words, code.shift >> 16); });
 }
 
 template <int D>
@@ -85,7 +90,7 @@ __device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_c
     for (int c = 0; c < 4; ++c) {
         at[c] = next();
     }
-    bits = (uint32_t) (((uint64_t) words.y << 32 | words.x) >> (code.shift >> 16)) << LEVEL_SHIFT;
+    bits = get_bits(words, code.shift >> 16) << LEVEL_SHIFT;
 #pragma unroll
     for (int c = 4; c < 8; ++c) {
         at[c] = next();
