@@ -25,7 +25,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         if (info && info->buffer) {
-            kvtc->set_info(info, *ubatch, needs_mask);
+            kvtc->set_info(info, *ubatch, needs_mask, written);
         }
         if (slots && slots->buffer) {
             kvtc->set_slots(slots);
@@ -58,6 +58,7 @@ public:
     ggml_tensor * pos     = nullptr; // I32 [n_tokens]
     ggml_tensor * pos_rel = nullptr; // I32 [4*n_tokens], M-RoPE's four positions less the temporal one
     bool needs_mask       = true;    // the graph's operations have a mask
+    llama_kvtc::info_written written; // to info
 };
 
 llm_graph_input_kvtc * get_input(const llm_graph_context & g, const llama_kvtc * kvtc) {
@@ -318,6 +319,7 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         input->slots = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I64, g.n_tokens);
         input->needs_mask = needs_mask(g.ubatch, g.cparams);
         ggml_set_input(input->info);
+        ggml_set_output(input->info); // else a graph's other nodes may have its memory when it has been read
         ggml_set_input(input->slots);
     }
 

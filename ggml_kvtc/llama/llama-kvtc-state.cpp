@@ -190,7 +190,7 @@ bool llama_kvtc::cells_read(llama_io_read_i & io, uint32_t stream, const std::ve
     commit();
     std::vector<int32_t> positions;
     for (uint32_t cell : idxs) {
-        slot_of[stream][cell] = -1; // was another token's
+        set_slot(stream, cell, -1); // was another token's
         positions.push_back(cells[stream].pos_get(cell));
     }
     try {
@@ -240,7 +240,7 @@ void llama_kvtc::state_read_partial(llama_io_read_i & io, llama_seq_id seq_id) {
         if (!c.is_empty(cell) && c.seq_has(cell, seq_id)) {
             by_pos.emplace(c.pos_get(cell), cell);
             if (c.seq_count(cell) == 1) {
-                slot_of[stream][cell] = -1; // makes room: the sequence's window is about to be that of the state
+                set_slot(stream, cell, -1); // makes room: the sequence's window is about to be that of the state
             }
         }
     }

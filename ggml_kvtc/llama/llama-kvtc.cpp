@@ -51,6 +51,7 @@ llama_kvtc::llama_kvtc(const config & cfg, const std::vector<llama_kvtc_layer> &
     sliding = cfg.n_swa > 0;
     params.n_sink   = params.n_sink   == LLAMA_KVTC_BY_TYPE ? (calibrated ?   4 : 0) : params.n_sink;
     params.n_window = params.n_window == LLAMA_KVTC_BY_TYPE ? (calibrated ? 128 : 0) : params.n_window;
+    slot_changes.resize(cells.size());
     slot_of.resize(cells.size());
     for (size_t s = 0; s < cells.size(); ++s) {
         slot_of[s].assign(cells[s].size(), -1);
@@ -306,21 +307,25 @@ std::vector<std::pair<int32_t, int32_t>> llama_kvtc::find_slots(uint32_t stream,
     return free;
 }
 
+void llama_kvtc::set_slot(uint32_t stream, uint32_t cell, int32_t slot) {
+    slot_of[stream][cell] = slot;
+    slot_changes[stream].add(cell);
+}
+
 void llama_kvtc::set_owner(int32_t slot, uint32_t stream, uint32_t cell) {
     owner & o = owners[slot];
     if (o.cell >= 0 && slot_of[o.stream][o.cell] == slot) {
-        slot_of[o.stream][o.cell] = -1;
+        set_slot(o.stream, o.cell, -1);
     }
     o = { (int32_t) stream, (int32_t) cell };
-    slot_of[stream][cell] = slot;
+    set_slot(stream, cell, slot);
 }
 
 // The last ubatch has been computed: its tokens are no longer at hand but for those in the exact store.
 void llama_kvtc::commit() {
     for (size_t i = 0; i < cells_cur.size(); ++i) {
-        int32_t & slot = slot_of[cells_cur[i].stream][cells_cur[i].cell];
-        if (slot == -(int32_t) i - 2) { // else it was overwritten since
-            slot = -1;
+        if (slot_of[cells_cur[i].stream][cells_cur[i].cell] == -(int32_t) i - 2) { // else it was overwritten since
+            set_slot(cells_cur[i].stream, cells_cur[i].cell, -1);
             if (slots_cur[i] >= 0) {
                 set_owner((int32_t) slots_cur[i], cells_cur[i].stream, cells_cur[i].cell);
             }
@@ -340,7 +345,7 @@ void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector
     slots_cur.assign(n_tokens_cur, -1);
     for (size_t s = 0; s < strm.size(); ++s) {
         for (uint32_t cell : idxs[s]) {
-            slot_of[strm[s]][cell] = -(int32_t) cells_cur.size() - 2;
+            set_slot(strm[s], cell, -(int32_t) cells_cur.size() - 2);
             cells_cur.push_back({ (int32_t) strm[s], (int32_t) cell });
         }
     }
@@ -365,6 +370,7 @@ void llama_kvtc::apply(const std::vector<llama_seq_id> & strm, const std::vector
 void llama_kvtc::copy_cells(uint32_t src, uint32_t dst) {
     commit();
     std::fill(slot_of[dst].begin(), slot_of[dst].end(), -1);
+    slot_changes[dst].add_all();
     for (uint32_t i = 0; i < n_slots; ++i) {
         const int32_t slot = (int32_t) (src*n_slots + i);
         const owner o = owners[slot];
@@ -399,16 +405,16 @@ bool llama_kvtc::needs_mask(const llama_ubatch & ubatch, const llama_cparams & c
     return n_span == 0 || !cparams.causal_attn || (n_stream_cur == 1 && ubatch.n_seqs_unq > 1);
 }
 
-// (position, slot) of the first n cells, -1 where they are empty. A plain loop: it runs over the whole context for every token.
-static void write_cells(const llama_kv_cells & cells, const int32_t * __restrict slots, int32_t * __restrict out, uint32_t n) {
-    for (uint32_t i = 0; i < n; ++i) {
+// (position, slot) of cells, -1 where they are empty. A plain loop: it may run over the whole context
+static void write_cells(const llama_kv_cells & cells, const int32_t * __restrict slots, int32_t * __restrict out, uint32_t first, uint32_t end) {
+    for (uint32_t i = first; i < end; ++i) {
         const int32_t pos = cells.is_empty(i) ? -1 : cells.pos_get(i);
         out[2*i]     = pos;
         out[2*i + 1] = pos < 0 ? -1 : slots[i];
     }
 }
 
-void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask) const {
+void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask, info_written & written) const {
     GGML_ASSERT(ggml_nelements(info) == info_size());
     std::vector<int32_t> values;
     const bool host = ggml_backend_buffer_is_host(info->buffer);
@@ -416,22 +422,29 @@ void llama_kvtc::set_info(ggml_tensor * info, const llama_ubatch & ubatch, bool 
         values.resize(info_size());
     }
     int32_t * out = host ? (int32_t *) info->data : values.data();
+    const bool same = host && written.first_stream == first_stream && written.n_kv == n_kv_cur && written.parts.size() == n_stream_cur;
+    info_written now = { first_stream, n_kv_cur, {} };
     for (uint32_t s = first_stream; s < first_stream + n_stream_cur; ++s, out += 2*n_kv_cur) {
-        write_cells(cells[s], slot_of[s].data(), out, n_kv_cur);
-        if (needs_mask) {
+        const int32_t * slots = slot_of[s].data();
+        const llama_seq_id own = ubatch.seq_id[(s - first_stream)*(ubatch.n_tokens/n_stream_cur)][0];
+        bool hides = false;
+        for (llama_seq_id seq = 0; !needs_mask && seq < (llama_seq_id) n_seq_max; ++seq) {
+            hides = hides || (seq != own && cells[s].seq_pos_max(seq) >= 0);
+        }
+        now.parts.push_back({ cells[s].changes.now(), slot_changes[s].now(), hides });
+        const auto write = [&](uint32_t i) { write_cells(cells[s], slots, out, i, std::min(i + 1, n_kv_cur)); };
+        const auto * last = same && !hides ? &written.parts[s - first_stream] : nullptr;
+        if (last && !last->hides && cells[s].changes.for_each_since(last->positions, write) && slot_changes[s].for_each_since(last->slots, write)) {
             continue;
         }
-        const llama_seq_id own = ubatch.seq_id[(s - first_stream)*(ubatch.n_tokens/n_stream_cur)][0];
-        bool others = false;
-        for (llama_seq_id seq = 0; seq < (llama_seq_id) n_seq_max; ++seq) {
-            others = others || (seq != own && cells[s].seq_pos_max(seq) >= 0);
-        }
-        for (uint32_t i = 0; others && i < n_kv_cur; ++i) {
+        write_cells(cells[s], slots, out, 0, n_kv_cur);
+        for (uint32_t i = 0; hides && i < n_kv_cur; ++i) {
             if (out[2*i] >= 0 && !cells[s].seq_has(i, own)) {
                 out[2*i] = out[2*i + 1] = -1;
             }
         }
     }
+    written = std::move(now);
     memcpy(out, ubatch.pos, n_tokens_cur*sizeof(int32_t));
     if (!host) {
         ggml_backend_tensor_set(info, values.data(), 0, ggml_nbytes(info));

@@ -37,6 +37,7 @@ LLAMA_API llama_pos llama_kvtc_recompute_from(struct llama_context * ctx, llama_
 }
 
 #include "ggml-cpp.h"
+#include "llama-kvtc-changes.h"
 
 #include <functional>
 #include <map>
@@ -167,9 +168,22 @@ public:
     ggml_tensor * attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
                          ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);
 
+    // What an info tensor in the host's memory holds: what has not changed since is not written again
+    struct info_written {
+        struct part {
+            uint64_t positions; // moments
+            uint64_t slots;
+            bool     hides;     // cells of other sequences
+        };
+        uint32_t first_stream = 0;
+        uint32_t n_kv         = 0;
+        std::vector<part> parts; // of streams
+    };
+
     int64_t info_size() const; // of the ubatch in place
-    // needs_mask: the operation has a mask; else cells that are not of the ubatch's sequence count as empty
-    void set_info (ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask) const;
+    // needs_mask: the operation has a mask; else cells that are not of the ubatch's sequence count as empty. written: what was left there by
+    // the tensor's last time, since when nothing else has written to it
+    void set_info (ggml_tensor * info, const llama_ubatch & ubatch, bool needs_mask, info_written & written) const;
     void set_slots(ggml_tensor * slots) const;
 
     // False where positions alone say which cells a query sees: llama.cpp then neither allocates nor fills its mask,
@@ -215,6 +229,7 @@ private:
     uint32_t stream_of(llama_seq_id seq_id) const { return slot_of.size() > 1 ? seq_id : 0; }
     int32_t distance  (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
     bool must_keep    (uint32_t stream, uint32_t cell, llama_seq_id seq_id = -1) const;
+    void set_slot     (uint32_t stream, uint32_t cell, int32_t slot);
     void set_owner    (int32_t slot, uint32_t stream, uint32_t cell);
     void commit       ();
     std::vector<std::pair<int32_t, int32_t>> find_slots(uint32_t stream, size_t n) const;
@@ -268,6 +283,7 @@ private:
     uint32_t n_slots = 0; // per stream
     std::vector<owner> owners;                    // [n_stream*n_slots]
     std::vector<std::vector<int32_t>> slot_of;    // [n_stream][cell] as in the info tensor of ggml_kvtc_attn
+    std::vector<llama_kvtc_changes> slot_changes; // [n_stream]
 
     // the ubatch in place; empty once its tokens are at rest
     uint32_t first_stream = 0;
