@@ -51,7 +51,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     block_barriers & barriers = *(block_barriers *) (smem + p.at_barrier);
     block_share share = { (int) blockIdx.y, (int) blockIdx.x, p.n_split };
     if constexpr (UNEVEN) {
-        share = find_share<D>(a, p.n_block, p.n_sum);
+        const int lane = threadIdx.x % 32;
+        share = find_share(lane < a.n_head_kv ? get_cost<D, ROWS>(a.pack, lane) : 0.0f, a.n_head_kv, p.n_block, p.n_sum);
         if (share.head >= a.n_head_kv) {
             return;
         }

@@ -6,6 +6,7 @@
 #include "hopper.cuh"
 #include "nibbles.cuh"
 #include "plan.h"
+#include "share-sm90.cuh"
 #include "tables.cuh"
 #include "turn-sm90.cuh"
 
@@ -79,11 +80,6 @@ struct stretch_cells {
     }
 };
 
-// a block's part of a head's cells
-struct block_share {
-    int head, split, n_split;
-};
-
 // Steps of 32 components that keys have codes of, at least LEAST_STEPS: in most heads at two bits the last components have none
 constexpr int LEAST_STEPS = 2;
 
@@ -92,63 +88,24 @@ __device__ __forceinline__ int get_steps(const ggml_kvtc_cuda_head & kh) {
 }
 
 // What a head's cells take, roughly: groups of single levels, of which n_wide tells, have paths of their own, those of keys four together
-template <int D>
+template <int D, int ROWS>
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
+    constexpr float OF_STEP = ROWS > SM90_FEW_ROWS ? 7.0f : 11.0f;
     const ggml_kvtc_cuda_head & kh = get_head(pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(pack, GGML_KVTC_V, head);
-    return 100.0f - 11.0f*(D/32 - get_steps(kh)) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
-}
-
-// Of n_block blocks, heads (up to 32) get as many as they cost, at most n_most. Every warp finds the same: lane h has head h. A head
-// behind the last: the block has no part
-template <int D>
-__device__ __forceinline__ block_share find_share(const attn_args & a, int n_block, int n_most) {
-    const int   lane  = threadIdx.x % 32;
-    const float cost  = lane < a.n_head_kv ? get_cost<D>(a.pack, lane) : 0.0f;
-    const float exact = n_block*cost/warp_reduce_sum(cost);
-    int n = (int) exact;
-    const float rest = exact - n;
-    int before = 0; // heads that one of the blocks which are left goes to sooner
-    for (int i = 0; i < a.n_head_kv; ++i) {
-        const float x = __shfl_sync(0xffffffff, rest, i);
-        before += x > rest || (x == rest && i < lane);
-    }
-    n += before < n_block - warp_reduce_sum(n) && lane < a.n_head_kv;
-    n  = min(n, n_most);
-    int end = n;
-    for (int i = 1; i < 32; i *= 2) {
-        const int x = __shfl_up_sync(0xffffffff, end, i);
-        end += lane >= i ? x : 0;
-    }
-    const int head = __popc(__ballot_sync(0xffffffff, lane < a.n_head_kv && end <= (int) blockIdx.x));
-    return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
+    return 100.0f - OF_STEP*(D/32 - get_steps(kh)) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
 }
 
 // the slabs of a group of the block's warps: from x on, before y
 template <bool UNEVEN>
 __device__ __forceinline__ int2 get_slabs(const sm90_plan & p, const block_share & share, int group) {
     if constexpr (UNEVEN) {
-        const int part   = share.split*SM90_GROUPS + group;
-        const int n_part = share.n_split*SM90_GROUPS;
-        return make_int2(p.n_slab*part/n_part, p.n_slab*(part + 1)/n_part);
+        return find_slabs(p.n_slab, share, group, SM90_GROUPS);
     } else {
         const int end       = min(p.n_slab, (share.split + 1)*p.slabs_per_split);
         const int per_group = (p.slabs_per_split + SM90_GROUPS - 1)/SM90_GROUPS;
         const int first     = share.split*p.slabs_per_split + group*per_group;
         return make_int2(first, min(end, first + per_group));
-    }
-}
-
-// sums of a head that no block has, so that all have n_sum
-template <int D>
-__device__ __forceinline__ void clear_sums(const attn_args & a, const block_share & share, int stream, int n_sum, float * values, float2 * meta) {
-    const int n = n_sum - share.n_split;
-    for (int i = threadIdx.x; i < a.group*n*D; i += blockDim.x) {
-        const int64_t at = ((int64_t) stream*a.n_head + share.head*a.group + i/(n*D))*n_sum + share.n_split + i/D%n;
-        values[at*D + i%D] = 0.0f;
-        if (i%D == 0) {
-            meta[at] = make_float2(-INFINITY, 0.0f);
-        }
     }
 }
 
@@ -261,7 +218,29 @@ __device__ __forceinline__ void merge_few(const attn_args & a, uint8_t * to, uin
         }
     }
     meet_all(barrier, 1);
-    put_sums<D, ROWS, 1>(a, all_o, all_top, all_sum, N_WARP, share.head, 0, stream, share.split, n_sum, tile_place(), values, meta);
+    for (int i = threadIdx.x; i < a.group*D; i += 32*N_WARP) {
+        const int r = i/D;
+        const int c = i%D;
+        float top = -INFINITY;
+#pragma unroll
+        for (int u = 0; u < N_WARP; ++u) {
+            top = fmaxf(top, all_top[u*ROWS + r]);
+        }
+        const float base = top == -INFINITY ? 0.0f : top; // no cell is seen: all weights are 0
+        float value = 0.0f;
+        float total = 0.0f;
+#pragma unroll
+        for (int u = 0; u < N_WARP; ++u) {
+            const float f = exp2f(all_top[u*ROWS + r] - base);
+            value += f*all_o[(u*ROWS + r)*LD + tile_place()(c)];
+            total += f*all_sum[u*ROWS + r];
+        }
+        const int64_t at = ((int64_t) stream*a.n_head + share.head*a.group + r)*n_sum + share.split;
+        values[at*D + c] = value;
+        if (c == 0) {
+            meta[at] = make_float2(top, total);
+        }
+    }
 }
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 

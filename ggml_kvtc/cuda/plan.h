@@ -146,7 +146,9 @@ constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has 
 constexpr int SM90_START     = 1024;   // of shared memory, the first KiB is the system's: a block's offsets count from there
 constexpr int SM90_TABLE     = GGML_KVTC_CUDA_COLUMN(128); // to which tables of pairs are aligned, by their addresses: the largest one's size
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
-constexpr int SM90_UNEVEN    = 96;     // slabs of a split from which on its heads get unequal numbers of blocks
+constexpr int SM90_UNEVEN    = 32;     // slabs of a split from which on its heads get unequal numbers of blocks
+constexpr int SM90_SLOW_FIRST = 2;     // slabs, where they do, that a head's first one counts for besides itself: it holds exact rows
+constexpr int SM90_SLOW_LAST  = 3;     // and its last ones
 
 struct sm90_plan {
     int n_slab;
