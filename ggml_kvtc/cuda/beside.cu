@@ -4,8 +4,13 @@
 //
 //   norm -+-> query's product -> RoPE -> attention of other cells -+-> combine, the token
 //         +-> key's, value's products -> transform and write ------+
+//
+// Where attention has a block on every processor, these nodes wait for its end if they come later than it, and keep blocks of it waiting if
+// they come sooner. So it leaves them one where that has the time for the write (plan.h): then the products have priority over the query's,
+// and the write begins when all of attention's blocks have.
 #include "beside.h"
 #include "branches.h"
+#include "encode.cuh"
 #include "join.cuh"
 #include "kvtc-cuda.h"
 
@@ -19,10 +24,15 @@ namespace kvtc {
 
 namespace {
 
-constexpr int SIDE_STREAM = GGML_CUDA_MAX_STREAMS - 1; // of the context's, which uses the first ones where it runs branches itself
+// of the context's, which uses the first ones where it runs branches itself
+constexpr int SIDE_STREAM  = GGML_CUDA_MAX_STREAMS - 1;
+constexpr int FIRST_STREAM = GGML_CUDA_MAX_STREAMS - 2; // with priority
 
 thread_local branches now; // of the graph that the thread computes
 thread_local const ggml_backend_cuda_context * now_of = nullptr; // nullptr: there are none
+thread_local int        stream_no = SIDE_STREAM; // of `now`
+thread_local bool       has_kept  = false;
+thread_local fused_args kept;
 
 // GGML_KVTC_BESIDE=0: for measurements and tests
 bool is_off() {
@@ -30,11 +40,21 @@ bool is_off() {
     return beside && atoi(beside) == 0;
 }
 
+cudaStream_t get_stream(ggml_backend_cuda_context & ctx) {
+    cudaStream_t & stream = ctx.streams[ctx.device][stream_no]; // the context destroys it
+    if (!stream && stream_no == FIRST_STREAM) {
+        int least, greatest;
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+    }
+    return ctx.stream(ctx.device, stream_no);
+}
+
 } // namespace
 
 void choose_stream(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     if (now_of == &ctx && now.graph == graph && i >= now.first && i <= now.attn) {
-        ctx.curr_stream_no = i < now.attn && now.beside[i - now.first] ? SIDE_STREAM : 0;
+        ctx.curr_stream_no = i < now.attn && now.beside[i - now.first] ? stream_no : 0;
         return;
     }
     now_of = nullptr;
@@ -43,9 +63,11 @@ void choose_stream(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, i
     }
     branches b;
     if (find_branches(graph, i, ggml_backend_cuda_buffer_type(ctx.device), b) && ggml_cuda_kvtc_attn_adds_own(b.dst()) && !is_off()) {
-        now    = b;
-        now_of = &ctx;
-        follow(ctx.stream(), ctx.stream(ctx.device, SIDE_STREAM));
+        now       = b;
+        now_of    = &ctx;
+        stream_no = ggml_cuda_kvtc_attn_leaves_one(ctx.device, b.dst()) ? FIRST_STREAM : SIDE_STREAM;
+        has_kept  = false;
+        follow(ctx.stream(), get_stream(ctx));
         choose_stream(ctx, graph, i);
     }
 }
@@ -57,7 +79,29 @@ bool is_beside(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst, c
 
 cudaStream_t end_beside(ggml_backend_cuda_context & ctx) {
     now_of = nullptr;
-    return ctx.stream(ctx.device, SIDE_STREAM);
+    const cudaStream_t stream = get_stream(ctx);
+    if (has_kept) {
+        has_kept = false;
+        encode_few(kept, ggml_cuda_info().devices[ctx.device].cc, stream, ctx.stream());
+    }
+    return stream;
+}
+
+bool keep_write(const ggml_backend_cuda_context & ctx, const fused_args & write) {
+    if (now_of != &ctx || stream_no != FIRST_STREAM || ctx.curr_stream_no != FIRST_STREAM || has_kept) {
+        return false;
+    }
+    kept     = write;
+    has_kept = true;
+    return true;
 }
 
 } // namespace kvtc
+
+cudaError_t ggml_cuda_kvtc_instantiate(cudaGraphExec_t * instance, cudaGraph_t graph) {
+#if CUDART_VERSION >= 11070
+    return cudaGraphInstantiateWithFlags(instance, graph, cudaGraphInstantiateFlagUseNodePriority);
+#else
+    return cudaGraphInstantiate(instance, graph, nullptr, nullptr, 0);
+#endif
+}

@@ -6,6 +6,7 @@
 // for that in one block are shared by a cluster.
 #include "cluster.cuh"
 #include "encode.cuh"
+#include "join.cuh"
 
 namespace kvtc {
 
@@ -170,7 +171,9 @@ __device__ __forceinline__ void transform_and_write(const fused_args & args) {
         }
     }
     copy_commit();
-    ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
+    if (!args.beside) {
+        ggml_cuda_pdl_sync(); // all before is of the calibration, which no kernel writes
+    }
     const float * x = (const float *) (a.x + token*a.nb_x1 + h*a.nb_x2);
     const int64_t row = a.idxs[token];
 
@@ -311,8 +314,14 @@ __global__ void transform_and_write_shared(const fused_args args) {
 }
 
 template <typename F>
-void launch(F kernel, int n_block, const fused_args & a, cudaStream_t stream) {
-    ggml_cuda_kernel_launch(kernel, { dim3(a.n_head, a.n_tokens, a.n_side*n_block), THREADS, 0, stream }, a);
+void launch(F kernel, int n_block, fused_args a, cudaStream_t stream, cudaStream_t main) {
+    const ggml_cuda_kernel_launch_params p = { dim3(a.n_head, a.n_tokens, a.n_side*n_block), THREADS, 0, stream };
+    a.beside = main != nullptr;
+    if (main) {
+        launch_beside(main, kernel, p, a);
+    } else {
+        ggml_cuda_kernel_launch(kernel, p, a);
+    }
 }
 
 } // namespace
@@ -321,18 +330,18 @@ bool encode_few_supports_turbo(int cc, int d) {
     return d <= LARGEST<1, 1> || (has_clusters(cc) && d <= LARGEST<1, 4>);
 }
 
-void encode_few(const fused_args & a, int cc, cudaStream_t stream) {
+void encode_few(const fused_args & a, int cc, cudaStream_t stream, cudaStream_t main) {
     static_assert(GGML_KVTC_MAX_DIM <= LARGEST<4, 1> && GGML_KVTC_MAX_DIM <= LARGEST<1, 8>, "no kernel for the largest vectors");
     if (a.turbo) {
         const bool one = a.d <= LARGEST<1, 1>;
-        launch(one ? transform_and_write_all<1, true> : transform_and_write_shared<4, true>, one ? 1 : 4, a, stream);
+        launch(one ? transform_and_write_all<1, true> : transform_and_write_shared<4, true>, one ? 1 : 4, a, stream, main);
     } else if (a.d <= LARGEST<1, 1>) {
-        launch(transform_and_write_all<1>, 1, a, stream);
+        launch(transform_and_write_all<1>, 1, a, stream, main);
     } else if (has_clusters(cc)) {
         const bool small = a.d <= LARGEST<1, 4>;
-        launch(small ? transform_and_write_shared<4> : transform_and_write_shared<8>, small ? 4 : 8, a, stream);
+        launch(small ? transform_and_write_shared<4> : transform_and_write_shared<8>, small ? 4 : 8, a, stream, main);
     } else {
-        launch(a.d <= LARGEST<2, 1> ? transform_and_write_all<2> : transform_and_write_all<4>, 1, a, stream);
+        launch(a.d <= LARGEST<2, 1> ? transform_and_write_all<2> : transform_and_write_all<4>, 1, a, stream, main);
     }
 }
 

@@ -159,10 +159,11 @@ struct fused_args {
     int        n_side, d, n_head, n_tokens;
     double     inv_d;    // 1/d
     bool       turbo;    // all sides are of turbo types, else of kvtc's
+    bool       beside = false; // of a kernel before it: what it reads is there
 };
 
-// a block, or a few, for each head and token
-void encode_few(const fused_args & a, int cc, cudaStream_t stream);
+// A block, or a few, for each head and token. main: of a kernel that it runs beside, which has been launched; or nullptr
+void encode_few(const fused_args & a, int cc, cudaStream_t stream, cudaStream_t main = nullptr);
 bool encode_few_supports_turbo(int cc, int d);
 // for more tokens than a block for each serves well
 bool encode_many_supports(int cc, int d);

@@ -144,7 +144,7 @@ int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     a.n_tokens = (int) f.product->ne[1];
     if (a.n_tokens > MAX_FEW_TOKENS) {
         encode_many(a, ctx.stream());
-    } else {
+    } else if (!both || !keep_write(ctx, a)) {
         encode_few(a, cc, ctx.stream());
     }
     return (both ? g.last : f.last) - i;

@@ -324,6 +324,17 @@ bool ggml_cuda_kvtc_attn_adds_own(const ggml_tensor * dst) {
     return s.n_tokens == 1 && !has_others(s) && decodes(s, true) && combine_has_few(s) && params.n_window >= 1 && params.max_bias == 0.0f;
 }
 
+bool ggml_cuda_kvtc_attn_leaves_one(int device, const ggml_tensor * dst) {
+    using namespace kvtc;
+#ifdef KVTC_SM90
+    sm90_plan plan;
+    return is_hopper(device) && make_sm90_plan(get_shape(dst, get_params(dst)), get_gpu(device), plan) && plan.n_left > 0;
+#else
+    GGML_UNUSED_VARS(device, dst);
+    return false;
+#endif
+}
+
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_NONE:

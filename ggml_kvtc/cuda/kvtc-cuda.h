@@ -3,6 +3,8 @@
 
 #include "kvtc.h"
 
+#include <cuda_runtime.h>
+
 struct ggml_backend_cuda_context;
 
 void ggml_cuda_kvtc_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
@@ -14,6 +16,8 @@ bool ggml_cuda_kvtc_attn_set_exact(ggml_backend_cuda_context & ctx, ggml_tensor 
 
 // Can attention leave the batch's own tokens out until its end? Of one token in each stream, which counts exactly.
 bool ggml_cuda_kvtc_attn_adds_own(const ggml_tensor * dst);
+// Is a processor left to the write of the token's codes, and are all others taken?
+bool ggml_cuda_kvtc_attn_leaves_one(int device, const ggml_tensor * dst);
 
 // Exact for the two operations; false for every stock operation that touches a kvtc type.
 bool ggml_cuda_kvtc_supports_op(int device, const ggml_tensor * op);
@@ -24,3 +28,6 @@ struct ggml_cgraph;
 // next, values; or for two writes of exact vectors, which the last kernel of attention does on its way where they follow it. The
 // number of nodes after i that are done with, or 0.
 int ggml_cuda_kvtc_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// An executable graph whose kernels have the priorities of the streams that they were captured on.
+cudaError_t ggml_cuda_kvtc_instantiate(cudaGraphExec_t * instance, cudaGraph_t graph);

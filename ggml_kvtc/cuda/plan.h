@@ -147,6 +147,8 @@ constexpr int SM90_START     = 1024;   // of shared memory, the first KiB is the
 constexpr int SM90_TABLE     = GGML_KVTC_CUDA_COLUMN(128); // to which tables of pairs are aligned, by their addresses: the largest one's size
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 32;     // slabs of a split from which on its heads get unequal numbers of blocks
+constexpr int SM90_WRITE     = 18;     // slabs of a split, for each head, that take as long as one processor needs for a token's codes
+constexpr int SM90_WRITE_8   = 15;     // of more than SM90_FEW_ROWS query rows, which take longer
 constexpr int SM90_SLOW_FIRST = 2;     // slabs, where they do, that a head's first one counts for besides itself: it holds exact rows
 constexpr int SM90_SLOW_LAST  = 3;     // and its last ones
 
@@ -157,6 +159,7 @@ struct sm90_plan {
     bool few;              // decode-sm90-few.cu
     int few_rows;          // few: for at most 4 query rows, or 8
     bool few_slabs;        // few: so few for each block that short code is faster than that for many
+    int n_left;            // processors that are left to the write of the token's codes, which runs beside (beside.cu)
     int n_block;           // few, so many slabs that heads get blocks by what they cost: of a stream; else 0, and each head has n_split
     int n_sum;             // sums of a row, for combine
     int unit;              // as in decode_plan
@@ -206,9 +209,12 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             continue;
         }
         p.few_slabs = p.slabs_per_split <= SM90_FEW_SLABS;
-        // where it pays that no processor is left without a block, and that each block finds its part
-        const int  n_block = gpu.n_sm/s.n_stream;
+        // where it pays that no processor is left without a block, or but one, and that each block finds its part
+        const int  write   = (p.few_rows > SM90_FEW_ROWS ? SM90_WRITE_8 : SM90_WRITE)*s.n_head_kv;
+        const int  n_left  = s.n_stream == 1 && p.slabs_per_split >= write;
+        const int  n_block = (gpu.n_sm - n_left)/s.n_stream;
         const bool uneven  = few && p.slabs_per_split >= SM90_UNEVEN && s.n_head_kv <= 32 && n_block >= 4*s.n_head_kv;
+        p.n_left  = uneven ? n_left : 0;
         p.n_block = uneven ? n_block : 0;
         p.n_sum   = uneven ? n_block/s.n_head_kv + 3 : p.n_split;
         const struct { int n_fine, n_turned; } options[] = { { 256, 2 }, { 256, 1 }, { 128, 2 }, { 128, 1 }, { 64, 2 }, { 64, 1 } };

@@ -58,11 +58,11 @@ int plan_sm90(const int * shape, int n_sm, long shared, long * out) {
     return ok ? 1 + p.few : 0;
 }
 
-// out: blocks of a stream, if heads get unequal numbers of them, else 0; sums of a row; splits; slabs of a split
+// out: blocks of a stream, if heads get unequal numbers of them, else 0; sums of a row; splits; slabs of a split; processors left
 void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out) {
     sm90_plan p = {};
     make_sm90_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
-    const int values[] = { p.n_block, p.n_sum, p.n_split, p.slabs_per_split };
+    const int values[] = { p.n_block, p.n_sum, p.n_split, p.slabs_per_split, p.n_left };
     std::copy(std::begin(values), std::end(values), out);
 }
 

@@ -128,18 +128,30 @@ def test_one_token_of_few_query_heads_has_that_kernel_at_all_usual_widths(plans,
 
 
 @pytest.mark.parametrize(
-    "heads, n_kv, uneven", [(8, 131072, True), (8, 16384, False), (4, 131072, True), (4, 32768, False), (32, 24500, True)]
+    "heads, group, n_kv, uneven, left",
+    [
+        (8, 4, 131072, True, 0),
+        (8, 4, 262144, True, 1),
+        (8, 8, 131072, True, 1),
+        (8, 4, 65536, True, 0),
+        (8, 4, 16384, False, 0),
+        (4, 7, 131072, True, 1),
+        (4, 7, 32768, False, 0),
+        (2, 4, 148000, True, 1),
+        (32, 4, 24500, True, 0),
+    ],
 )
-def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, n_kv, uneven):
+def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, group, n_kv, uneven, left):
+    """And a processor is left to the token's codes where that has the time for them."""
     ffi, library = plans
-    out = ffi.new("int[4]")
+    out = ffi.new("int[5]")
     library.plan_sm90_parts(
-        [128, n_kv, 1, 4, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536], 132, 227 << 10, out
+        [128, n_kv, 1, group, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536], 132, 227 << 10, out
     )
-    n_block, n_sum, n_split, per_split = out
-    assert (n_block > 0) == uneven
+    n_block, n_sum, n_split, per_split, n_left = out
+    assert (n_block > 0) == uneven and n_left == left
     if uneven:
-        assert heads <= n_block <= 132 < heads * n_sum and per_split >= 32
+        assert heads <= n_block == 132 - n_left < heads * n_sum and per_split >= 32
     else:
         assert n_sum == n_split
 
