@@ -41,7 +41,7 @@ def decode_both(contexts: tuple[Context, Context], tokens: list[int], start: int
 
 
 def test_exact_rows_that_tokens_lose_are_told(pair):
-    """More tokens than the window and the rollback keep: each takes the row of one before, which a cut brings near again."""
+    """More tokens than the window and the rollback keep: each takes the row of one before, which a cut brings back."""
     contexts = pair(n_ctx=512, window=8)
     decode_both(contexts, text(160), 0)
     for context in contexts:
