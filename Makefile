@@ -15,8 +15,8 @@ PORTABLE   ?=
 STOCK_DIR  ?= build-stock
 BENCH_ARGS ?=
 # Tests that load the libraries, tests that run the tools, and the tools that those run; TEST_ARGS narrows both.
-ASAN_NATIVE ?= $(wildcard tests/native tests/llama)
-ASAN_TESTS  ?= $(wildcard tests/serving)
+ASAN_NATIVE ?= $(wildcard tests/native tests/llama tests/serving/test_planned_sizes.py)
+ASAN_TESTS  ?= $(filter-out $(ASAN_NATIVE),$(wildcard tests/serving/test_*.py))
 ASAN_TOOLS  := llama-server llama-completion llama-perplexity
 FUZZ_SECONDS ?= 600
 FUZZ_ARGS   ?=
