@@ -28,6 +28,11 @@ def arguments(launches: int) -> list[str]:
             "-k", f"regex:{KERNELS}", "-c", str(launches)]  # fmt: skip
 
 
+def short_name(name: str) -> str:
+    """A kernel's name without its namespaces, arguments and return type."""
+    return re.sub(r"\(anonymous namespace\)::|<unnamed>::|kvtc::|^void ", "", name).split("(")[0]
+
+
 def parse(log: str) -> list[tuple]:
     """A row of `COLUMNS` for each kernel and grid, of its last launch, since the first ones meet cold caches.
 
@@ -36,8 +41,7 @@ def parse(log: str) -> list[tuple]:
     """
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     for line in _lines(log):
-        name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|kvtc::|^void ", "", line["Kernel Name"]).split("(")[0]
-        key = name, line.get("Grid Size", ""), line.get("Block Size", "")
+        key = short_name(line["Kernel Name"]), line.get("Grid Size", ""), line.get("Block Size", "")
         for column, metric, factor in METRICS:
             if line["Metric Name"] == metric:
                 value = line["Metric Value"].replace(",", "")

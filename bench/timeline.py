@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,46 +24,31 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.csv_file import write_csv
+from bench.nsight import short_name
 
 ATTENTION = r"decode_|flash_attn_(ext|tile|vec|mma)"  # a layer's first kernel, ours or llama.cpp's, for one token
 COLUMNS = ("kernel", "stream", "grid", "begins_us", "ends_us")
 WARM = 8  # tokens before those that are recorded: graphs are captured by then
+CAST = re.compile(r"\(\w+\)(?=\d)")  # of a template's argument: short_name would end there
 USUAL = 0.5  # of the layers have a kernel that the table shows
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's launch: µs from any moment on."""
+    """A kernel's launch, or what layers have in common of one: µs from any moment on, or from a layer's start."""
 
     name: str
     stream: int
     grid: str
     start: float
     end: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the layers have in common of a kernel: medians in µs from the start of the layer's attention."""
-
-    name: str
-    stream: int
-    grid: str
-    start: float
-    end: float
-
-
-def short_name(name: str) -> str:
-    """A kernel's name without its namespaces, arguments and return type, and without types of template arguments."""
-    name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|kvtc::|^void |\(\w+\)(?=\d)", "", name)
-    return name.split("(")[0]
 
 
 def parse_trace(events: Iterable[dict[str, Any]]) -> list[Kernel]:
     """The kernels among the events of a Chrome trace, in the order of their starts."""
     found = [
         Kernel(
-            short_name(event["name"]),
+            short_name(CAST.sub("", event["name"])),
             int(event["args"].get("stream", 0)),
             "x".join(str(n) for n in event["args"].get("grid", ())),
             float(event["ts"]),
@@ -81,17 +67,17 @@ def find_layers(kernels: Sequence[Kernel], attention: str = ATTENTION) -> list[l
     Raises:
         ValueError: fewer than two attentions.
     """
-    starts = [i for i, kernel in enumerate(kernels) if re.search(attention, kernel.name)]
-    layers = [list(kernels[i:j]) for i, j in zip(starts, starts[1:], strict=False)]
-    if not layers:
+    spans = list(pairwise(i for i, kernel in enumerate(kernels) if re.search(attention, kernel.name)))
+    if not spans:
         raise ValueError(f"no two kernels are an attention ({attention})")
-    lengths = [kernels[j].start - kernels[i].start for i, j in zip(starts, starts[1:], strict=False)]
+    lengths = [kernels[j].start - kernels[i].start for i, j in spans]
     most = 1.5 * statistics.median(lengths)
-    return [layer for layer, length in zip(layers, lengths, strict=True) if length <= most]
+    return [list(kernels[i:j]) for (i, j), length in zip(spans, lengths, strict=True) if length <= most]
 
 
-def summarize(layers: Sequence[Sequence[Kernel]]) -> list[Step]:
-    """The kernels that most layers have, in the order of their starts. Of several alike, each is one."""
+def summarize(layers: Sequence[Sequence[Kernel]]) -> list[Kernel]:
+    """The kernels that most layers have, at their median times from the layer's start on, in the order of their starts.
+    Of several alike, each is one."""
     times: dict[tuple[str, int, str, int], list[tuple[float, float]]] = defaultdict(list)
     for layer in layers:
         count: Counter[tuple[str, int, str]] = Counter()
@@ -100,7 +86,7 @@ def summarize(layers: Sequence[Sequence[Kernel]]) -> list[Step]:
             times[(*key, count[key])].append((kernel.start - layer[0].start, kernel.end - layer[0].start))
             count[key] += 1
     steps = [
-        Step(name, stream, grid, statistics.median(x for x, _ in found), statistics.median(x for _, x in found))
+        Kernel(name, stream, grid, statistics.median(x for x, _ in found), statistics.median(x for _, x in found))
         for (name, stream, grid, _), found in times.items()
         if len(found) >= USUAL * len(layers)
     ]

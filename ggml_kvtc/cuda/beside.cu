@@ -19,6 +19,7 @@
 #include "ggml-cuda.h"
 
 #include <cstdlib>
+#include <optional>
 
 namespace kvtc {
 
@@ -30,9 +31,8 @@ constexpr int FIRST_STREAM = GGML_CUDA_MAX_STREAMS - 2; // with priority
 
 thread_local branches now; // of the graph that the thread computes
 thread_local const ggml_backend_cuda_context * now_of = nullptr; // nullptr: there are none
-thread_local int        stream_no = SIDE_STREAM; // of `now`
-thread_local bool       has_kept  = false;
-thread_local fused_args kept;
+thread_local int stream_no = SIDE_STREAM; // of `now`
+thread_local std::optional<fused_args> kept; // its write of codes
 
 // GGML_KVTC_BESIDE=0: for measurements and tests
 bool is_off() {
@@ -66,7 +66,7 @@ void choose_stream(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, i
         now       = b;
         now_of    = &ctx;
         stream_no = ggml_cuda_kvtc_attn_leaves_one(ctx.device, b.dst()) ? FIRST_STREAM : SIDE_STREAM;
-        has_kept  = false;
+        kept.reset();
         follow(ctx.stream(), get_stream(ctx));
         choose_stream(ctx, graph, i);
     }
@@ -80,19 +80,18 @@ bool is_beside(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst, c
 cudaStream_t end_beside(ggml_backend_cuda_context & ctx) {
     now_of = nullptr;
     const cudaStream_t stream = get_stream(ctx);
-    if (has_kept) {
-        has_kept = false;
-        encode_few(kept, ggml_cuda_info().devices[ctx.device].cc, stream, ctx.stream());
+    if (kept) {
+        encode_few(*kept, ggml_cuda_info().devices[ctx.device].cc, stream, ctx.stream());
+        kept.reset();
     }
     return stream;
 }
 
 bool keep_write(const ggml_backend_cuda_context & ctx, const fused_args & write) {
-    if (now_of != &ctx || stream_no != FIRST_STREAM || ctx.curr_stream_no != FIRST_STREAM || has_kept) {
+    if (now_of != &ctx || ctx.curr_stream_no != FIRST_STREAM || kept) {
         return false;
     }
-    kept     = write;
-    has_kept = true;
+    kept = write;
     return true;
 }
 

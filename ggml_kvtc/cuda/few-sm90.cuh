@@ -100,7 +100,7 @@ __device__ __forceinline__ float get_cost(const char * pack, int head) {
 template <bool UNEVEN>
 __device__ __forceinline__ int2 get_slabs(const sm90_plan & p, const block_share & share, int group) {
     if constexpr (UNEVEN) {
-        return find_slabs(p.n_slab, share, group, SM90_GROUPS);
+        return find_slabs(p.n_slab, share, group);
     } else {
         const int end       = min(p.n_slab, (share.split + 1)*p.slabs_per_split);
         const int per_group = (p.slabs_per_split + SM90_GROUPS - 1)/SM90_GROUPS;

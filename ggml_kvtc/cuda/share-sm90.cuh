@@ -34,11 +34,11 @@ __device__ __forceinline__ block_share find_share(float cost, int n_head, int n_
     return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
 }
 
-// The slabs of one of a block's n_group groups of warps: from x on, before y. A head's first slab and its last ones mostly hold exact rows
+// The slabs of one of a block's groups of warps: from x on, before y. A head's first slab and its last ones mostly hold exact rows
 // and take longer than others, as if there were more of them (plan.h)
-__device__ __forceinline__ int2 find_slabs(int n_slab, const block_share & share, int group, int n_group) {
-    const int part   = share.split*n_group + group;
-    const int n_part = share.n_split*n_group;
+__device__ __forceinline__ int2 find_slabs(int n_slab, const block_share & share, int group) {
+    const int part   = share.split*SM90_GROUPS + group;
+    const int n_part = share.n_split*SM90_GROUPS;
     const int n      = n_slab + SM90_SLOW_FIRST + SM90_SLOW_LAST;
     const auto slab  = [&](int i) { return min(max(n*i/n_part - SM90_SLOW_FIRST, 0), n_slab); };
     return make_int2(slab(part), slab(part + 1));

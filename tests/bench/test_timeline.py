@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench import timeline
-from bench.timeline import find_layers, parse_trace, short_name, summarize
+from bench.timeline import find_layers, parse_trace, summarize
 
 LAYERS, TOKENS = 4, 3
 ATTEND = "void kvtc::(anonymous namespace)::decode_cells_sm90_few<128, 8, true, false>(kvtc::attn_args, float*)"
@@ -59,8 +59,8 @@ def test_kernels_of_one_name_are_told_apart_and_rare_ones_left_out():
 
 
 def test_names_are_without_namespaces_and_arguments():
-    assert short_name(ATTEND) == "decode_cells_sm90_few<128, 8, true, false>"
-    assert short_name(PRODUCT) == "mul_mat_vec_q<2, 1>"
+    names = {kernel.name for kernel in parse_trace(trace())}
+    assert {"decode_cells_sm90_few<128, 8, true, false>", "mul_mat_vec_q<2, 1>"} < names
 
 
 def test_a_trace_without_attention_says_so():

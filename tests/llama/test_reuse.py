@@ -15,7 +15,7 @@ N_SEQ = 3
 
 
 @pytest.fixture
-def pair(one, request):
+def pair(one):
     """contexts(...) -> two of the same kind, of which the second makes each token's graph anew."""
     made = []
 
