@@ -115,7 +115,8 @@ def time_kvtc(
             sides["kv"[side]] = reference_turbo.side(heads, d, bits_of(kind))
     pack = native.pack(0, *map(bits_of, kinds))
     if not is_turbo(kinds[0]):
-        ffi.set_rope(pack, Rope(d, neox=shape.architecture != "llama", freq_base=shape.rope_base), d)
+        rope = Rope(d, shape.architecture != "llama", freq_base=shape.rope_base, freq_scale=1 / shape.rope_factor)
+        ffi.set_rope(pack, rope, d)
     cells = np.stack([np.arange(depth), np.full(depth, -1)], axis=1).astype(np.int32)
     old = max(SINKS, depth - tokens - WINDOW)
     cells[:SINKS, 1] = np.arange(SINKS)

@@ -41,12 +41,15 @@ class Shape:
     bias: bool = False  # of q, k and v
     qk_norm: bool = False
     window: int = 0  # of local layers
+    rope_factor: float = 1.0  # positions are divided by it, not those of local layers
 
 
 SHAPES = {
     "llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 500_000.0),
     "qwen2.5-7b": Shape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 1_000_000.0, bias=True),
-    "gemma3-4b": Shape("gemma3", 34, 2560, 10240, 8, 4, 256, 262144, 1_000_000.0, qk_norm=True, window=1024),
+    "gemma3-4b": Shape(
+        "gemma3", 34, 2560, 10240, 8, 4, 256, 262144, 1_000_000.0, qk_norm=True, window=1024, rope_factor=8.0
+    ),
 }
 
 
@@ -65,6 +68,9 @@ def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_rope_dimension_count(shape.head_dim)
+    if shape.rope_factor != 1.0:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(shape.rope_factor)
     if shape.window:
         writer.add_sliding_window(shape.window)
     writer.add_vocab_size(shape.n_vocab)

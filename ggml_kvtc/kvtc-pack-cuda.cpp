@@ -13,7 +13,7 @@
 #include <vector>
 
 static_assert(sizeof(ggml_kvtc_cuda_pack) % 16 == 0 && sizeof(ggml_kvtc_cuda_head) % 16 == 0, "heads are 16-byte aligned");
-static_assert(sizeof(ggml_kvtc_cuda_limits) == 6*sizeof(int32_t), "limits are six numbers");
+static_assert(sizeof(ggml_kvtc_cuda_limits) == 7*sizeof(int32_t), "limits are seven numbers");
 
 namespace {
 
@@ -384,6 +384,15 @@ void put_operands(ggml_kvtc_cuda_pack * pack) {
             last[0] = ggml_fp32_to_fp16(mean[channel]);
             last[1] = ggml_fp32_to_fp16(mean[channel] - ggml_fp16_to_fp32(last[0]));
         }
+        auto * parts = (ggml_fp16_t *) (base + GGML_KVTC_CUDA_PARTS_AT(n_all, d, h));
+        for (int g = 0; g <= d/8 && GGML_KVTC_CUDA_HAS_PARTS(d); ++g) {
+            for (int c = 0; c < d; ++c) {
+                for (int i = 0; i < 8; ++i) {
+                    const int lane = 4*i + c%8/2;
+                    parts[((g*(d/32) + c/32)*32 + lane)*8 + c%32/8*2 + c%2] = to[((size_t) g*d + c)*8 + i];
+                }
+            }
+        }
     }
 }
 
@@ -416,7 +425,7 @@ size_t put_pack(const ggml_kvtc_calibration & cal, int il, int bits_k, int bits_
     const bool turns = bits_k > 0 && !cal.find(il, GGML_KVTC_K)->turbo; // keys are rebuilt and rotated
     const int  d_k   = turns ? cal.find(il, GGML_KVTC_K)->d : 0;
     if (GGML_KVTC_CUDA_HAS_OPERAND(d_k)) {
-        const uint32_t at = out.reserve(n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + (size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d_k)*4);
+        const uint32_t at = out.reserve((1 + GGML_KVTC_CUDA_HAS_PARTS(d_k))*n_head*GGML_KVTC_CUDA_OPERAND_BYTES(d_k) + GGML_KVTC_CUDA_TURNS_BYTES(d_k));
         GGML_ASSERT(at == GGML_KVTC_CUDA_OPERAND_AT(n_head, d_k, 0));
     }
     const table_room room = get_room(cal, il, bits_k, bits_v);
@@ -449,6 +458,17 @@ uint64_t get_turns(double inv_freq) {
     return (uint64_t) std::ldexp(part, 64); // below 2^64, since part is below 1
 }
 
+// rotation pairs up to the last that does not turn slowly
+int32_t count_fast(const ggml_kvtc_cuda_pack & pack) {
+    const auto * freq = (const uint64_t *) ((const char *) &pack + pack.freq);
+    const double most = GGML_KVTC_CUDA_SLOW_ANGLE/GGML_KVTC_CUDA_SLOW_REACH/6.283185307179586;
+    int32_t n = (int32_t) pack.side[GGML_KVTC_K].d/2;
+    while (n > 0 && std::ldexp((double) std::min(freq[n - 1], -freq[n - 1]), -64) <= most) {
+        n--;
+    }
+    return n;
+}
+
 } // namespace
 
 size_t ggml_kvtc_cuda_pack_size(const ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v) {
@@ -476,10 +496,10 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     put_turns(pack);
 }
 
-void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
+void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[7]) {
     const auto * pack = (const ggml_kvtc_cuda_pack *) data;
     GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
-    std::fill(limits, limits + 6, 0);
+    std::fill(limits, limits + 7, 0);
     for (int s = 0; s < 2; ++s) {
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
             const auto & head = *(const ggml_kvtc_cuda_head *) ((const char *) data + GGML_KVTC_CUDA_HEAD_AT(s, h));
@@ -487,5 +507,8 @@ void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[6]) {
             limits[2 + s] = std::max(limits[2 + s], (int32_t) head.n_tables);
             limits[4 + s] = std::max(limits[4 + s], (int32_t) head.n_pairs);
         }
+    }
+    if (pack->operands) {
+        limits[6] = count_fast(*pack);
     }
 }

@@ -1,9 +1,9 @@
 // Layout of a pack for CUDA devices: what the kernels in cuda/ read of one layer, apart from the rows. All offsets are bytes
 // from the start of the pack, all arrays are 16-byte aligned.
 //
-//   +--------+----------+----------+----------+----------+---+-------------------+---------------------------------------+------+
-//   | header | K head 0 | V head 0 | K head 1 | V head 1 | … | operands  | turns | per head: levels, bounds, matrices, … | freq |
-//   +--------+----------+----------+----------+----------+---+-------------------+---------------------------------------+------+
+//   +--------+----------+----------+----------+----------+---+-----------+-------+-------+---------------------------------------+------+
+//   | header | K head 0 | V head 0 | K head 1 | V head 1 | … | operands  | turns | parts | per head: levels, bounds, matrices, … | freq |
+//   +--------+----------+----------+----------+----------+---+-----------+-------+-------+---------------------------------------+------+
 //
 // Where a head is described follows from its number, and what its writing needs first lies there too: each read that must wait for
 // another costs a kernel of few blocks the latency of the device's memory. A side of another type has heads of a matrix of ones alone.
@@ -24,6 +24,10 @@
 // MOST_BLOCK bytes
 #define GGML_KVTC_CUDA_MOST_BLOCK 155648
 #define GGML_KVTC_CUDA_STAGED     192     // rows of a side that a block has in shared memory
+// A rotation pair turns slowly if it turns by at most SLOW_ANGLE radians in SLOW_REACH positions. A polynomial of third degree follows it that
+// far to both sides to within 5e-4 (Chebyshev's bound, angle^4/4!/8)
+#define GGML_KVTC_CUDA_SLOW_REACH 128
+#define GGML_KVTC_CUDA_SLOW_ANGLE 0.55
 
 // How to read one group.
 struct ggml_kvtc_cuda_code {
@@ -120,15 +124,22 @@ struct ggml_kvtc_cuda_pack {
 //
 // Turns: u32 [GGML_KVTC_CUDA_TURNS][d/2 + 16], for each position (cos, cos) and (sin, sin) of pairs 16*u + 2*q, + 1, then of + 8, + 9,
 // at word 16*u + 4*q; neighbouring positions do not share banks.
+//
+// Parts: for 256 channels, the operands as mma's, of columns times components: for each head u32 [d/8 + 1][d/32][32 lanes][4]. Of eight
+// components and 32 columns, lane 4*r + q has component r in columns 8*j + 2*q, + 1.
 #define GGML_KVTC_CUDA_HAS_OPERAND(d)           ((d) == 64 || (d) == 128 || (d) == 256)
 #define GGML_KVTC_CUDA_OPERAND_BYTES(d)         (((size_t) (d)/8 + 1)*(d)*16)
 #define GGML_KVTC_CUDA_OPERAND_AT(n_head, d, h) (GGML_KVTC_CUDA_HEAD_AT(0, n_head) + (h)*GGML_KVTC_CUDA_OPERAND_BYTES(d))
 #define GGML_KVTC_CUDA_TURN_WORDS(d)            ((d)/2 + 16)
 #define GGML_KVTC_CUDA_TURNS_AT(n_head, d)      GGML_KVTC_CUDA_OPERAND_AT(n_head, d, n_head)
+#define GGML_KVTC_CUDA_TURNS_BYTES(d)           ((size_t) GGML_KVTC_CUDA_TURNS*GGML_KVTC_CUDA_TURN_WORDS(d)*4)
+#define GGML_KVTC_CUDA_HAS_PARTS(d)             ((d) == 256)
+#define GGML_KVTC_CUDA_PARTS_AT(n_head, d, h)   (GGML_KVTC_CUDA_TURNS_AT(n_head, d) + GGML_KVTC_CUDA_TURNS_BYTES(d) + (h)*GGML_KVTC_CUDA_OPERAND_BYTES(d))
 
 // Sizes that a kernel's launch needs and the host cannot read from a pack on the device: the most of any head.
 struct ggml_kvtc_cuda_limits {
     int32_t bytes [2];  // payload (n_bytes), K and V
     int32_t tables[2];  // n_tables
     int32_t pairs [2];  // n_pairs
+    int32_t fast;       // rotation pairs of keys, the first ones, that do not turn slowly
 };

@@ -97,7 +97,7 @@ GGML_API void   ggml_kvtc_pack_set_rope(void * pack, const struct ggml_kvtc_rope
 GGML_API size_t ggml_kvtc_cuda_pack_size    (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v);
 GGML_API void   ggml_kvtc_cuda_pack_write   (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v, void * pack);
 GGML_API void   ggml_kvtc_cuda_pack_set_rope(void * pack, const struct ggml_kvtc_rope * rope);
-GGML_API void   ggml_kvtc_cuda_pack_limits  (const void * pack, int32_t limits[6]);
+GGML_API void   ggml_kvtc_cuda_pack_limits  (const void * pack, int32_t limits[7]);
 
 // Parameters of a ROPE node (op_params as ggml_rope_ext stores them, freq_factors or NULL) as a table of inverse
 // frequencies. False for modes that are no rotation by one position (M-RoPE, vision).
@@ -131,7 +131,8 @@ struct ggml_kvtc_attn_params {
     int32_t n_window;
     int32_t n_slots;
     int32_t n_span;    // without a mask: how far back a query sees, itself included; 0: every query sees every cell
-    int32_t limits[6]; // of the pack on a CUDA device: the largest payload of a head, K and V, its largest tables, and these as pairs; else zeros
+    int32_t limits[7]; // of the pack on a CUDA device: the largest payload of a head, K and V, its largest tables, and these as pairs; rotation
+                       // pairs that do not turn slowly; else zeros
 };
 
 // Attention over a cache of which at least one side is of a kvtc type.

@@ -16,6 +16,7 @@ void decode_sides(const attn_args & a, const attn_shape & s, const decode_plan &
 // the same on sm_90a
 void decode_sm90(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream);
 void decode_sm90_few(const attn_args & a, int d, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream); // where the plan says so
+void decode_sm90_slow(const attn_args & a, const sm90_slow_plan & p, float * values, float2 * meta, cudaStream_t stream);
 void decode_sm90_d256(const attn_args & a, const sm90_d256_plan & p, float * values, float2 * meta, cudaStream_t stream);
 
 } // namespace kvtc

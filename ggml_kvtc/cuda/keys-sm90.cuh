@@ -81,8 +81,9 @@ struct exact_keys {
     }
 };
 
-// PAIRS: groups are looked up in tables of pairs or of single levels, else as nibbles.cuh does. EXACT: rows may count exactly
-template <int D, bool ONE, bool PAIRS, bool EXACT>
+// PAIRS: groups are looked up in tables of pairs or of single levels, else as nibbles.cuh does. EXACT: rows may count exactly. BY: of steps
+// that follow each other, every BY-th
+template <int D, bool ONE, bool PAIRS, bool EXACT, int BY = 1>
 struct key_steps {
     const uint8_t   * row [2];
     half2             gain[2];
@@ -110,11 +111,9 @@ struct key_steps {
         read_step();
     }
 
-    // Step s; `more` follow. any_wide: groups of the step may have single levels; not PAIRS: table: its levels in shared memory;
-    // levels, first_level: those of all groups in the pack, for what has no room there
-    template <typename T>
-    __device__ __forceinline__ void decode(const attn_args & a, int head, int s, bool more, exact_keys<D, ONE> & exact, bool any_wide, uint32_t table, const half * levels, const uint32_t * first_level, const T & wait, uint32_t (&k)[2][4]) {
-        uint4 y[2];
+    // A step's components, without their gains. any_wide: groups of the step may have single levels; not PAIRS: table: its levels in shared
+    // memory; levels, first_level: those of all groups in the pack, and where the step's begin, for what has no room there
+    __device__ __forceinline__ void look_up(bool any_wide, uint32_t table, const half * levels, const uint32_t * first_level, uint4 (&y)[2]) {
         if constexpr (PAIRS) {
             if (any_wide && is_wide(code)) {
 #pragma unroll
@@ -142,13 +141,20 @@ struct key_steps {
             if (any_wide && width > 4) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    y[i] = code.table != 0 ? decode_wide<D>(row[i], code) : look_up_wide(row[i], code, levels + first_level[4*s + threadIdx.x%4]);
+                    y[i] = code.table != 0 ? decode_wide<D>(row[i], code) : look_up_wide(row[i], code, levels + first_level[threadIdx.x%4]);
                 }
             }
         }
-        code_at -= more ? 4 : 0;
+    }
+
+    // what the next step looks up, if `more` follow
+    __device__ __forceinline__ void read_next(bool more) {
+        code_at -= more ? 4*BY : 0;
         read_step();
-        wait();
+    }
+
+    // y: of step s
+    __device__ __forceinline__ void finish(const attn_args & a, int head, int s, bool more, exact_keys<D, ONE> & exact, const uint4 (&y)[2], uint32_t (&k)[2][4]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             k[0][i]     = mul_half2(y[i].x, gain[i]);
@@ -163,8 +169,18 @@ struct key_steps {
             }
         }
         if constexpr (EXACT) {
-            exact.read(a, head, more ? s - 1 : s);
+            exact.read(a, head, more ? s - BY : s);
         }
+    }
+
+    // all of step s; wait: for the product that reads k
+    template <typename T>
+    __device__ __forceinline__ void decode(const attn_args & a, int head, int s, bool more, exact_keys<D, ONE> & exact, bool any_wide, uint32_t table, const half * levels, const uint32_t * first_level, const T & wait, uint32_t (&k)[2][4]) {
+        uint4 y[2];
+        look_up(any_wide, table, levels, first_level + 4*s, y);
+        read_next(more);
+        wait();
+        finish(a, head, s, more, exact, y, k);
     }
 };
 #endif // __CUDA_ARCH_FEAT_SM90_ALL

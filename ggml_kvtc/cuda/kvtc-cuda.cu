@@ -44,6 +44,7 @@ attn_shape get_shape(const ggml_tensor * dst, const ggml_kvtc_attn_params & para
     s.group     = (int) (q->ne[2]/k->ne[2]);
     s.n_head_kv = (int) k->ne[2];
     s.n_stream  = (int) q->ne[3];
+    s.n_fast    = params.limits[6];
     for (int i = 0; i < 2; ++i) {
         s.row_bytes[i] = (int) dst->src[1 + i]->nb[1];
         s.bytes    [i] = params.limits[i];
@@ -218,6 +219,12 @@ decoded decode_cells(ggml_backend_cuda_context & ctx, const attn_args & args, co
     if (is_hopper(ctx.device) && make_sm90_plan(shape, gpu, plan90)) {
         start(plan90.n_sum);
         (plan90.few ? decode_sm90_few : decode_sm90)(args, shape.d, plan90, x.values, x.meta, stream);
+        return x;
+    }
+    sm90_slow_plan slow;
+    if (is_hopper(ctx.device) && make_sm90_slow_plan(shape, gpu, slow)) {
+        start(slow.n_split);
+        decode_sm90_slow(args, slow, x.values, x.meta, stream);
         return x;
     }
     sm90_d256_plan plan256;

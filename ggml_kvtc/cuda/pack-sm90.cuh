@@ -40,6 +40,17 @@ __device__ __forceinline__ void bring_operand(const attn_args & a, int head, uin
     bring_bytes(to, a.pack + GGML_KVTC_CUDA_OPERAND_AT(a.n_head_kv, D, head), n, barrier);
 }
 
+// its first n columns
+template <int D, int n>
+__device__ __forceinline__ void bring_columns(const attn_args & a, int head, uint8_t * to, uint64_t & barrier) {
+    barrier_expect(barrier, (D/8 + 1)*n*16);
+    const char * from = a.pack + GGML_KVTC_CUDA_OPERAND_AT(a.n_head_kv, D, head);
+#pragma unroll 1
+    for (int i = 0; i <= D/8; ++i) {
+        copy_bulk(to + i*n*16, from + i*D*16, n*16, barrier);
+    }
+}
+
 // the rotations of n_turn positions
 template <int D>
 __device__ __forceinline__ void bring_turns(const attn_args & a, uint8_t * to, int n_turn, uint64_t & barrier) {

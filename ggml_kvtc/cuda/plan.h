@@ -333,4 +333,75 @@ inline bool make_sm90_d256_plan(const attn_shape & s, const gpu_shape & gpu, sm9
     return false;
 }
 
+//
+// the same for one token of few query heads, where most pairs of channels turn slowly (slow-sm90.cuh): of the decode matrix `fast` columns
+//
+
+constexpr int SM90_SLOW_GROUPS  = 2;
+constexpr int SM90_SLOW_REACH   = GGML_KVTC_CUDA_SLOW_REACH; // positions from an anchor that share it
+constexpr int SM90_SLOW_NODES   = 4;
+constexpr int SM90_SLOW_FAR     = 118; // and positions from it to these: REACH times the cosines of pi/8 and 3*pi/8, to both sides
+constexpr int SM90_SLOW_NEAR    = 49;
+constexpr int SM90_SLOW_QUERIES = 2;
+constexpr int SM90_SLOW_LEAST   = 2*SM90_SLOW_GROUPS; // slabs of a split from which on it pays
+constexpr int SM90_BANK_COLUMN  = (32 + 3*16)*GGML_KVTC_CUDA_LEVEL; // bytes of values' tables of one pair of components (banks-sm90.cuh)
+
+// of a group's turned queries, around two anchors
+constexpr int get_slow_bytes(int fast) {
+    constexpr int ROWS = SM90_SLOW_NODES*SM90_SLOW_QUERIES;
+    return 2*(2*(ROWS*(256 + 8) + SM90_SLOW_QUERIES*(fast + 8)) + 4*ROWS);
+}
+
+struct sm90_slow_plan {
+    int n_slab;
+    int slabs_per_split;
+    int n_split;
+    int pairs;             // as in sm90_d256_plan
+    int fast;              // columns: 64 or 128
+    staging rows;
+    int at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2], at_own, at_zeros, at_barrier; // the decode matrix is at 0
+    size_t shared;
+};
+
+inline bool make_sm90_slow_plan(const attn_shape & s, const gpu_shape & gpu, sm90_slow_plan & p) {
+    constexpr int SLAB   = 64;
+    constexpr int GROUPS = SM90_SLOW_GROUPS;
+    p.rows = make_staging(s);
+    if (s.n_tokens > 1 || s.group > SM90_SLOW_QUERIES || s.d != 256 || p.rows.unit == 1 || has_others(s) || s.n_fast == 0 || s.n_fast > s.d/4) {
+        return false;
+    }
+    p.fast   = s.n_fast > s.d/8 ? s.d/2 : s.d/4;
+    p.n_slab = ceil_div(s.n_kv, SLAB);
+    p.slabs_per_split = ceil_div(p.n_slab, std::max(1, gpu.n_sm/(s.n_head_kv*s.n_stream)));
+    p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
+    if (p.slabs_per_split < SM90_SLOW_LEAST) {
+        return false;
+    }
+    for (const int pairs : { 1, 0 }) {
+        int used = 0;
+        const auto take = [&used](int n, int align = 128) { const int from = align_shared(used, align); used = from + n; return from; };
+        p.pairs = pairs;
+        take((s.d/8 + 1)*p.fast*16);
+        p.at_pairs    = take(p.pairs ? s.pairs[0] : s.d/8*256 + SM90_WIDE, 1024);
+        p.at_queries  = take(SM90_SLOW_QUERIES*(s.d + 8)*4);
+        p.at_turned   = take(GROUPS*get_slow_bytes(p.fast));
+        p.at_freq     = take(s.d/2*8);
+        p.at_fine     = take((SM90_SLOW_REACH + 1)*(p.fast/2 + 16)*4);
+        p.at_codes    = take(s.d/8*16);
+        p.at_levels   = take(4*SM90_BANK_COLUMN, 4096); // aligned to a table's size
+        p.at_wide     = take(SM90_WIDE);
+        p.at_exchange = take(GROUPS*SM90_EXCHANGE);
+        p.at_stage[0] = take(GROUPS*SLAB*p.rows.stride[0] + 16); // read past the end
+        p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
+        p.at_own      = take(2*s.d*2);
+        p.at_zeros    = take((p.fast + 8)*2);
+        p.at_barrier  = take(SM90_BARRIERS);
+        p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 4)*4);
+        if ((size_t) p.shared <= gpu.shared) {
+            return true;
+        }
+    }
+    return false;
+}
+
 } // namespace kvtc

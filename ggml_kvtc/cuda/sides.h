@@ -18,6 +18,7 @@ struct attn_shape {
     int bytes    [2]; // most of a head's payload
     int tables   [2]; // of its tables, in bytes
     int pairs    [2]; // of the tables of pairs made of them
+    int n_fast = 0;   // rotation pairs of keys, the first ones, that do not turn slowly (kvtc-pack-cuda.h); 0: not known
     side_kind kind[2] = {};
 };
 

@@ -276,6 +276,9 @@ void llama_kvtc::set_rope(layer & l, const int32_t * op_params, const ggml_tenso
     ggml_backend_tensor_get(l.pack, pack.data(), 0, pack.size());
     (l.on_device ? ggml_kvtc_cuda_pack_set_rope : ggml_kvtc_pack_set_rope)(pack.data(), &rope);
     ggml_backend_tensor_set(l.pack, pack.data(), 0, pack.size());
+    if (l.on_device) {
+        ggml_kvtc_cuda_pack_limits(pack.data(), l.limits);
+    }
     l.rope = now;
 }
 
@@ -337,7 +340,7 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         /*.n_span        =*/ input->needs_mask ? 0 : n_span,
         /*.limits        =*/ {},
     };
-    std::copy(l.limits, l.limits + 6, p.limits);
+    std::copy(l.limits, l.limits + 7, p.limits);
     ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, input->needs_mask ? kq_mask : nullptr, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
     ggml_format_name(cur, "kvtc_attn-%d", il);
     cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -214,6 +214,21 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
             )
         for name, extra in variants.items():
             yield f"few {d}, many slabs, {name}", replace(many, **extra | {"n_kv": 3100, "heads": 16, "streams": 2})
+    else:  # slabs enough for a block, most rotation pairs of which turn slowly: all but 51, and all but 32
+        for slow, scale in (("slow pairs", 1.0), ("slower pairs", 0.125)):
+            rope = Rope(d, neox=True, freq_base=1e6, freq_scale=scale)
+            sizes = {"heads": 16, "streams": 2, "n_kv": 1100}
+            many = replace(plain, tokens=1, group=2, exact="store", window=90, rope=rope, **sizes)
+            for k, v in ((1, 3), (2, 4), (3, 4), (4, 4), (5, 6)):
+                yield f"few {d}, {slow}, k{k}v{v}", replace(many, k=k, v=v)
+            yield f"few {d}, {slow}, group 1", replace(many, group=1)
+            # queries are turned around two anchors, then around two others
+            yield f"few {d}, {slow}, cells 5000", replace(many, n_kv=5000)
+            for name in variants if scale < 1 else ("shuffled", "interleaved", "holes", "normal, three quarters"):
+                extra = variants[name] | sizes
+                if extra.get("rope"):
+                    extra["rope"] = replace(extra["rope"], freq_base=1e6, freq_scale=scale)
+                yield f"few {d}, {slow}, {name}", replace(many, **extra)
 
 
 # One key of a slab has a small gain: its warp once left the others' code, which multiplies with theirs.

@@ -74,6 +74,9 @@ def layers(d: int) -> dict[str, dict[str, object]]:
 
     # so that attention leaves one processor: the write of the token's codes then waits for it to begin
     many = {"many slabs": {"heads": 2, "n_kv": 148_000, "empty": 0}} if d in (64, 128) else {}
+    if d == 256:
+        rope = Rope(d, neox=True, freq_base=1e6, freq_scale=0.125)
+        many = {"slow pairs": {"heads": 16, "n_kv": 3100, "window": 60, "exact": "some", "rope": rope}}
     return many | {
         "short": {},
         "alone": {"n_kv": 64, "empty": 63},

@@ -24,6 +24,8 @@ def plans(tmp_path_factory):
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
         void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
+        int  plan_sm90_slow(const int * shape, int n_sm, long shared, long * out);
+        void get_slow_nodes(int * out, double * angle);
         void plan_prefill(const int * shape, int n_sm, long scratch, int n_exact, int n_cols, long * out);
         int  plan_tiles  (const int * shape, int n_sm, long scratch, int n_exact, long * out);
         long scratch_size(const int * shape, int n_sm, long scratch, int n_exact, int n_cells, int tiles);

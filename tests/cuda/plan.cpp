@@ -7,9 +7,9 @@ using namespace kvtc;
 
 extern "C" {
 
-// shape: d, n_kv, n_tokens, group, n_head_kv, n_stream, row_bytes[2], bytes[2], tables[2], pairs[2]
+// shape: d, n_kv, n_tokens, group, n_head_kv, n_stream, row_bytes[2], bytes[2], tables[2], pairs[2], n_fast
 static attn_shape get_shape(const int * x) {
-    return { x[0], x[1], x[2], x[3], x[4], x[5], { x[6], x[7] }, { x[8], x[9] }, { x[10], x[11] }, { x[12], x[13] } };
+    return { x[0], x[1], x[2], x[3], x[4], x[5], { x[6], x[7] }, { x[8], x[9] }, { x[10], x[11] }, { x[12], x[13] }, x[14] };
 }
 
 // the same with kinds of sides (sides.h), which the payloads' sizes are made for
@@ -73,6 +73,23 @@ int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
         p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_looked_up, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_parts };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
+}
+
+// the same, then the columns of keys that are rebuilt
+int plan_sm90_slow(const int * shape, int n_sm, long shared, long * out) {
+    sm90_slow_plan p = {};
+    const bool ok = make_sm90_slow_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
+    const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
+        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_zeros, p.at_barrier, p.fast };
+    std::copy(std::begin(values), std::end(values), out);
+    return ok;
+}
+
+// what a slow rotation pair is interpolated by: positions from an anchor, those of the nodes, and the angle of the fastest such pair
+void get_slow_nodes(int * out, double * angle) {
+    const int values[] = { SM90_SLOW_REACH, -SM90_SLOW_FAR, -SM90_SLOW_NEAR, SM90_SLOW_NEAR, SM90_SLOW_FAR };
+    std::copy(std::begin(values), std::end(values), out);
+    *angle = GGML_KVTC_CUDA_SLOW_ANGLE;
 }
 
 // out: chunk, n_list, n_split, split, n_merge, n_token_block, n_head_block, n_cols2, n_column, n_chunk, bytes of scratch

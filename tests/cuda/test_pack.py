@@ -1,6 +1,7 @@
 """Packs for CUDA devices, read without one. Failures caught: turbo heads that do not find their codes, tables or
 rotation, a table or matrix for each head where one serves all, an ordinary side whose values the last kernel changes,
-a table that overlaps another, is not aligned for the kernels' lookups or takes the room of what they need beside it.
+rotation pairs that are taken for slow ones, a table that overlaps another, is not aligned for the kernels' lookups or
+takes the room of what they need beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ffi
 from kvtc_gguf import reference, reference_turbo
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import turbo_row_bytes
+from kvtc_gguf.reference_rope import Rope
 from sides import coded_sides
 
 from bench.random_model import BITS, SHAPES, make_side
@@ -107,6 +109,43 @@ def test_a_pack_that_knows_of_no_rotation_rotates_by_no_angle(d):
     start = HEADER + 4 * HEAD + 2 * (d // 8 + 1) * d * 16
     turns = at(pack, start, 256 * 2 * (d // 2 + 16), np.float16).reshape(256, d // 2 + 16, 2)[:, : d // 2]
     assert (turns[:, 0::2] == 1).all() and (turns[:, 1::2] == 0).all()
+
+
+def turned_pack(d: int, rope: Rope) -> np.ndarray:
+    """A pack of two heads that has this rotation."""
+    native, _ = coded_sides(2, ((2, d), (4, d)))
+    pack = write_pack(native, 2, 4)
+    ffi.base.ggml_kvtc_cuda_pack_set_rope(ffi.pointer(pack), ffi.codec.rope_struct(ffi.LIBRARY, rope))
+    return pack
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_the_operand_of_codes_is_that_of_columns(neox):
+    d = 256
+    pack = turned_pack(d, Rope(d, neox))
+    operands, size = HEADER + 4 * HEAD, (d // 8 + 1) * d * 16
+    parts = operands + 2 * size + 256 * 4 * (d // 2 + 16)
+    for h in range(2):
+        operand = at(pack, operands + h * size, size // 2, np.float16).reshape(d // 8 + 1, d, 8)
+        lanes = at(pack, parts + h * size, size // 2, np.float16).reshape(d // 8 + 1, d // 32, 8, 4, 4, 2)
+        np.testing.assert_array_equal(lanes.transpose(0, 1, 4, 3, 5, 2).reshape(operand.shape), operand)
+        assert operand.any()
+
+
+def test_a_pair_turns_slowly_if_all_behind_it_do():
+    limits, d = ffi.ffi.new("int32_t[7]"), 256
+    factors = np.ones(d // 2, np.float32)
+    factors[:100] = 1e6
+    for rope in (
+        Rope(d, True),
+        Rope(d, True, freq_base=1e6),
+        Rope(d, False, freq_base=1e6, freq_scale=0.125),
+        Rope(64, True, freq_base=1e7),
+        Rope(d, True, freq_factors=factors),
+    ):
+        ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(turned_pack(d, rope)), limits)
+        fast = np.flatnonzero(rope.frequencies()[0] * 128 > 0.55)
+        assert limits[6] == (fast[-1] + 1 if len(fast) else 0)
 
 
 @pytest.mark.parametrize("coded", ["turbo3", 2])
@@ -222,8 +261,8 @@ def test_lookups_find_every_level_of_every_group_and_tables_do_not_overlap(d, bi
 
 def test_limits_are_those_of_coded_sides():
     native, _ = coded_sides(2, (("turbo3", 128), ("turbo4", 128)))
-    limits = ffi.ffi.new("int32_t[6]")
-    for bits_v, right in ((4, [48, 64, 1024, 256, 0, 0]), (0, [48, 0, 1024, 0, 0, 0])):
+    limits = ffi.ffi.new("int32_t[7]")
+    for bits_v, right in ((4, [48, 64, 1024, 256, 0, 0, 0]), (0, [48, 0, 1024, 0, 0, 0, 0])):
         pack = write_pack(native, 3, bits_v)
         ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(pack), limits)
         assert list(limits) == right
@@ -235,7 +274,7 @@ def test_tables_of_any_widths_leave_room_for_what_a_block_needs_beside_them(plan
     """Else attention would fall back to the kernels of other devices, several times as slow. With 6 bits on both sides
     it may: of these widths up to eight and nine groups have 8 bits, 4 KiB of levels each."""
     ffi_plan, library = plans
-    limits = ffi.ffi.new("int32_t[6]")
+    limits = ffi.ffi.new("int32_t[7]")
     for v in range(1, 7):
         native, _ = coded_sides(4, ((k, d), (v, d)))
         pack = write_pack(native, k, v)

@@ -1,11 +1,13 @@
 """How the CUDA kernels divide their work, checked without a GPU: ggml_kvtc/cuda/plan.h is plain C++.
 
 Failures caught: a cell that no split reads or two read, shared memory beyond what a block may have, parts of it that
-are misaligned or overlap the end, a prefill that leaves cells out or whose scratch grows with the context.
+are misaligned or overlap the end, a prefill that leaves cells out or whose scratch grows with the context, logits that
+are interpolated where they cannot be.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,8 @@ DIMS = st.sampled_from([64, 80, 96, 128, 256, 512])
 
 @st.composite
 def shapes(draw, tokens: st.SearchStrategy[int], dims: st.SearchStrategy[int] = DIMS) -> list[int]:
-    """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V."""
+    """d, n_kv, n_tokens, group, n_head_kv, n_stream, then row, payload, table and pair bytes of K and V, rotation pairs
+    that do not turn slowly."""
     d = draw(dims)
     heads = draw(st.integers(1, 16))
     bits = [draw(st.integers(1, 6)) for _ in range(2)]
@@ -26,7 +29,7 @@ def shapes(draw, tokens: st.SearchStrategy[int], dims: st.SearchStrategy[int] = 
     tables = [d // 8 * min(16 << 2 * b, 16 << 6) for b in bits]
     pairs = [16 + d // 8 * (20 << 2 * min(b, 4)) for b in bits]
     shape = [d, draw(st.integers(1, 200_000)), draw(tokens), draw(st.integers(1, 16)), heads, draw(st.integers(1, 4))]
-    return [*shape, *rows, *payload, *tables, *pairs]
+    return [*shape, *rows, *payload, *tables, *pairs, draw(st.integers(0, d // 2))]
 
 
 def check_splits(shape: list[int], out: list[int], shared: int) -> None:
@@ -80,7 +83,7 @@ def test_decode_has_a_plan_for_usual_shapes(plans, d, gpu):
     ffi, library = plans
     for k, v in ((2, 4), (3, 4), (1, 3), (4, 4)):
         tables = [d // 8 * (16 << 2 * min(b, 3)) for b in (k, v)]
-        shape = [d, 131072, 1, 4, 8, 1, d * k, d * v, d * k // 8 + 1, d * v // 8 + 1, *tables, 0, 0]
+        shape = [d, 131072, 1, 4, 8, 1, d * k, d * v, d * k // 8 + 1, d * v // 8 + 1, *tables, 0, 0, 0]
         assert library.plan_decode(shape, *GPUS[gpu], ffi.new("long[18]"))
 
 
@@ -102,7 +105,7 @@ def test_wgmma_decode_reads_every_cell_once_and_aligns_its_tables(plans, shape):
 def test_one_token_has_a_kernel_of_its_own(plans, heads, group, n_kv, k, pairs):
     """Keys' tables as bench/random_model.py makes them, and values' larger: those take 48 KiB."""
     ffi, library = plans
-    rest = [heads * 16 * k, heads * 64, 20 * k, 65, 0, 0, pairs, 80 << 10]
+    rest = [heads * 16 * k, heads * 64, 20 * k, 65, 0, 0, pairs, 80 << 10, 0]
     for tokens, right in ((1, 2), (8 // group, 2 if group > 4 else 1)):
         shape = [128, n_kv, tokens, group, heads, 1, *rest]
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == right
@@ -111,7 +114,7 @@ def test_one_token_has_a_kernel_of_its_own(plans, heads, group, n_kv, k, pairs):
 @pytest.mark.parametrize("n_kv, kernel", [(256, 1), (16384, 1), (32768, 2)])
 def test_more_than_four_query_heads_have_that_kernel_where_a_block_has_many_slabs(plans, n_kv, kernel):
     ffi, library = plans
-    shape = [128, n_kv, 1, 7, 4, 1, 128, 256, 38, 65, 0, 0, 32 << 10, 80 << 10]
+    shape = [128, n_kv, 1, 7, 4, 1, 128, 256, 38, 65, 0, 0, 32 << 10, 80 << 10, 0]
     assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == kernel
 
 
@@ -123,7 +126,7 @@ def test_one_token_of_few_query_heads_has_that_kernel_at_all_usual_widths(plans,
     ffi, library = plans
     pairs = [{1: 4096, 2: 4096, 3: 16384, 4: 65536}[b] for b in (k, v)]
     for n_kv in (256, 16384, 131072):
-        shape = [128, n_kv, 1, 4, heads, 1, heads * 16 * k, heads * 16 * v, 16 * k + 2, 16 * v + 2, 0, 0, *pairs]
+        shape = [128, n_kv, 1, 4, heads, 1, heads * 16 * k, heads * 16 * v, 16 * k + 2, 16 * v + 2, 0, 0, *pairs, 0]
         assert library.plan_sm90(shape, *GPUS["hopper"], ffi.new("long[24]")) == 2
 
 
@@ -146,7 +149,7 @@ def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, group, n_k
     ffi, library = plans
     out = ffi.new("int[5]")
     library.plan_sm90_parts(
-        [128, n_kv, 1, group, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536], 132, 227 << 10, out
+        [128, n_kv, 1, group, heads, 1, heads * 32, heads * 64, 35, 67, 0, 0, 8192, 65536, 0], 132, 227 << 10, out
     )
     n_block, n_sum, n_split, per_split, n_left = out
     assert (n_block > 0) == uneven and n_left == left
@@ -173,8 +176,51 @@ def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
 def test_wgmma_decode_serves_head_dim_256_of_gemma(plans, heads, group, n_kv, bits):
     ffi, library = plans
     pairs = {2: 18 * 1024, 3: 18 * 1024, 4: 11 * 4096}[bits]  # of keys of bench/random_model.py's shape
-    shape = [256, n_kv, 1, group, heads, 1, heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, pairs, 0]
+    shape = [256, n_kv, 1, group, heads, 1, heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, pairs, 0, 0]
     assert library.plan_sm90_d256(shape, *GPUS["hopper"], ffi.new("long[21]"))
+
+
+@settings(deadline=None, max_examples=300)
+@given(shape=shapes(st.integers(1, 2), st.just(256)))
+def test_wgmma_decode_of_slow_pairs_reads_every_cell_once(plans, shape):
+    ffi, library = plans
+    out = ffi.new("long[22]")
+    if library.plan_sm90_slow(shape, *GPUS["hopper"], out):
+        assert shape[2] == 1 and shape[3] <= 2 <= 2 * shape[14] <= out[21]
+        assert out[7] % 1024 == 0 and out[13] % 4096 == 3072  # tables are aligned to their own size
+        check_splits(shape, list(out)[:21], GPUS["hopper"][1])
+
+
+@pytest.mark.parametrize("n_fast, columns", [(0, 0), (1, 64), (32, 64), (33, 128), (64, 128), (65, 0), (128, 0)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_pairs_that_turn_slowly_are_not_rebuilt_where_a_block_has_slabs_enough(plans, n_fast, columns, bits):
+    """Of a shape like Gemma 3's, with keys' tables as bench/random_model.py has them. 128 columns leave no room at 4
+    bits."""
+    ffi, library = plans
+    columns = 0 if columns == 128 and bits == 4 else columns
+    for heads, n_kv, tokens, group, right in (
+        (4, 131072, 1, 2, columns),
+        (4, 16384, 1, 2, columns),
+        (8, 131072, 1, 1, columns),
+        (4, 4096, 1, 2, 0),
+        (4, 131072, 2, 1, 0),
+        (4, 131072, 1, 3, 0),
+    ):
+        rest = [heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, 18 * 1024, 0, n_fast]
+        out = ffi.new("long[22]")
+        served = library.plan_sm90_slow([256, n_kv, tokens, group, heads, 1, *rest], *GPUS["hopper"], out)
+        assert (out[21] if served else 0) == right
+
+
+def test_slow_pairs_are_interpolated_to_within_f16s_error(plans):
+    ffi, library = plans
+    numbers, angle = ffi.new("int[5]"), ffi.new("double *")
+    library.get_slow_nodes(numbers, angle)
+    reach, *nodes = numbers
+    x = np.linspace(-reach, reach, 2 * reach + 1)
+    weights = [np.prod([(x - b) / (a - b) for b in nodes if b != a], axis=0) for a in nodes]
+    turns = [np.exp(1j * angle[0] / reach * y) for y in (x, np.array(nodes))]
+    assert np.abs(turns[1] @ weights - turns[0]).max() < 2**-11
 
 
 @settings(deadline=None, max_examples=300)
@@ -219,7 +265,7 @@ SHAPES = pytest.mark.parametrize("group, heads, d", [(4, 8, 128), (7, 4, 128), (
 
 
 def prompt(group: int, heads: int, d: int, n_kv: int, tokens: int) -> list[int]:
-    return [d, n_kv, tokens, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0]
+    return [d, n_kv, tokens, group, heads, 1, heads * d // 4, heads * d // 2, d // 4 + 1, d // 2 + 1, 0, 0, 0, 0, 0]
 
 
 @SHAPES

@@ -118,7 +118,7 @@ def cpu_part(pack: np.ndarray) -> np.ndarray:
 
 def limits(pack: np.ndarray) -> list[int]:
     """What the parameters of the attention operation say of a pack on a device; zeros without one."""
-    result = ffi.new("int32_t[6]")
+    result = ffi.new("int32_t[7]")
     if DEVICE:
         base.ggml_kvtc_cuda_pack_limits(pointer(pack), result)
     return list(result)

@@ -1,0 +1,261 @@
+// The sum of values in decode-sm90-slow.cu: as values-sm90.cuh's, but each warp has eight neighbouring groups, and looks up levels in shared
+// memory's banks: of a group's four, each of the four lanes that decode it, of different rows, has one of its own.
+//
+//             bank 0 … 3                                           4 … 7       31
+//   code 0    | group 0: both levels of two components, four times | group 1 | … |
+//   code 1    | …
+//
+// Each pair of components has such a table for each warp's groups: of 32 codes for the first, of 16 for the others. Groups of more bits are
+// looked up one after the other by the whole warp.
+#pragma once
+
+#include "values-sm90.cuh"
+
+namespace kvtc {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// bits of a group that has a place in the tables
+__device__ __forceinline__ int get_most_bits(int group) {
+    return group < 8 ? 5 : 4;
+}
+
+// from the beginning of a pair's tables to those of a warp's groups
+__device__ __forceinline__ uint32_t get_bank_table(int part) {
+    return part == 0 ? 0 : (part + 1)*16*GGML_KVTC_CUDA_LEVEL;
+}
+
+// The tables of a head's values, from the pack, by n threads
+__device__ __forceinline__ void fill_banks(uint8_t * to, const char * pack, const ggml_kvtc_cuda_head & head, int n) {
+    constexpr int UNITS = SM90_BANK_COLUMN/GGML_KVTC_CUDA_LEVEL/4; // of four codes
+    const half    * levels = at<half>(pack, head.levels);
+    const uint8_t * widths = at<uint8_t>(pack, head.widths);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 8*4*UNITS; i += n) {
+        const int g8   = i%8;
+        const int pair = i/8%4;
+        const int unit = i/32; // of the warps' one after the other
+        const int part  = unit < 8 ? 0 : unit/4 - 1;
+        const int first = unit < 8 ? 4*unit : unit%4*4; // code
+        const int group = 8*part + g8;
+        const int width = widths[group];
+        const half * level = levels + at<uint32_t>(pack, head.levels_at)[group] + (2*pair << width);
+        const bool has = width > 0 && width <= get_most_bits(group);
+        uint32_t x[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int code = first + c & (1 << width) - 1;
+            x[c] = has ? (uint32_t) __half_as_ushort(level[code]) | (uint32_t) __half_as_ushort(level[code + (1 << width)]) << 16 : 0;
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            *(uint4 *) (to + pair*SM90_BANK_COLUMN + get_bank_table(part) + (first + c)*GGML_KVTC_CUDA_LEVEL + 16*g8) = make_uint4(x[c], x[c], x[c], x[c]);
+        }
+    }
+}
+
+// Of 16 cells, a group of those values that count exactly
+template <int D>
+struct exact_values {
+    int   from[4]; // slots of cells 2*(lane%4), + 1, + 8, + 9, or -1
+    uint4 x   [4];
+
+    // they are on their way. j: of a slab's 16 cells; own: key and value of the batch's only token
+    __device__ __forceinline__ void read(const attn_args & a, int head, const int (&chosen)[SLAB90], const half * own, int group, int j) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            from[n] = chosen[16*j + threadIdx.x%4*2 + n%2 + n/2*8];
+            x   [n] = from[n] != -1 ? get_exact_row<D>(a, GGML_KVTC_V, head, from[n], own)[group] : make_uint4(0, 0, 0, 0);
+        }
+    }
+};
+
+// D: 256. One token of at most two queries; of a product's columns the first four are queries' even components, the others their odd ones
+template <int D>
+struct bank_sums {
+    float     o[2][4];  // [t][2*i + x]: components 2*(t + 2*i) + lane%4/2 of the thread's group, of query lane%4%2*2 + x
+    float     top[2];   // of these queries, what o is relative to
+    uint32_t  table;    // of the group, in shared memory, and in that the thread's bank
+    uint32_t  mask;     // of an index, times GGML_KVTC_CUDA_LEVEL
+    uint32_t  word, shift, width;
+    uint32_t  wide;     // groups of the warp that have no place in the tables, a bit for the first thread of each
+    const half * levels; // of the thread's group, for these; in shared memory if there is room
+    int       group;
+    uint32_t  pick[2];  // permutations that leave a key's weight for the column's parity
+
+    __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint8_t * tables, uint8_t * wide_levels) {
+        static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
+        const int lane = threadIdx.x % 32;
+        group = 8*part + lane/4;
+        const pair_code code = at<pair_code>(base, head.pair_codes)[group];
+        word  = code.word;
+        shift = code.shift;
+        width = get_width<D>(code.shift);
+        mask  = (int) width > get_most_bits(group) ? 0 : ((1u << width) - 1)*GGML_KVTC_CUDA_LEVEL;
+        table = (uint32_t) __cvta_generic_to_shared(tables) + get_bank_table(part) + 4*lane;
+        levels = at<half>(base, head.levels) + at<uint32_t>(base, head.levels_at)[group];
+        wide   = __ballot_sync(0xffffffff, (int) width > get_most_bits(group)) & 0x11111111;
+        if (wide != 0) {
+            const int end = get_wide_end(at<uint8_t>(base, head.widths), group);
+            if ((int) width > get_most_bits(group) && end <= SM90_WIDE) {
+                uint8_t * to = wide_levels + end - (16 << width);
+                copy_levels(to, levels, width, lane%4, 4);
+                levels = (const half *) to;
+            }
+        }
+        pick[0] = lane < 16 ? 0x4410u : 0x1044u;
+        pick[1] = lane < 16 ? 0x4432u : 0x3244u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            o[0][i] = o[1][i] = 0.0f;
+        }
+        top[0] = top[1] = -INFINITY;
+    }
+
+    // eight components of the thread's group of a row, whose codes begin in these words
+    __device__ __forceinline__ uint4 look_up_levels(const uint2 & words) const {
+        constexpr int SHIFT = LEVEL_SHIFT;
+        const uint64_t all  = (uint64_t) words.y << 32 | words.x;
+        uint32_t bits = (uint32_t) (all >> shift%32) << SHIFT;
+        const auto next = [&] {
+            const uint32_t at = (bits & mask) | table;
+            bits = __funnelshift_r(bits, 0, width);
+            return at;
+        };
+        uint32_t at[8];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            at[c] = next();
+        }
+        bits = (uint32_t) (all >> (shift%32 + 4*width)) << SHIFT;
+#pragma unroll
+        for (int c = 4; c < 8; ++c) {
+            at[c] = next();
+        }
+        constexpr int COLUMN = SM90_BANK_COLUMN;
+        return make_uint4(permute(look_up(at[0]), look_up(at[1]), 0x7610), permute(look_up<1*COLUMN>(at[2]), look_up<1*COLUMN>(at[3]), 0x7610),
+            permute(look_up<2*COLUMN>(at[4]), look_up<2*COLUMN>(at[5]), 0x7610), permute(look_up<3*COLUMN>(at[6]), look_up<3*COLUMN>(at[7]), 0x7610));
+    }
+
+    // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart; EXACT: exact: of the first 16 cells
+    template <bool EXACT>
+    __device__ __forceinline__ void add_slab(const attn_args & a, int head, const exchange & shared, const int (&chosen)[SLAB90], const uint8_t * rows, int stride, const half * own, exact_values<D> & exact) {
+        const int lane = threadIdx.x % 32;
+        const int q2   = lane%2*2;  // the thread's first query
+        const int r4   = lane/4%4;  // the query whose weights it has
+        float2 most = make_float2(-INFINITY, -INFINITY); // of the group
+        float  high = -INFINITY;                         // of query r4
+#pragma unroll
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            const float2 x = *(const float2 *) &shared.top[j][q2];
+            most.x = fmaxf(most.x, x.x);
+            most.y = fmaxf(most.y, x.y);
+            high = fmaxf(high, shared.top[j][r4]);
+        }
+        if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
+            const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                o[t][0] *= fade[0];
+                o[t][1] *= fade[1];
+                o[t][2] *= fade[0];
+                o[t][3] *= fade[1];
+            }
+            top[0] = most.x;
+            top[1] = most.y;
+        }
+        const auto read_codes = [&](int j, uint2 (&words)[4]) { // of keys 2*q4, + 1, + 8, + 9 of 16
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const uint32_t * w = (const uint32_t *) (rows + (16*j + n%2 + n/2*8)*stride + word);
+                words[n] = make_uint2(w[0], w[1]);
+            }
+        };
+        uint2 next[4];
+        read_codes(0, next);
+#pragma unroll 2 // two are looked up together
+        for (int j = 0; j < GROUP_WARPS; ++j) {
+            uint4 z[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                z[n] = look_up_levels(next[n]);
+            }
+            if (j + 1 < GROUP_WARPS) {
+                read_codes(j + 1, next);
+            }
+            if (wide != 0) {
+                if (wide >> (lane & 28) & 1) { // the lanes of other groups wait
+#pragma unroll 1
+                    for (int n = 0; n < 4; ++n) {
+                        const uint4 x = look_up_wide(rows + (16*j + n%2 + n/2*8)*stride, { 0, word, shift, 0 }, levels);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            z[i] = i == n ? x : z[i];
+                        }
+                    }
+                }
+                __syncwarp();
+            }
+            if constexpr (EXACT) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    z[n] = exact.from[n] != -1 ? exact.x[n] : z[n];
+                }
+                if (j + 1 < GROUP_WARPS) {
+                    exact.read(a, head, chosen, own, group, j + 1);
+                }
+            }
+            const float part_top = shared.top[j][r4];
+            const half2 f = __float2half2_rn(part_top == -INFINITY ? 0.0f : exp2f(part_top - high));
+            const uint2 x = shared.weights[j][lane%16];
+            const uint32_t weights[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint4 & z0 = z[2*i];
+                const uint4 & z1 = z[2*i + 1];
+                const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
+                const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
+                const uint32_t b0 = permute(weights[i], 0, pick[0]);
+                const uint32_t b1 = permute(weights[i], 0, pick[1]);
+                mma(o[0], even, b0, b1);
+                mma(o[1], odd,  b0, b1);
+            }
+        }
+    }
+
+    // The end of a block: the states of its groups' warps to one, and out. warp_top, sum: of queries 2*(lane%4), + 1 and the warp's cells
+    template <int GROUPS>
+    __device__ __forceinline__ void write(const attn_args & a, uint8_t * smem, uint64_t & barrier, int warp_group, int part, const float (&warp_top)[2], const float (&sum)[2],
+                                          int head, int stream, float * values, float2 * meta) const {
+        constexpr int LD = D + 8;
+        const int lane = threadIdx.x % 32;
+        const int q4   = lane % 4;
+        float * all_o   = (float *) smem;         // [group of warps][row][LD]
+        float * all_top = all_o + GROUPS*8*LD;    // [group of warps][row]
+        float * all_sum = all_top + GROUPS*8;     // [group of warps][row][warp of it]
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            const float s = column_sum(sum[x]);
+            const int row = warp_group*8 + q4%2*2 + x;
+            if (lane == 0) { // a group's largest logit is that of its warps
+                all_sum[row*GROUP_WARPS + part] = warp_top[x] == -INFINITY ? 0.0f : s*exp2f(warp_top[x] - top[x]);
+                if (part == 0) {
+                    all_top[row] = top[x];
+                }
+            }
+            if (row%8 < a.group) {
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        all_o[row*LD + 8*group + 2*(t + 2*i) + q4/2] = o[t][2*i + x];
+                    }
+                }
+            }
+        }
+        meet_all(barrier);
+        put_sums<D, 8, GROUP_WARPS>(a, all_o, all_top, all_sum, GROUPS, head, 0, stream, blockIdx.x, gridDim.x, [](int c) { return c; }, values, meta);
+    }
+};
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
+} // namespace kvtc
