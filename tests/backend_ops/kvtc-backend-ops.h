@@ -140,6 +140,12 @@ static void kvtc_add_reads(std::vector<std::unique_ptr<test_case>> & cases) {
             add(d, [&](auto & c) { c.tokens = tokens; c.rope = tokens == 1 ? GGML_KVTC_ROPE_NORMAL : GGML_KVTC_ROPE_NEOX; c.n_rot = d/2; });
         }
     }
+    // of which most turn slowly, with cells enough
+    for (double base : { 1e6, 1e10 }) {
+        for (kvtc_cells cells : { KVTC_IN_ORDER, KVTC_SHUFFLED }) {
+            add(256, [&](auto & c) { c.base = base; c.heads = 16; c.group = 2; c.streams = 2; c.n_kv = 1100; c.cells = cells; });
+        }
+    }
     for (int tokens : { 1, 33 }) {
         add( 80, [&](auto & c) { c.tokens = tokens; c.n_rot = 20; });
         add( 80, [&](auto & c) { c.tokens = tokens; c.n_rot = 32; c.rope = GGML_KVTC_ROPE_NORMAL; });

@@ -205,6 +205,7 @@ struct kvtc_read {
     int        rope    = GGML_KVTC_ROPE_NEOX;
     int        n_rot   = 0;  // 0: head_dim
     float      mscale  = 1.0f;
+    double     base    = 1e4; // of the rotation's frequencies
     int        start   = 0;  // position of the first token
     int        sinks   = 4;
     int        window  = 32;
@@ -233,7 +234,7 @@ struct test_kvtc_attn : public kvtc_test_case {
         static const char * orders[] = { "order", "shuffled", "sparse", "seqs" };
         std::ostringstream s;
         s << "k=" << c.k << ",v=" << c.v << ",d=" << c.d << ",heads=" << c.heads << ",group=" << c.group << ",tokens=" << c.tokens
-          << ",n_kv=" << c.n_kv << ",empty=" << c.empty << ",streams=" << c.streams << ",rope=" << c.rope << ",n_rot=" << c.n_rot << ",mscale=" << c.mscale
+          << ",n_kv=" << c.n_kv << ",empty=" << c.empty << ",streams=" << c.streams << ",rope=" << c.rope << ",n_rot=" << c.n_rot << ",mscale=" << c.mscale << ",base=" << c.base
           << ",start=" << c.start << ",sinks=" << c.sinks << ",window=" << c.window << ",mask=" << masks[c.mask] << ",span=" << c.span
           << ",exact=" << exacts[c.exact] << ",cells=" << orders[c.cells] << ",memory=" << c.memory
           << ",softcap=" << c.softcap << ",alibi=" << c.alibi << ",sink_logits=" << c.sink_logits;
@@ -266,7 +267,7 @@ struct test_kvtc_attn : public kvtc_test_case {
         rope.n_rot  = c.n_rot ? c.n_rot : c.d;
         rope.mscale = c.mscale;
         for (int i = 0; i < rope.n_rot/2; ++i) {
-            rope.inv_freq[i] = std::pow(10000.0, -2.0*i/rope.n_rot);
+            rope.inv_freq[i] = std::pow(c.base, -2.0*i/rope.n_rot);
         }
         pack = std::make_unique<kvtc_test::universal_pack>(c.heads, c.d, c.k, c.v, c.rope ? &rope : nullptr);
 
