@@ -72,15 +72,15 @@ struct exact_values {
 // D: 256. One token of at most two queries; of a product's columns the first four are queries' even components, the others their odd ones
 template <int D>
 struct bank_sums {
-    float     o[2][4];  // [t][2*i + x]: components 2*(t + 2*i) + lane%4/2 of the thread's group, of query lane%4%2*2 + x
-    float     top[2];   // of these queries, what o is relative to
-    uint32_t  table;    // of the group, in shared memory, and in that the thread's bank
-    uint32_t  mask;     // of an index, times GGML_KVTC_CUDA_LEVEL
+    float     o[2][1][4]; // [t][0][2*i + x]: components 2*(t + 2*i) + lane%4/2 of the thread's group, of query lane%4%2*2 + x
+    float     top[2];     // of these queries, what o is relative to
+    uint32_t  table;      // of the group, in shared memory, and in that the thread's bank
+    uint32_t  mask;       // of an index, times GGML_KVTC_CUDA_LEVEL
     uint32_t  word, shift, width;
-    uint32_t  wide;     // groups of the warp that have no place in the tables, a bit for the first thread of each
+    uint32_t  wide;       // groups of the warp that have no place in the tables, a bit for the first thread of each
     const half * levels; // of the thread's group, for these; in shared memory if there is room
     int       group;
-    uint32_t  pick[2];  // permutations that leave a key's weight for the column's parity
+    uint32_t  pick[1][2];
 
     __device__ __forceinline__ void init(const char * base, const ggml_kvtc_cuda_head & head, int part, const uint8_t * tables, uint8_t * wide_levels) {
         static_assert(D == 64*GROUP_WARPS, "groups do not divide evenly");
@@ -102,38 +102,12 @@ struct bank_sums {
                 levels = (const half *) to;
             }
         }
-        pick[0] = lane < 16 ? 0x4410u : 0x1044u;
-        pick[1] = lane < 16 ? 0x4432u : 0x3244u;
+        pick_parity(pick[0], lane < 16);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            o[0][i] = o[1][i] = 0.0f;
+            o[0][0][i] = o[1][0][i] = 0.0f;
         }
         top[0] = top[1] = -INFINITY;
-    }
-
-    // eight components of the thread's group of a row, whose codes begin in these words
-    __device__ __forceinline__ uint4 look_up_levels(const uint2 & words) const {
-        constexpr int SHIFT = LEVEL_SHIFT;
-        const uint64_t all  = (uint64_t) words.y << 32 | words.x;
-        uint32_t bits = (uint32_t) (all >> shift%32) << SHIFT;
-        const auto next = [&] {
-            const uint32_t at = (bits & mask) | table;
-            bits = __funnelshift_r(bits, 0, width);
-            return at;
-        };
-        uint32_t at[8];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            at[c] = next();
-        }
-        bits = (uint32_t) (all >> (shift%32 + 4*width)) << SHIFT;
-#pragma unroll
-        for (int c = 4; c < 8; ++c) {
-            at[c] = next();
-        }
-        constexpr int COLUMN = SM90_BANK_COLUMN;
-        return make_uint4(permute(look_up(at[0]), look_up(at[1]), 0x7610), permute(look_up<1*COLUMN>(at[2]), look_up<1*COLUMN>(at[3]), 0x7610),
-            permute(look_up<2*COLUMN>(at[4]), look_up<2*COLUMN>(at[5]), 0x7610), permute(look_up<3*COLUMN>(at[6]), look_up<3*COLUMN>(at[7]), 0x7610));
     }
 
     // rows: of codes, from cell 2*(lane%4) on, `stride` bytes apart; EXACT: exact: of the first 16 cells
@@ -142,27 +116,7 @@ struct bank_sums {
         const int lane = threadIdx.x % 32;
         const int q2   = lane%2*2;  // the thread's first query
         const int r4   = lane/4%4;  // the query whose weights it has
-        float2 most = make_float2(-INFINITY, -INFINITY); // of the group
-        float  high = -INFINITY;                         // of query r4
-#pragma unroll
-        for (int j = 0; j < GROUP_WARPS; ++j) {
-            const float2 x = *(const float2 *) &shared.top[j][q2];
-            most.x = fmaxf(most.x, x.x);
-            most.y = fmaxf(most.y, x.y);
-            high = fmaxf(high, shared.top[j][r4]);
-        }
-        if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
-            const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
-#pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                o[t][0] *= fade[0];
-                o[t][1] *= fade[1];
-                o[t][2] *= fade[0];
-                o[t][3] *= fade[1];
-            }
-            top[0] = most.x;
-            top[1] = most.y;
-        }
+        const float high = raise_sums((float (&)[2][4]) o, top, shared, q2, r4);
         const auto read_codes = [&](int j, uint2 (&words)[4]) { // of keys 2*q4, + 1, + 8, + 9 of 16
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
@@ -177,7 +131,7 @@ struct bank_sums {
             uint4 z[4];
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
-                z[n] = look_up_levels(next[n]);
+                z[n] = look_up_levels<SM90_BANK_COLUMN>(next[n], shift, shift%32 + 4*width, width, mask, table);
             }
             if (j + 1 < GROUP_WARPS) {
                 read_codes(j + 1, next);
@@ -208,17 +162,7 @@ struct bank_sums {
             const half2 f = __float2half2_rn(part_top == -INFINITY ? 0.0f : exp2f(part_top - high));
             const uint2 x = shared.weights[j][lane%16];
             const uint32_t weights[2] = { mul_half2(x.x, f), mul_half2(x.y, f) };
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint4 & z0 = z[2*i];
-                const uint4 & z1 = z[2*i + 1];
-                const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
-                const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
-                const uint32_t b0 = permute(weights[i], 0, pick[0]);
-                const uint32_t b1 = permute(weights[i], 0, pick[1]);
-                mma(o[0], even, b0, b1);
-                mma(o[1], odd,  b0, b1);
-            }
+            add_pairs(o, z, weights, pick);
         }
     }
 
@@ -247,7 +191,7 @@ struct bank_sums {
                 for (int t = 0; t < 2; ++t) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        all_o[row*LD + 8*group + 2*(t + 2*i) + q4/2] = o[t][2*i + x];
+                        all_o[row*LD + 8*group + 2*(t + 2*i) + q4/2] = o[t][0][2*i + x];
                     }
                 }
             }

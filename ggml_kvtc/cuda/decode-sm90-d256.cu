@@ -348,13 +348,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
                 }
             }
             if (__any_sync(0xffffffff, rises)) {
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = column_max(most);
-                    sum[x] *= top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top[x]  = most;
-                }
+                raise_top(w, top, sum);
             }
             if (again) {
                 copy_wait<0>();

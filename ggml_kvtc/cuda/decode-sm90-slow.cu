@@ -324,13 +324,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
                 }
             }
             if (__any_sync(0xffffffff, rises)) {
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    float most = fmaxf(top[x], fmaxf(w[x], w[2 + x]));
-                    most = column_max(most);
-                    sum[x] *= top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
-                    top[x]  = most;
-                }
+                raise_top(w, top, sum);
             }
             copy_wait<1>(); // the values
             __syncwarp();

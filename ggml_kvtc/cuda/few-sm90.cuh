@@ -123,9 +123,7 @@ struct few_sums {
     __device__ __forceinline__ void init() {
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) {
-            const bool even = KEYS > 1 ? i == 0 : threadIdx.x%32/4 < 4;
-            pick[i][0] = even ? 0x4410u : 0x1044u;
-            pick[i][1] = even ? 0x4432u : 0x3244u;
+            pick_parity(pick[i], KEYS > 1 ? i == 0 : threadIdx.x%32/4 < 4);
         }
         top[0] = top[1] = -INFINITY;
         sum[0] = sum[1] = 0.0f;
@@ -162,22 +160,9 @@ struct few_sums {
         }
     }
 
-    // z: a group of keys 2*q4, + 1, + 8, + 9; weights: of query lane/4%ROWS, two keys of the first eight, and of the others
+    // weights: of query lane/4%ROWS
     __device__ __forceinline__ void add(int h, const uint4 (&z)[4], const uint32_t (&weights)[2]) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint4 & z0 = z[2*i];
-            const uint4 & z1 = z[2*i + 1];
-            const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
-            const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
-#pragma unroll
-            for (int j = 0; j < KEYS; ++j) {
-                const uint32_t b0 = permute(weights[i], 0, pick[j][0]);
-                const uint32_t b1 = permute(weights[i], 0, pick[j][1]);
-                mma(o[h][0][j], even, b0, b1);
-                mma(o[h][1][j], odd,  b0, b1);
-            }
-        }
+        add_pairs(o[h], z, weights, pick);
     }
 };
 

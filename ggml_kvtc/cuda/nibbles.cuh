@@ -18,6 +18,33 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t whi
     return z;
 }
 
+// Sums of neighbouring components, which are one register of a key as they are looked up: the products' inner dimension is (key, parity), and
+// the weights' operand has zeros for the other parity. pick: for a column of even (odd) components, permutations that leave one of two keys'
+// weight for them
+__device__ __forceinline__ void pick_parity(uint32_t (&pick)[2], bool even) {
+    pick[0] = even ? 0x4410u : 0x1044u;
+    pick[1] = even ? 0x4432u : 0x3244u;
+}
+
+// z: a group of keys 2*q4, + 1, + 8, + 9; weights: of a column's query, two keys of the first eight, and of the others
+template <int N>
+__device__ __forceinline__ void add_pairs(float (&o)[2][N][4], const uint4 (&z)[4], const uint32_t (&weights)[2], const uint32_t (&pick)[N][2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint4 & z0 = z[2*i];
+        const uint4 & z1 = z[2*i + 1];
+        const uint32_t even[4] = { z0.x, z0.z, z1.x, z1.z };
+        const uint32_t odd [4] = { z0.y, z0.w, z1.y, z1.w };
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const uint32_t b0 = permute(weights[i], 0, pick[j][0]);
+            const uint32_t b1 = permute(weights[i], 0, pick[j][1]);
+            mma(o[0][j], even, b0, b1);
+            mma(o[1][j], odd,  b0, b1);
+        }
+    }
+}
+
 // Levels in shared memory, f16 [set of N groups][component][code / 8][group][code % 8]: a code's bits and its group's fill a byte of
 // the address, and few lanes share banks. N: 8 for values, 4 for keys, the groups of a warp. Fewer levels than 16 are repeated, so
 // that whatever lies above a code's bits in its nibble does not count.

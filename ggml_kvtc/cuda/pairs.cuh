@@ -73,15 +73,13 @@ __device__ __forceinline__ uint4 decode_eight(const uint8_t * row, const pair_co
 constexpr int LEVEL_SHIFT = 7;
 static_assert(1 << LEVEL_SHIFT == GGML_KVTC_CUDA_LEVEL, "indices of banks are shifted by another number of bits");
 
-// Eight codes of values' first eight groups, looked up one by one; of single levels, something. bank: of the group's four, the lane's
-template <int D>
-__device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_code & code, int bank) {
-    constexpr int COLUMN = GGML_KVTC_CUDA_COLUMN(D);
-    const uint2    words = load_words(row, code);
-    const uint32_t width = code.shift >> 9; // shifts are modulo 32
-    uint32_t bits = __funnelshift_r(words.x, words.y, code.shift) << LEVEL_SHIFT;
+// Eight codes of `width` bits, of which the first and the fifth begin at these bits of the words, looked up one by one in banks. mask: of an
+// index; table: of the lane's bank; both levels of a pair of components lie there together, those of pairs COLUMN bytes apart
+template <int COLUMN>
+__device__ __forceinline__ uint4 look_up_levels(const uint2 & words, uint32_t first, uint32_t fifth, uint32_t width, uint32_t mask, uint32_t table) {
+    uint32_t bits = __funnelshift_r(words.x, words.y, first) << LEVEL_SHIFT; // shifts are modulo 32
     const auto next = [&] {
-        const uint32_t at = (bits & code.mask) | (code.table + 4*bank);
+        const uint32_t at = (bits & mask) | table;
         bits = __funnelshift_r(bits, 0, width);
         return at;
     };
@@ -90,7 +88,7 @@ __device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_c
     for (int c = 0; c < 4; ++c) {
         at[c] = next();
     }
-    bits = get_bits(words, code.shift >> 16) << LEVEL_SHIFT;
+    bits = get_bits(words, fifth) << LEVEL_SHIFT;
 #pragma unroll
     for (int c = 4; c < 8; ++c) {
         at[c] = next();
@@ -99,6 +97,12 @@ __device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_c
         __byte_perm(look_up<1*COLUMN>(at[2]), look_up<1*COLUMN>(at[3]), 0x7610),
         __byte_perm(look_up<2*COLUMN>(at[4]), look_up<2*COLUMN>(at[5]), 0x7610),
         __byte_perm(look_up<3*COLUMN>(at[6]), look_up<3*COLUMN>(at[7]), 0x7610));
+}
+
+// Those of values' first eight groups; of single levels, something. bank: of the group's four, the lane's
+template <int D>
+__device__ __forceinline__ uint4 decode_levels(const uint8_t * row, const pair_code & code, int bank) {
+    return look_up_levels<GGML_KVTC_CUDA_COLUMN(D)>(load_words(row, code), code.shift, code.shift >> 16, code.shift >> 9, code.mask, code.table + 4*bank);
 }
 
 // The same of the other groups, in pairs; bank: which the lane begins with

@@ -22,6 +22,44 @@ struct exchange {
 
 static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");
 
+// The largest of a warp's logits to `top`, and with it the sums of weights that are relative to that. w[2*i + x]: of the thread's key i, query x
+__device__ __forceinline__ void raise_top(const float (&w)[4], float (&top)[2], float (&sum)[2]) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+        const float most = column_max(fmaxf(top[x], fmaxf(w[x], w[2 + x])));
+        sum[x] *= top[x] == -INFINITY ? 0.0f : exp2f(top[x] - most);
+        top[x]  = most;
+    }
+}
+
+// The largest logits of the group's warps to `top`, of queries `query`, + 1, and with them the sums that are relative to these; that of
+// query `row` is returned
+template <int N>
+__device__ __forceinline__ float raise_sums(float (&o)[N][4], float (&top)[2], const exchange & shared, int query, int row) {
+    float2 most = make_float2(-INFINITY, -INFINITY);
+    float  high = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < GROUP_WARPS; ++j) {
+        const float2 x = *(const float2 *) &shared.top[j][query];
+        most.x = fmaxf(most.x, x.x);
+        most.y = fmaxf(most.y, x.y);
+        high = fmaxf(high, shared.top[j][row]);
+    }
+    if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
+        const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
+#pragma unroll
+        for (int t = 0; t < N; ++t) {
+            o[t][0] *= fade[0];
+            o[t][1] *= fade[1];
+            o[t][2] *= fade[0];
+            o[t][3] *= fade[1];
+        }
+        top[0] = most.x;
+        top[1] = most.y;
+    }
+    return high;
+}
+
 // a group of more than 4 bits, as all threads of a warp look it up
 struct wide_group {
     int          owner; // the first of its own threads
@@ -138,27 +176,7 @@ struct value_sums {
         const int lane = threadIdx.x % 32;
         const int q4   = lane % 4;
         const int r8   = lane / 4;
-        float2 most = make_float2(-INFINITY, -INFINITY); // of the group, queries 2*q4, 2*q4 + 1
-        float  high = -INFINITY;                         // query r8
-#pragma unroll
-        for (int j = 0; j < GROUP_WARPS; ++j) {
-            const float2 x = *(const float2 *) &shared.top[j][2*q4];
-            most.x = fmaxf(most.x, x.x);
-            most.y = fmaxf(most.y, x.y);
-            high = fmaxf(high, shared.top[j][r8]);
-        }
-        if (__any_sync(0xffffffff, most.x > top[0] || most.y > top[1])) {
-            const float fade[2] = { top[0] == -INFINITY ? 0.0f : exp2f(top[0] - most.x), top[1] == -INFINITY ? 0.0f : exp2f(top[1] - most.y) };
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-                o[t][0] *= fade[0];
-                o[t][1] *= fade[1];
-                o[t][2] *= fade[0];
-                o[t][3] *= fade[1];
-            }
-            top[0] = most.x;
-            top[1] = most.y;
-        }
+        const float high = raise_sums(o, top, shared, 2*q4, r8);
         const auto read_codes = [&](int j, uint32_t (&word)[4]) { // of keys 2*q4, + 1, + 8, + 9 of 16
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
