@@ -6,48 +6,33 @@ takes the room of what they need beside it.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
-
-import ffi
 from kvtc_gguf import reference, reference_turbo
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.layout import turbo_row_bytes
 from kvtc_gguf.reference_rope import Rope
-from sides import coded_sides
 
 from bench.random_model import BITS, SHAPES, make_side
+from tests.cuda.packs import (
+    HEAD,
+    HEADER,
+    K,
+    V,
+    at,
+    coded_sides,
+    ffi,
+    operand_of,
+    parts_of,
+    read_head,
+    turned_pack,
+    write_pack,
+)
 
-# ggml_kvtc/kvtc-pack-cuda.h
-HEADER, HEAD = 80, 3152
-PLACES = {"payload": 0, "n_bytes": 1, "rank": 2, "keep_norm": 3, "mean": 11, "decode": 12}
-PLACES |= {"levels_at": 6, "levels": 7, "codes": 13, "tables": 14, "n_tables": 15}
-PLACES |= {"pair_codes": 16, "pairs": 17, "n_pairs": 18, "n_wide": 19}
 SINGLE, MOST_PAIRS, STAGED, MOST_BLOCK, LEVEL = 128, 18432, 192, 155648, 128
-K, V = ffi.K, ffi.V
-
-
-def write_pack(native: ffi.Native, bits_k: int, bits_v: int) -> np.ndarray:
-    """The pack of layer 0, u8."""
-    pack = ffi.aligned(ffi.base.ggml_kvtc_cuda_pack_size(native.handle, 0, bits_k, bits_v))
-    ffi.base.ggml_kvtc_cuda_pack_write(native.handle, 0, bits_k, bits_v, ffi.pointer(pack))
-    return pack
-
-
-def read_head(pack: np.ndarray, side: int, head: int) -> dict[str, int]:
-    start = HEADER + (2 * head + side) * HEAD
-    return {name: int(pack[start + 4 * i :][:4].view(np.uint32)[0]) for name, i in PLACES.items()}
-
-
-def at(pack: np.ndarray, offset: int, count: int, kind: type) -> np.ndarray:
-    size = count * np.dtype(kind).itemsize
-    return pack[offset : offset + size].view(kind)
 
 
 def decode_rows(pack: np.ndarray, side: int, rows: np.ndarray, n_head: int, d: int) -> np.ndarray:
@@ -111,24 +96,13 @@ def test_a_pack_that_knows_of_no_rotation_rotates_by_no_angle(d):
     assert (turns[:, 0::2] == 1).all() and (turns[:, 1::2] == 0).all()
 
 
-def turned_pack(d: int, rope: Rope) -> np.ndarray:
-    """A pack of two heads that has this rotation."""
-    native, _ = coded_sides(2, ((2, d), (4, d)))
-    pack = write_pack(native, 2, 4)
-    ffi.base.ggml_kvtc_cuda_pack_set_rope(ffi.pointer(pack), ffi.codec.rope_struct(ffi.LIBRARY, rope))
-    return pack
-
-
 @pytest.mark.parametrize("neox", [False, True])
 def test_the_operand_of_codes_is_that_of_columns(neox):
     d = 256
     pack = turned_pack(d, Rope(d, neox))
-    operands, size = HEADER + 4 * HEAD, (d // 8 + 1) * d * 16
-    parts = operands + 2 * size + 256 * 4 * (d // 2 + 16)
     for h in range(2):
-        operand = at(pack, operands + h * size, size // 2, np.float16).reshape(d // 8 + 1, d, 8)
-        lanes = at(pack, parts + h * size, size // 2, np.float16).reshape(d // 8 + 1, d // 32, 8, 4, 4, 2)
-        np.testing.assert_array_equal(lanes.transpose(0, 1, 4, 3, 5, 2).reshape(operand.shape), operand)
+        operand, parts = operand_of(pack, d, 2, h), parts_of(pack, d, 2, h)
+        np.testing.assert_array_equal(parts.transpose(0, 1, 4, 3, 5, 2).reshape(operand.shape), operand)
         assert operand.any()
 
 
