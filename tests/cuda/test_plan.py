@@ -1,13 +1,11 @@
 """How the CUDA kernels divide their work, checked without a GPU: ggml_kvtc/cuda/plan.h is plain C++.
 
 Failures caught: a cell that no split reads or two read, shared memory beyond what a block may have, parts of it that
-are misaligned or overlap the end, a prefill that leaves cells out or whose scratch grows with the context, logits that
-are interpolated where they cannot be.
+are misaligned or overlap the end, a prefill that leaves cells out or whose scratch grows with the context.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,38 +187,6 @@ def test_wgmma_decode_of_slow_pairs_reads_every_cell_once(plans, shape):
         assert shape[2] == 1 and shape[3] <= 2 <= 2 * shape[14] <= out[21]
         assert out[7] % 1024 == 0 and out[13] % 4096 == 3072  # tables are aligned to their own size
         check_splits(shape, list(out)[:21], GPUS["hopper"][1])
-
-
-@pytest.mark.parametrize("n_fast, columns", [(0, 0), (1, 64), (32, 64), (33, 128), (64, 128), (65, 0), (128, 0)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_pairs_that_turn_slowly_are_not_rebuilt_where_a_block_has_slabs_enough(plans, n_fast, columns, bits):
-    """Of a shape like Gemma 3's, with keys' tables as bench/random_model.py has them. 128 columns leave no room at 4
-    bits."""
-    ffi, library = plans
-    columns = 0 if columns == 128 and bits == 4 else columns
-    for heads, n_kv, tokens, group, right in (
-        (4, 131072, 1, 2, columns),
-        (4, 16384, 1, 2, columns),
-        (8, 131072, 1, 1, columns),
-        (4, 4096, 1, 2, 0),
-        (4, 131072, 2, 1, 0),
-        (4, 131072, 1, 3, 0),
-    ):
-        rest = [heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, 18 * 1024, 0, n_fast]
-        out = ffi.new("long[22]")
-        served = library.plan_sm90_slow([256, n_kv, tokens, group, heads, 1, *rest], *GPUS["hopper"], out)
-        assert (out[21] if served else 0) == right
-
-
-def test_slow_pairs_are_interpolated_to_within_f16s_error(plans):
-    ffi, library = plans
-    numbers, angle = ffi.new("int[5]"), ffi.new("double *")
-    library.get_slow_nodes(numbers, angle)
-    reach, *nodes = numbers
-    x = np.linspace(-reach, reach, 2 * reach + 1)
-    weights = [np.prod([(x - b) / (a - b) for b in nodes if b != a], axis=0) for a in nodes]
-    turns = [np.exp(1j * angle[0] / reach * y) for y in (x, np.array(nodes))]
-    assert np.abs(turns[1] @ weights - turns[0]).max() < 2**-11
 
 
 @settings(deadline=None, max_examples=300)

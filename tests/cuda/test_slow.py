@@ -1,6 +1,7 @@
-"""Logits of rotation pairs that turn slowly, as ggml_kvtc/cuda/slow-sm90.cuh interpolates them, in numpy on a pack.
-Failures caught: nodes or a reach that do not suffice for the pairs that the pack calls slow, an operand whose columns
-or components are not those of the keys, a mean that counts more or less than once.
+"""Rotation pairs that turn slowly: which kernel has them, and their logits as ggml_kvtc/cuda/slow-sm90.cuh
+interpolates them, in numpy on a pack. Failures caught: pairs that are taken for slow ones, nodes or a reach that do not
+suffice for those that the pack calls slow, an operand whose columns or components are not those of the keys, a mean
+that counts more or less than once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,38 @@ ROPES = {
     "normal": Rope(D, neox=False, freq_base=1e6, freq_scale=0.125),
     "a quarter": Rope(D // 4, neox=True, freq_base=1e7),
 }
+
+
+@pytest.mark.parametrize("n_fast, columns", [(0, 0), (1, 64), (32, 64), (33, 128), (64, 128), (65, 0), (128, 0)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_pairs_that_turn_slowly_are_not_rebuilt_where_a_block_has_slabs_enough(plans, n_fast, columns, bits):
+    """Of a shape like Gemma 3's, with keys' tables as bench/random_model.py has them. 128 columns leave no room at 4
+    bits."""
+    ffi, library = plans
+    columns = 0 if columns == 128 and bits == 4 else columns
+    for heads, n_kv, tokens, group, right in (
+        (4, 131072, 1, 2, columns),
+        (4, 16384, 1, 2, columns),
+        (8, 131072, 1, 1, columns),
+        (4, 4096, 1, 2, 0),
+        (4, 131072, 2, 1, 0),
+        (4, 131072, 1, 3, 0),
+    ):
+        rest = [heads * 32 * bits, heads * 128, 32 * bits + 1, 129, 0, 0, 18 * 1024, 0, n_fast]
+        out = ffi.new("long[22]")
+        served = library.plan_sm90_slow([256, n_kv, tokens, group, heads, 1, *rest], 132, 227 << 10, out)
+        assert (out[21] if served else 0) == right
+
+
+def test_slow_pairs_are_interpolated_to_within_f16s_error(plans):
+    ffi, library = plans
+    numbers, angle = ffi.new("int[5]"), ffi.new("double *")
+    library.get_slow_nodes(numbers, angle)
+    reach, *nodes = numbers
+    x = np.linspace(-reach, reach, 2 * reach + 1)
+    weights = [np.prod([(x - b) / (a - b) for b in nodes if b != a], axis=0) for a in nodes]
+    turns = [np.exp(1j * angle[0] / reach * y) for y in (x, np.array(nodes))]
+    assert np.abs(turns[1] @ weights - turns[0]).max() < 2**-11
 
 
 def turn(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
