@@ -117,7 +117,8 @@ def test_a_pair_turns_slowly_if_all_behind_it_do():
         Rope(64, True, freq_base=1e7),
         Rope(d, True, freq_factors=factors),
     ):
-        ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(turned_pack(d, rope)), limits)
+        pack = turned_pack(d, rope)  # a pointer does not keep it
+        ffi.base.ggml_kvtc_cuda_pack_limits(ffi.pointer(pack), limits)
         fast = np.flatnonzero(rope.frequencies()[0] * 128 > 0.55)
         assert limits[6] == (fast[-1] + 1 if len(fast) else 0)
 
