@@ -13,7 +13,7 @@
 #include <vector>
 
 static_assert(sizeof(ggml_kvtc_cuda_pack) % 16 == 0 && sizeof(ggml_kvtc_cuda_head) % 16 == 0, "heads are 16-byte aligned");
-static_assert(sizeof(ggml_kvtc_cuda_limits) == 7*sizeof(int32_t), "limits are seven numbers");
+static_assert(sizeof(ggml_kvtc_cuda_limits) == GGML_KVTC_N_LIMITS*sizeof(int32_t), "kvtc.h has another number of limits");
 
 namespace {
 
@@ -496,10 +496,10 @@ void ggml_kvtc_cuda_pack_set_rope(void * data, const ggml_kvtc_rope * rope) {
     put_turns(pack);
 }
 
-void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[7]) {
+void ggml_kvtc_cuda_pack_limits(const void * data, int32_t limits[GGML_KVTC_N_LIMITS]) {
     const auto * pack = (const ggml_kvtc_cuda_pack *) data;
     GGML_ASSERT(pack->magic == GGML_KVTC_CUDA_PACK_MAGIC);
-    std::fill(limits, limits + 7, 0);
+    std::fill_n(limits, GGML_KVTC_N_LIMITS, 0);
     for (int s = 0; s < 2; ++s) {
         for (uint32_t h = 0; h < pack->side[s].n_head; ++h) {
             const auto & head = *(const ggml_kvtc_cuda_head *) ((const char *) data + GGML_KVTC_CUDA_HEAD_AT(s, h));

@@ -11,6 +11,7 @@ extern "C" {
 #define GGML_KVTC_MAX_BITS  6   // kvtc1 ... kvtc6
 #define GGML_KVTC_N_WIDTHS  8   // a group's width is one of {0, 1, 2, 3, 4, 5, 6, 8} bits
 #define GGML_KVTC_MAX_DIM   512 // largest head_dim
+#define GGML_KVTC_N_LIMITS  7   // numbers that a pack on a CUDA device tells the kernels' launches
 
 enum ggml_kvtc_side {
     GGML_KVTC_K = 0,
@@ -97,7 +98,7 @@ GGML_API void   ggml_kvtc_pack_set_rope(void * pack, const struct ggml_kvtc_rope
 GGML_API size_t ggml_kvtc_cuda_pack_size    (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v);
 GGML_API void   ggml_kvtc_cuda_pack_write   (const struct ggml_kvtc_calibration * cal, int il, int bits_k, int bits_v, void * pack);
 GGML_API void   ggml_kvtc_cuda_pack_set_rope(void * pack, const struct ggml_kvtc_rope * rope);
-GGML_API void   ggml_kvtc_cuda_pack_limits  (const void * pack, int32_t limits[7]);
+GGML_API void   ggml_kvtc_cuda_pack_limits  (const void * pack, int32_t limits[GGML_KVTC_N_LIMITS]);
 
 // Parameters of a ROPE node (op_params as ggml_rope_ext stores them, freq_factors or NULL) as a table of inverse
 // frequencies. False for modes that are no rotation by one position (M-RoPE, vision).
@@ -131,8 +132,9 @@ struct ggml_kvtc_attn_params {
     int32_t n_window;
     int32_t n_slots;
     int32_t n_span;    // without a mask: how far back a query sees, itself included; 0: every query sees every cell
-    int32_t limits[7]; // of the pack on a CUDA device: the largest payload of a head, K and V, its largest tables, and these as pairs; rotation
-                       // pairs that do not turn slowly; else zeros
+    // of the pack on a CUDA device: the largest payload of a head, K and V, its largest tables, and these as pairs; rotation pairs that do not
+    // turn slowly; else zeros
+    int32_t limits[GGML_KVTC_N_LIMITS];
 };
 
 // Attention over a cache of which at least one side is of a kvtc type.

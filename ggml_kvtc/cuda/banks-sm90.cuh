@@ -6,7 +6,7 @@
 //   code 1    | …
 //
 // Each pair of components has such a table for each warp's groups: of 32 codes for the first, of 16 for the others. Groups of more bits are
-// looked up one after the other by the whole warp.
+// looked up by their own four lanes, while the others wait.
 #pragma once
 
 #include "values-sm90.cuh"
@@ -78,7 +78,7 @@ struct bank_sums {
     uint32_t  mask;       // of an index, times GGML_KVTC_CUDA_LEVEL
     uint32_t  word, shift, width;
     uint32_t  wide;       // groups of the warp that have no place in the tables, a bit for the first thread of each
-    const half * levels; // of the thread's group, for these; in shared memory if there is room
+    const half * levels;  // of the thread's group, for these; in shared memory if there is room
     int       group;
     uint32_t  pick[1][2];
 

@@ -320,12 +320,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
-            if (a.softcap != 0.0f) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    w[i] = a.softcap*LOG2E*tanhf(w[i]);
-                }
-            }
+            cap_logits(a, w);
             bool rises = false;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {

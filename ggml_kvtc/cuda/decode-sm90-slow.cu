@@ -8,6 +8,7 @@
 #include "decode.cuh"
 #include "ahead-sm90.cuh"
 #include "banks-sm90.cuh"
+#include "block-sm90.cuh"
 #include "hopper.cuh"
 #include "keys-sm90.cuh"
 #include "pack-sm90.cuh"
@@ -31,7 +32,6 @@ template <bool PAIRS, int FAST>
 __launch_bounds__(32*WARPS*GROUPS, 1)
 __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    constexpr int LD      = D + 8;
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int TURN    = FAST/2 + 16; // words of a position's rotations
     static_assert(THREADS == D, "a thread reads what a component needs");
@@ -108,13 +108,11 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     //
     const half * mask = a.mask ? a.mask + stream%a.n_mask*a.ne_m3 : nullptr;
     const int2 * info = a.info + (int64_t) stream*a.n_kv;
-    int   token[2];
-    float slope[2];
+    const int token[2] = { 0, 0 };
+    float     slope[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        const int r = 2*q4 + e;
-        token[e] = r >= n_row ? -1 : 0;
-        slope[e] = LOG2E*alibi_slope(a, head*a.group + r%a.group);
+        slope[e] = LOG2E*alibi_slope(a, head*a.group + (2*q4 + e)%a.group);
     }
     float top[2] = { -INFINITY, -INFINITY }; // of this warp's cells
     float sum[2] = { 0.0f, 0.0f };
@@ -136,14 +134,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     const int    query_pos = a.query_pos[stream];
     const float2 z = read_own<D>(a, head, stream);
     k_copy.start(a, p.rows, 0, slab*SLAB90 + 16*part, slab < slab_end, slab*SLAB90 + 16*part + 16 <= a.n_kv);
-    const int   channel = pair_channel(threadIdx.x, rope_type, n_rot); // that it reads of each query
-    const float scale   = (a.softcap != 0.0f ? a.scale/a.softcap : a.scale*LOG2E)*((int) threadIdx.x < n_rot ? pack.rope_mscale : 1.0f);
-#pragma unroll
-    for (int r = 0; r < SM90_SLOW_QUERIES; ++r) {
-        if (r < n_row) {
-            queries[r*LD + threadIdx.x] = scale**(const float *) (a.q + (head*a.group + r)*a.nb_q2 + stream*a.nb_q3 + channel*sizeof(float));
-        }
-    }
+    load_queries<D, true>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, THREADS);
     store_own<D>(own, z);
     __syncthreads();
     barrier_wait(barriers.pack, 0);
@@ -307,12 +298,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
-            if (a.softcap != 0.0f) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    w[i] = a.softcap*LOG2E*tanhf(w[i]);
-                }
-            }
+            cap_logits(a, w);
             bool rises = false;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {

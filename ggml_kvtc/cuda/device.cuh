@@ -97,6 +97,16 @@ __device__ __forceinline__ half hide_by_position(const attn_args & a, const half
     return sees ? mask : __ushort_as_half(HIDDEN);
 }
 
+// logits of queries that were scaled for it, to powers of two, if the model caps them
+__device__ __forceinline__ void cap_logits(const attn_args & a, float (&w)[4]) {
+    if (a.softcap != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            w[i] = a.softcap*LOG2E*tanhf(w[i]);
+        }
+    }
+}
+
 // The same for (position, slot) of a cell, which becomes an empty one if it is left out
 __device__ __forceinline__ half hide_cell(const attn_args & a, const half & mask, int query, int2 & cell) {
     if (cell.y < a.least_slot) {

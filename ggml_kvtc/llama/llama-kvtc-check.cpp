@@ -96,7 +96,7 @@ void llama_kvtc::check_device(const config & cfg, ggml_backend_dev_t dev, const 
     ggml_kvtc_attn_params p = {};
     p.max_bias      = cfg.hparams.f_max_alibi_bias;
     p.logit_softcap = cfg.hparams.attn_soft_cap ? cfg.hparams.f_attn_logit_softcapping : 0.0f;
-    std::copy(l.limits, l.limits + 7, p.limits);
+    std::copy_n(l.limits, GGML_KVTC_N_LIMITS, p.limits);
 
     // The pack is laid out for CUDA. Devices of other kinds may not know that: those behind RPC say yes to everything.
     bool supported = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "CUDA") == 0;

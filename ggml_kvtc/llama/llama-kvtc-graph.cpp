@@ -340,7 +340,7 @@ ggml_tensor * llama_kvtc::attend(const llm_graph_context & g, ggml_tensor * q, g
         /*.n_span        =*/ input->needs_mask ? 0 : n_span,
         /*.limits        =*/ {},
     };
-    std::copy(l.limits, l.limits + 7, p.limits);
+    std::copy_n(l.limits, GGML_KVTC_N_LIMITS, p.limits);
     ggml_tensor * cur = ggml_kvtc_attn(g.ctx0, q, k, v, input->needs_mask ? kq_mask : nullptr, sinks, l.pack, input->info, l.exact, z[0], z[1], p);
     ggml_format_name(cur, "kvtc_attn-%d", il);
     cur = ggml_reshape_2d(g.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -200,7 +200,7 @@ private:
         ggml_tensor * exact     = nullptr;
         ggml_tensor * pack      = nullptr;
         bool    on_device = false; // the pack has a CUDA device's layout
-        int32_t limits[7] = {};    // of that pack
+        int32_t limits[GGML_KVTC_N_LIMITS] = {}; // of that pack
         std::vector<int32_t> rope; // op_params the pack's rotation was made from
     };
 

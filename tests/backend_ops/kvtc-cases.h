@@ -300,7 +300,7 @@ struct test_kvtc_attn : public kvtc_test_case {
         params.n_window      = c.window;
         params.n_slots       = n_slots();
         params.n_span        = c.span;
-        std::copy(pack->limits, pack->limits + 7, params.limits);
+        std::copy_n(pack->limits, GGML_KVTC_N_LIMITS, params.limits);
         return named(ggml_kvtc_attn(ctx, q, k, v, mask, sinks, p, info, exact, z[0], z[1], params), "out");
     }
 

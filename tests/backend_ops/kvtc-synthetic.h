@@ -176,7 +176,7 @@ inline size_t get_row_bytes(int kind, int H, int d) {
 // the same bytes, and each finds its own.
 struct universal_pack {
     std::vector<uint8_t> bytes;
-    int32_t limits[7];
+    int32_t limits[GGML_KVTC_N_LIMITS];
 
     // rope: of keys of kvtc's types
     universal_pack(int H, int d, int kind_k, int kind_v, const ggml_kvtc_rope * rope) {
