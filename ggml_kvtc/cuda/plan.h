@@ -149,8 +149,8 @@ constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
 constexpr int SM90_UNEVEN    = 32;     // slabs of a split from which on its heads get unequal numbers of blocks
 constexpr int SM90_WRITE     = 18;     // slabs of a split, for each head, that take as long as one processor needs for a token's codes
 constexpr int SM90_WRITE_8   = 15;     // of more than SM90_FEW_ROWS query rows, which take longer
-constexpr int SM90_SLOW_FIRST = 2;     // slabs, where they do, that a head's first one counts for besides itself: it holds exact rows
-constexpr int SM90_SLOW_LAST  = 3;     // and its last ones
+constexpr int SM90_EXACT_FIRST = 2;    // slabs, where they do, that a head's first one counts for besides itself: it holds exact rows
+constexpr int SM90_EXACT_LAST  = 3;    // and its last ones
 
 struct sm90_plan {
     int n_slab;

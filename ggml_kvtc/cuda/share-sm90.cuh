@@ -39,8 +39,8 @@ __device__ __forceinline__ block_share find_share(float cost, int n_head, int n_
 __device__ __forceinline__ int2 find_slabs(int n_slab, const block_share & share, int group) {
     const int part   = share.split*SM90_GROUPS + group;
     const int n_part = share.n_split*SM90_GROUPS;
-    const int n      = n_slab + SM90_SLOW_FIRST + SM90_SLOW_LAST;
-    const auto slab  = [&](int i) { return min(max(n*i/n_part - SM90_SLOW_FIRST, 0), n_slab); };
+    const int n      = n_slab + SM90_EXACT_FIRST + SM90_EXACT_LAST;
+    const auto slab  = [&](int i) { return min(max(n*i/n_part - SM90_EXACT_FIRST, 0), n_slab); };
     return make_int2(slab(part), slab(part + 1));
 }
 
