@@ -30,6 +30,7 @@ STOCK = {"f16": (1, 1, 2), "q8_0": (8, 32, 34), "q4_0": (2, 32, 18)}  # ggml typ
 TYPES = "f16,q8_0,q4_0,k2v4,k3v4,k1v3,k4v4"
 SINKS, WINDOW, SLOTS = 4, 128, 196
 BLOCK = 2048  # rows of random content, repeated
+INT32_MAX = 2**31 - 1
 COLUMNS = ("shape", "type", "tokens", "depth", "us", "gb_per_s", "tflop_per_s", "over_floor")
 COLUMNS += ("ceiling_gb_per_s", "ceiling_tflop_per_s")
 FLASH = """struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context *, struct ggml_tensor * q,
@@ -93,9 +94,10 @@ def parse_kinds(name: str) -> tuple[int | str, int | str]:
 
 
 def time_kvtc(
-    ffi: Any, shape: Shape, kinds: tuple[int | str, int | str], depth: int, tokens: int, copies: int
+    ffi: Any, shape: Shape, kinds: tuple[int | str, int | str], depth: int, tokens: int, copies: int, masked: bool
 ) -> float:
-    """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact, as kvtc types have them."""
+    """Seconds of KVTC_ATTN with sinks, window and the batch's own tokens exact, as kvtc types have them; masked: with a
+    mask, which models give where positions do not tell what a token sees."""
     import ggml_graph
     import synthetic
     from kvtc_gguf import reference_turbo
@@ -128,11 +130,12 @@ def time_kvtc(
         block = ffi.encode_rows(pack, side, z, size_of(kind, heads, d))
         rows.append(np.tile(block, (-(-depth // BLOCK), 1))[:depth])
     with ggml_graph.graph(4) as g:
-        mask, packed = g.tensor(causal(tokens, depth)), g.pack(pack)
+        mask, packed = g.tensor(causal(tokens, depth)) if masked else ffi.ffi.NULL, g.pack(pack)
         info = g.tensor(np.concatenate([cells.reshape(-1), np.arange(depth - tokens, depth, dtype=np.int32)]))
         exact = g.tensor(rng.standard_normal(2 * SLOTS * heads * d).astype(np.float16))
         batch = [g.tensor(rng.standard_normal((heads, tokens, d)).astype(np.float32)) for _ in kinds]
         numbers = {"scale": d**-0.5, "n_sink": SINKS, "n_window": WINDOW, "n_slots": SLOTS, "limits": ffi.limits(pack)}
+        numbers["n_span"] = 0 if masked else INT32_MAX
         params = ffi.ffi.new("struct ggml_kvtc_attn_params *", numbers)
         nodes = []
         for _ in range(copies):
@@ -175,6 +178,7 @@ def main(
     shape: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")],
     depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072,524288",
     tokens: Annotated[str, typer.Option(help="Tokens of a batch, separated by commas.")] = "1,512",
+    masked: Annotated[bool, typer.Option(help="KVTC_ATTN with a mask: several sequences in one stream.")] = False,
     types: Annotated[str, typer.Option(help="f16, q8_0, q4_0, turbo<b> or k<a>v<b>.")] = TYPES,
     bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory for the floor; 0: measured.")] = 0.0,
     rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products for the floor; 0: measured.")] = 0.0,
@@ -202,7 +206,7 @@ def main(
                     size = 2 * values * STOCK[name][2] // STOCK[name][1]
                 else:
                     kinds = parse_kinds(name)
-                    seconds = time_kvtc(ffi, s, kinds, depth, n_tokens, copies)
+                    seconds = time_kvtc(ffi, s, kinds, depth, n_tokens, copies, masked)
                     size = depth * sum(size_of(kind, s.n_head_kv, s.head_dim) for kind in kinds)
                     operations += 0 if is_turbo(kinds[0]) else count_rebuild(s, depth)  # turbo's keys are not rebuilt
                 floor = limits.floor(size, operations)

@@ -1,4 +1,4 @@
-// What is read of a slab's cells in global memory, a slab ahead of its use.
+// What is read of cells in global memory ahead of its use: of a slab's, and of a stretch's.
 #pragma once
 
 #include "device.cuh"
@@ -43,6 +43,46 @@ struct slab_ahead {
                 mask[i/2][i%2] = hide_by_position(a, mask[i/2][i%2], query_pos[max(0, token[i%2])], at);
             }
         }
+    }
+};
+
+// The cells of a stretch, up to 64*GROUP_WARPS, of which a thread has two. SHARED: they are on their way to shared memory while the stretch before
+// is processed: the compiler would wait for what is read to registers, to put it aside
+template <bool SHARED>
+struct stretch_ahead {
+    int2 * cells; // SHARED: the group's place
+    int    first, first_pos;
+
+    // first: cell; what was there has been read by all
+    __device__ __forceinline__ void load(const attn_args & a, const int2 * info, int first_cell, int part) {
+        first = first_cell;
+        if constexpr (SHARED) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int i = (GROUP_WARPS*j + part)*32 + threadIdx.x%32;
+                copy_async<8>(cells + i, info + min(first + i, a.n_kv - 1));
+            }
+            copy_commit();
+        }
+        first_pos = info[first].x;
+    }
+
+    // Of n cells, the slabs of 64 whose cells, of those that the warp has, do not come in the order of their positions, all seen, with codes only;
+    // a bit for each
+    __device__ __forceinline__ uint32_t find_others(const attn_args & a, const half * mask_of, const int2 * info, int query_pos, int n, int part) const {
+        uint32_t others = 0;
+        if constexpr (SHARED) {
+            copy_wait<0>();
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int i = (GROUP_WARPS*j + part)*32 + threadIdx.x%32;
+            int2 x = SHARED ? cells[i] : info[min(first + i, a.n_kv - 1)];
+            const half seen = hide_cell(a, read_mask(a, mask_of, 0, first + i), query_pos, x);
+            const bool plain = first_pos >= 0 && is_plain(a, x, seen, first_pos + i, query_pos);
+            others |= __any_sync(0xffffffff, i < n && !plain) ? 1u << (GROUP_WARPS/2*j + part/2) : 0;
+        }
+        return others;
     }
 };
 

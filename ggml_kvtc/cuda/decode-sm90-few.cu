@@ -467,38 +467,28 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             }
         };
 
+        const auto add_slabs = [&](auto kind) {
 #pragma unroll 1
-        for (int s = 0; s < n; ++s, ++slab) {
-            await_keys();
-            if constexpr (!SHORT) {
-                if (all_plain) {
+            for (int s = 0; s < n; ++s, ++slab) {
+                await_keys();
+                if constexpr (decltype(kind)::STEPS > 0) {
                     fetch(1, slab);
                     read_gains();
-                    if (!any_wide) {
-                        if constexpr (D == 128) {
-                            if (n_steps == 2) {
-                                add_slab(slab_kind<2, true>(), s);
-                                continue;
-                            }
-                            if (n_steps == 3) {
-                                add_slab(slab_kind<3, true>(), s);
-                                continue;
-                            }
-                        }
-                        add_slab(slab_kind<D/32, true>(), s);
-                        continue;
-                    }
-                    if constexpr (D == 128) {
-                        if (n_steps <= 3) {
-                            add_slab(slab_kind<3, false>(), s);
-                            continue;
-                        }
-                    }
-                    add_slab(slab_kind<D/32, false>(), s);
-                    continue;
                 }
+                add_slab(kind, s);
             }
-            add_slab(slab_kind<0, false>(), s);
+        };
+        // not in each slab: code that lies apart is slow to reach
+        if (SHORT || !all_plain) {
+            add_slabs(slab_kind<0, false>());
+        } else if constexpr (!SHORT && D == 128) {
+            if (any_wide) {
+                n_steps <= 3 ? add_slabs(slab_kind<3, false>()) : add_slabs(slab_kind<4, false>());
+            } else {
+                n_steps == 2 ? add_slabs(slab_kind<2, true>()) : n_steps == 3 ? add_slabs(slab_kind<3, true>()) : add_slabs(slab_kind<4, true>());
+            }
+        } else if constexpr (!SHORT) {
+            any_wide ? add_slabs(slab_kind<D/32, false>()) : add_slabs(slab_kind<D/32, true>());
         }
     }
 

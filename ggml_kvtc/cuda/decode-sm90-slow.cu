@@ -3,8 +3,10 @@
 // registers that are left are for lookups of two steps of keys, and of two times 16 values, at once; the shared memory for values' levels,
 // in banks (banks-sm90.cuh).
 //
-// Keys near an anchor are multiplied by queries that are turned back around it. Slabs whose positions lie further apart, which are rare,
-// are rebuilt once for each anchor that they need.
+// Keys near an anchor are multiplied by queries that are turned back around it. Cells mostly come in the order of their positions, all seen,
+// with codes only: a group of four warps asks this of stretches of four slabs at once, which share an anchor, and then nothing is read of
+// single cells. Other slabs take a way of their own; where their positions lie further apart than one anchor reaches, they are rebuilt once
+// for each that they need.
 #include "decode.cuh"
 #include "ahead-sm90.cuh"
 #include "banks-sm90.cuh"
@@ -13,8 +15,8 @@
 #include "keys-sm90.cuh"
 #include "pack-sm90.cuh"
 #include "pairs.cuh"
+#include "row-maps-sm90.cuh"
 #include "slow-sm90.cuh"
-#include "stage.cuh"
 #include "turn-sm90.cuh"
 
 #include <type_traits>
@@ -23,14 +25,23 @@ namespace kvtc {
 
 namespace {
 
-constexpr int D      = 256;
-constexpr int WARPS  = GROUP_WARPS;
-constexpr int GROUPS = SM90_SLOW_GROUPS;
+constexpr int D       = 256;
+constexpr int WARPS   = GROUP_WARPS;
+constexpr int GROUPS  = SM90_SLOW_GROUPS;
+constexpr int STRETCH = 2*SM90_SLOW_REACH/SLAB90; // slabs that one anchor is enough for
+
+// rows of codes, which the copy engine brings
+struct row_barriers {
+    uint64_t keys  [WARPS*GROUPS]; // a warp's are there
+    uint64_t values[GROUPS];       // a group's are
+};
+
+static_assert(sizeof(row_barriers) == SM90_SLOW_BARRIERS, "the plan has another size");
 
 // PAIRS: there is room for the keys' tables of pairs
 template <bool PAIRS, int FAST>
 __launch_bounds__(32*WARPS*GROUPS, 1)
-__global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p, float * values, float2 * meta) {
+__global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p, const __grid_constant__ row_maps maps, float * values, float2 * meta) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int THREADS = 32*WARPS*GROUPS;
     constexpr int TURN    = FAST/2 + 16; // words of a position's rotations
@@ -51,6 +62,13 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     const int lane  = threadIdx.x % 32;
     const int warp  = threadIdx.x / 32;
     const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
+    auto & arrived = *(row_barriers *) (&barriers + 1);
+    if (lane == 0) {
+        init_bring(arrived.keys[warp], 1);
+        if (warp%WARPS == 0) {
+            init_bring(arrived.values[group], WARPS);
+        }
+    }
     const int part  = warp % WARPS; // of the slab's cells, and of the values' components
     const int here  = part % 2;     // of 32 cells
     const int q4    = lane % 4;
@@ -119,21 +137,32 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     int anchor    = INT_MIN; // of this slab
     int turned_to = INT_MIN; // the first of the two around which the queries are turned
 
-    const row_copy k_copy(a, p.rows, 0, kh, stream, skew[0], stage[0]);
-    const row_copy v_copy(a, p.rows, 1, vh, stream, skew[1], stage[1]);
+    const int from[2] = { (int) (kh.payload / 16 * 16), (int) (vh.payload / 16 * 16) };
+    int parity[2] = { 0, 0 };
+    const auto fetch = [&](int s, int slab) { // rows of the warp's 16 cells
+        if (lane == 0) {
+            uint64_t & barrier = s == 0 ? arrived.keys[warp] : arrived.values[group];
+            barrier_expect(barrier, 16*p.rows.stride[s]);
+            copy_box(stage[s], maps.side[s], from[s], slab*SLAB90 + 16*part, stream, barrier);
+        }
+    };
     const int split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
     const int per_group = (p.slabs_per_split + GROUPS - 1)/GROUPS;
     int       slab      = blockIdx.x*p.slabs_per_split + group*per_group; // neighbouring slabs to one group: they share an anchor
     const int slab_end  = min(split_end, slab + per_group);
     ggml_cuda_pdl_sync(); // all before is of the pack, which no kernel writes
 
-    slab_ahead<true> next;
+    stretch_ahead<FAST == D/4> ahead;
+    ahead.cells = (int2 *) (smem + p.at_cells) + group*STRETCH*SLAB90;
     if (slab < slab_end) {
-        next.load(a, mask, info, token, slab*SLAB90, part);
+        ahead.load(a, info, slab*SLAB90, part);
     }
     const int    query_pos = a.query_pos[stream];
     const float2 z = read_own<D>(a, head, stream);
-    k_copy.start(a, p.rows, 0, slab*SLAB90 + 16*part, slab < slab_end, slab*SLAB90 + 16*part + 16 <= a.n_kv);
+    __syncwarp();
+    if (slab < slab_end) {
+        fetch(0, slab);
+    }
     load_queries<D, true>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, THREADS);
     store_own<D>(own, z);
     __syncthreads();
@@ -147,209 +176,255 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
 
     int which = 0; // of the two places for slots
 
-#pragma unroll 1
-    for (; slab < slab_end; ++slab) {
-        slab_ahead<true> now = next;
-        const int  first = slab*SLAB90 + 16*part;
-        const bool more  = slab + 1 < slab_end;
+    // of a slab
+    bool more = false; // do others follow?
+    int  row_pos[2];   // positions of cells r8, r8 + 8
+    int  lowest  = 0;  // of all; those of a run of plain slabs
+    int  highest = 0;
+    // and where it is not plain
+    half cell_mask  = __ushort_as_half(0); // of one of the 32 cells that hold the warp's
+    int  chosen     = -1; // its slot, if it counts exactly
+    bool any_chosen = false;
+    bool all_near   = true;
+    int2 seen       = make_int2(-1, -1); // positions of two of the slab's cells, -1 where they are not seen: any angle will do for these
+    const auto find_from = [&](int from) {
+        return warp_min(min(seen.x < from ? INT_MAX : seen.x, seen.y < from ? INT_MAX : seen.y));
+    };
+    // the queries for positions from `lowest` on; true if all are near enough to their anchor
+    const auto choose_anchor = [&] {
+        const auto covers = [&](int x) { return lowest >= x - SM90_SLOW_REACH && highest <= x + SM90_SLOW_REACH; };
+        if (anchor == INT_MIN || !covers(anchor)) {
+            if (anchor != INT_MIN && covers(turned_to + 2*SM90_SLOW_REACH)) {
+                anchor = turned_to + 2*SM90_SLOW_REACH;
+            } else {
+                anchor = turned_to = lowest + SM90_SLOW_REACH;
+                turn_around(turned, queries, parts, freq, anchor, n_row, group);
+            }
+        }
+        return highest <= anchor + SM90_SLOW_REACH;
+    };
+    const auto await_keys = [&] {
+        barrier_wait(arrived.keys[warp], parity[0]);
+        parity[0] ^= 1;
+    };
+    const auto fetch_next_keys = [&] { // all lanes have read these
         if (more) {
-            next.load(a, mask, info, token, (slab + 1)*SLAB90, part);
+            fetch(0, slab + 1);
         }
-        now.hide(a, query_pos, nullptr, token, part);
-        // positions of two of the slab's cells, -1 where they are not seen: any angle will do for these
-        const int2 seen = make_int2(is_seen(now.mask[0][0]) ? now.cell.x : -1, is_seen(now.mask[0][1]) ? now.other.x : -1);
-        const auto find_from = [&](int from) {
-            return warp_min(min(seen.x < from ? INT_MAX : seen.x, seen.y < from ? INT_MAX : seen.y));
-        };
-        int lowest = find_from(0);
-        const int highest = warp_max(max(seen.x, seen.y));
-        copy_wait<0>(); // the keys
-        __syncwarp();
-        if (lowest == INT_MAX) {
-            k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
-            continue;
-        }
-        const int pos    = now.cell.x;
-        const int slot   = now.cell.y;
-        const int chosen = pos >= 0 && get_use(a, pos, slot, query_pos, query_pos) == USE_EXACT ? slot : -1;
-        const bool any_chosen = __any_sync(0xffffffff, chosen != -1);
-        int row_pos[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            row_pos[i] = __shfl_sync(0xffffffff, pos, 16*here + r8 + 8*i);
-        }
-        which ^= 1;
-        if (lane/16 == here) {
-            shared.chosen[which][16*part + lane%16] = chosen;
-        }
-        // the queries for positions from `lowest` on; true if all are near enough to their anchor
-        const auto choose_anchor = [&] {
-            const auto covers = [&](int x) { return lowest >= x - SM90_SLOW_REACH && highest <= x + SM90_SLOW_REACH; };
-            if (anchor == INT_MIN || !covers(anchor)) {
-                if (anchor != INT_MIN && covers(turned_to + 2*SM90_SLOW_REACH)) {
-                    anchor = turned_to + 2*SM90_SLOW_REACH;
-                } else {
-                    anchor = turned_to = lowest + SM90_SLOW_REACH;
-                    turn_around(turned, queries, parts, freq, anchor, n_row, group);
-                }
-            }
-            return highest <= anchor + SM90_SLOW_REACH;
-        };
-        bool all_near = choose_anchor();
-        // turned queries are there; values and what was exchanged of the last sum have been read by all
-        const bool any_exact = __any_sync(0xffffffff, meet(group, any_chosen)); // of the group, whose products are the same instructions
-        v_copy.start(a, p.rows, 1, first, true, first + 16 <= a.n_kv);
+    };
 
-        // ANY: rows may count exactly, and positions may lie far apart; else none do, which takes fewer registers
-        const auto add_slab = [&](auto any) {
-            constexpr bool ANY = decltype(any)::value;
-            exact_keys<D, true> exact[2]; // of every other step
-            if (ANY && any_chosen) {
-                exact[0].start(a, head, chosen, 16*here, own, D/32 - 1);
-                exact[1].start(a, head, chosen, 16*here, own, D/32 - 2);
-            }
-            exact_values<D> of_exact;
-            float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    // A slab whose values are on their way. ANY: its rows may count exactly, and positions may lie far apart; else it is plain
+    const auto add_slab = [&](auto any) {
+        constexpr bool ANY = decltype(any)::value;
+        exact_keys<D, true> exact[2]; // of every other step
+        if (ANY && any_chosen) {
+            exact[0].start(a, head, chosen, 16*here, own, D/32 - 1);
+            exact[1].start(a, head, chosen, 16*here, own, D/32 - 2);
+        }
+        exact_values<D> of_exact;
+        float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
 #pragma unroll 1
-            for (bool last = false; !last; ) { // of keys around an anchor; the others around another
-                const int second = anchor != turned_to;
-                // Keys times the matrix, two steps of 32 components at once. While their products run, the next are looked up
-                uint32_t x[FAST/4] = {}; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
-                uint32_t k[2][2][4];
-                slow_logits slow = { turned.coded[second] + lane%8*turned.LD + lane/8*8 };
-                key_steps<D, true, PAIRS, ANY, 2> keys[2];
-                const int last_step = ANY ? D/32 - 1 : k_coded - 1;
-                keys[0].start(k_rows, p.rows.stride[0], kh.gain_base, codes, last_step);
-                keys[1].start(k_rows, p.rows.stride[0], kh.gain_base, codes, last_step - 1);
+        for (bool last = false; !last; ) { // of keys around an anchor; the others around another
+            const int second = anchor != turned_to;
+            // Keys times the matrix, two steps of 32 components at once. While their products run, the next are looked up
+            uint32_t x[FAST/4] = {}; // row r8, columns 2*q4, + 1; row r8 + 8, the same columns; next eight columns ...
+            uint32_t k[2][2][4];
+            slow_logits slow = { turned.coded[second] + lane%8*turned.LD + lane/8*8 };
+            key_steps<D, true, PAIRS, ANY, 2> keys[2];
+            const int last_step = ANY ? D/32 - 1 : k_coded - 1;
+            keys[0].start(k_rows, p.rows.stride[0], kh.gain_base, codes, last_step);
+            keys[1].start(k_rows, p.rows.stride[0], kh.gain_base, codes, last_step - 1);
 #pragma unroll 1
-                for (int s = last_step; s > 0; s -= 2) {
-                    uint4 y[2][2];
+            for (int s = last_step; s > 0; s -= 2) {
+                uint4 y[2][2];
 #pragma unroll
-                    for (int b = 0; b < 2; ++b) {
-                        keys[b].look_up(4*(s - b) < n_wide, k_tables.levels + 4*LEVEL_BYTES*(s - b), at<half>(base, kh.levels), at<uint32_t>(base, kh.levels_at) + 4*(s - b), y[b]);
-                    }
-#pragma unroll
-                    for (int b = 0; b < 2; ++b) {
-                        keys[b].read_next(s > 2);
-                    }
-                    wgmma_wait<0>();
-#pragma unroll
-                    for (int b = 0; b < 2; ++b) {
-                        keys[b].finish(a, head, s - b, s > 2, exact[b], y[b], k[b]);
-                    }
-                    wgmma_fence(k[0]);
-                    wgmma_fence(k[1]);
-#pragma unroll
-                    for (int b = 0; b < 2; ++b) { // the smallest come first
-                        wgmma<false>(x, k[b][1], of_matrix + 2*FAST*(2*(s - b) + 1));
-                        wgmma<false>(x, k[b][0], of_matrix + 2*FAST*2*(s - b));
-                    }
-                    wgmma_commit();
-                    slow.add(s, k[0]);
-                    slow.add(s - 1, k[1]);
+                for (int b = 0; b < 2; ++b) {
+                    keys[b].look_up(4*(s - b) < n_wide, k_tables.levels + 4*LEVEL_BYTES*(s - b), at<half>(base, kh.levels), at<uint32_t>(base, kh.levels_at) + 4*(s - b), y[b]);
                 }
-                uint32_t ones[4];
-                set_ones(ones);
-                wgmma_fence();
-                wgmma<false>(x, ones, of_mean);
-                wgmma_commit();
-                last = !ANY || all_near;
-                if (last) {
-                    __syncwarp();
-                    k_copy.start(a, p.rows, 0, first + SLAB90, more, first + SLAB90 + 16 <= a.n_kv);
-                    if (ANY) {
-                        of_exact.read(a, head, shared.chosen[which], own, sums.group, 0);
-                    }
-                }
-
-                // rotated, times queries
-                int away[2];
-                const uint32_t * turn[2];
-                uint32_t         sign[2]; // of the sines
-                bool             is_near[2];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int distance = row_pos[i] - anchor;
-                    away[i]    = max(-SM90_SLOW_REACH, min(SM90_SLOW_REACH, distance));
-                    is_near[i] = !ANY || away[i] == distance;
-                    turn[i] = fine + abs(away[i])*TURN + 4*q4;
-                    sign[i] = away[i] < 0 ? 0x80008000 : 0;
+                for (int b = 0; b < 2; ++b) {
+                    keys[b].read_next(s > 2);
                 }
-                float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-                const float2 mean = *(const float2 *) &turned.mean[second][2*q4];
-                const half * turned_row = (lane%8 < n_row ? turned.fast[second] + lane%8*turned.LDF : zeros) + lane/8*8;
                 wgmma_wait<0>();
-                multiply_turned<FAST>(y, x, turned_row, turn, sign);
-                slow.add_to(y, mean, away);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    w[i] = is_near[i/2] ? y[i] : w[i];
+                for (int b = 0; b < 2; ++b) {
+                    keys[b].finish(a, head, s - b, s > 2, exact[b], y[b], k[b]);
                 }
-                if (ANY && !last) {
-                    lowest = find_from(anchor + SM90_SLOW_REACH + 1);
-                    meet<WARPS>(1 + group); // the turned queries were read
-                    all_near = choose_anchor();
-                    meet<WARPS>(1 + group);
-                    if (any_chosen) {
-                        exact[0].read(a, head, D/32 - 1);
-                        exact[1].read(a, head, D/32 - 2);
-                    }
+                wgmma_fence(k[0]);
+                wgmma_fence(k[1]);
+#pragma unroll
+                for (int b = 0; b < 2; ++b) { // the smallest come first
+                    wgmma<false>(x, k[b][1], of_matrix + 2*FAST*(2*(s - b) + 1));
+                    wgmma<false>(x, k[b][0], of_matrix + 2*FAST*2*(s - b));
+                }
+                wgmma_commit();
+                slow.add(s, k[0]);
+                slow.add(s - 1, k[1]);
+            }
+            uint32_t ones[4];
+            set_ones(ones);
+            wgmma_fence();
+            wgmma<false>(x, ones, of_mean);
+            wgmma_commit();
+            last = !ANY || all_near;
+            if (last) {
+                __syncwarp();
+                fetch_next_keys();
+                if (ANY) {
+                    of_exact.read(a, head, shared.chosen[which], own, sums.group, 0);
                 }
             }
 
-            // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
-            cap_logits(a, w);
-            bool rises = false;
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float & v = w[2*i + x];
-                    v += slope[x]*__shfl_sync(0xffffffff, __half2float(now.mask[0][0]), 16*here + r8 + 8*i);
-                    rises = rises || v > top[x];
-                }
-            }
-            if (__any_sync(0xffffffff, rises)) {
-                raise_top(w, top, sum);
-            }
-            copy_wait<1>(); // the values
-            __syncwarp();
-            uint32_t packed[2];
+            // rotated, times queries
+            int away[2];
+            const uint32_t * turn[2];
+            uint32_t         sign[2]; // of the sines
+            bool             is_near[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const bool  coded = !ANY || __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i) == -1;
-                const float g     = coded ? get_gain(vh.gain_base, v_gain[8*i*p.rows.stride[1]]) : 1.0f;
-                float v[2];
+                const int distance = row_pos[i] - anchor;
+                away[i]    = max(-SM90_SLOW_REACH, min(SM90_SLOW_REACH, distance));
+                is_near[i] = !ANY || away[i] == distance;
+                turn[i] = fine + abs(away[i])*TURN + 4*q4;
+                sign[i] = away[i] < 0 ? 0x80008000 : 0;
+            }
+            float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            const float2 mean = *(const float2 *) &turned.mean[second][2*q4];
+            const half * turned_row = (lane%8 < n_row ? turned.fast[second] + lane%8*turned.LDF : zeros) + lane/8*8;
+            wgmma_wait<0>();
+            multiply_turned<FAST>(y, x, turned_row, turn, sign);
+            slow.add_to(y, mean, away);
 #pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    v[x] = top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
-                    sum[x] += v[x];
+            for (int i = 0; i < 4; ++i) {
+                w[i] = is_near[i/2] ? y[i] : w[i];
+            }
+            if (ANY && !last) {
+                lowest = find_from(anchor + SM90_SLOW_REACH + 1);
+                meet<WARPS>(1 + group); // the turned queries were read
+                all_near = choose_anchor();
+                meet<WARPS>(1 + group);
+                if (any_chosen) {
+                    exact[0].read(a, head, D/32 - 1);
+                    exact[1].read(a, head, D/32 - 2);
                 }
-                packed[i] = transpose(pack_half2(v[0]*g, v[1]*g));
             }
-            shared.weights[part][lane] = make_uint2(packed[0], packed[1]);
-            if (r8 == 0) {
-                *(float2 *) &shared.top[part][2*q4] = make_float2(top[0], top[1]);
-            }
-            meet<WARPS>(1 + group); // all of the above, and the values, are there
+        }
 
-            sums.add_slab<ANY>(a, head, shared, shared.chosen[which], v_rows, p.rows.stride[1], own, of_exact);
-        };
-        if (any_exact || !all_near) {
-            add_slab(std::true_type());
-        } else {
-            add_slab(std::false_type());
+        // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
+        cap_logits(a, w);
+        bool rises = false;
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float & v = w[2*i + x];
+                if (ANY) {
+                    v += slope[x]*__shfl_sync(0xffffffff, __half2float(cell_mask), 16*here + r8 + 8*i);
+                }
+                rises = rises || v > top[x];
+            }
+        }
+        if (__any_sync(0xffffffff, rises)) {
+            raise_top(w, top, sum);
+        }
+        barrier_wait(arrived.values[group], parity[1]);
+        parity[1] ^= 1;
+        uint32_t packed[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const bool  coded = !ANY || __shfl_sync(0xffffffff, chosen, 16*here + r8 + 8*i) == -1;
+            const float g     = coded ? get_gain(vh.gain_base, v_gain[8*i*p.rows.stride[1]]) : 1.0f;
+            float v[2];
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                v[x] = ANY && top[x] == -INFINITY ? 0.0f : exp2f(w[2*i + x] - top[x]);
+                sum[x] += v[x];
+            }
+            packed[i] = transpose(pack_half2(v[0]*g, v[1]*g));
+        }
+        shared.weights[part][lane] = make_uint2(packed[0], packed[1]);
+        if (r8 == 0) {
+            *(float2 *) &shared.top[part][2*q4] = make_float2(top[0], top[1]);
+        }
+        meet<WARPS>(1 + group); // all of the above, and the values, are there
+
+        sums.add_slab<ANY>(a, head, shared, shared.chosen[which], v_rows, p.rows.stride[1], own, of_exact);
+    };
+
+    for (int stretch = 0; slab < slab_end; stretch ^= 1) {
+        const int n     = min(STRETCH, slab_end - slab);
+        const int start = ahead.first_pos;
+        const uint32_t mine = ahead.find_others(a, mask, info, query_pos, n*SLAB90, part);
+        if (lane == 0) {
+            shared.others[stretch][part] = mine;
+        }
+        meet<WARPS>(1 + group);
+        if (slab + n < slab_end) {
+            ahead.load(a, info, (slab + n)*SLAB90, part);
+        }
+        const uint4 of_warps = *(const uint4 *) shared.others[stretch];
+        const uint32_t others = of_warps.x | of_warps.y | of_warps.z | of_warps.w; // slabs that are not plain, a bit for each
+        for (const int begin = slab, end = slab + n; slab < end; ) {
+            const int run = min(end, slab + __ffs(others >> (slab - begin) | 1u << STRETCH) - 1);
+            if (slab < run) {
+                lowest  = start + (slab - begin)*SLAB90;
+                highest = start + (run - begin)*SLAB90 - 1;
+                choose_anchor();
+            }
+#pragma unroll 1
+            for (; slab < run; ++slab) {
+                more = slab + 1 < slab_end;
+                row_pos[0] = start + (slab - begin)*SLAB90 + 16*part + r8;
+                row_pos[1] = row_pos[0] + 8;
+                await_keys();
+                meet<WARPS>(1 + group); // turned queries are there; values and what was exchanged of the last sum have been read by all
+                fetch(1, slab);
+                add_slab(std::false_type());
+            }
+            const int other = slab + __ffs(~(others >> (slab - begin))) - 1;
+#pragma unroll 1
+            for (; slab < min(end, other); ++slab) {
+                more = slab + 1 < slab_end;
+                slab_ahead<true> now;
+                now.load(a, mask, info, token, slab*SLAB90, part);
+                now.hide(a, query_pos, nullptr, token, part);
+                cell_mask = now.mask[0][0];
+                seen    = make_int2(is_seen(now.mask[0][0]) ? now.cell.x : -1, is_seen(now.mask[0][1]) ? now.other.x : -1);
+                lowest  = find_from(0);
+                highest = warp_max(max(seen.x, seen.y));
+                await_keys();
+                if (lowest == INT_MAX) {
+                    __syncwarp();
+                    fetch_next_keys();
+                    continue;
+                }
+                const int pos  = now.cell.x;
+                const int slot = now.cell.y;
+                chosen     = pos >= 0 && get_use(a, pos, slot, query_pos, query_pos) == USE_EXACT ? slot : -1;
+                any_chosen = __any_sync(0xffffffff, chosen != -1);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    row_pos[i] = __shfl_sync(0xffffffff, pos, 16*here + r8 + 8*i);
+                }
+                which ^= 1;
+                if (lane/16 == here) {
+                    shared.chosen[which][16*part + lane%16] = chosen;
+                }
+                all_near = choose_anchor();
+                meet<WARPS>(1 + group); // as above
+                fetch(1, slab);
+                add_slab(std::true_type());
+            }
         }
     }
 
     //
     // the groups' and warps' states to one, and out
     //
-    copy_wait<0>();
     __syncthreads();
     sums.write<GROUPS>(a, smem, barriers.sums, group, part, top, sum, head, stream, values, meta);
 #else
-    GGML_UNUSED_VARS(a, p, values, meta);
+    GGML_UNUSED_VARS(a, p, maps, values, meta);
     NO_DEVICE_CODE;
 #endif
 }
@@ -360,7 +435,7 @@ void decode_sm90_slow(const attn_args & a, const sm90_slow_plan & p, float * val
     const auto kernel = p.fast == 64 ? (p.pairs ? decode_cells_sm90_slow<true, 64>  : decode_cells_sm90_slow<false, 64>)
                                      : (p.pairs ? decode_cells_sm90_slow<true, 128> : decode_cells_sm90_slow<false, 128>);
     allow_shared_memory((const void *) kernel, p.shared);
-    ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, values, meta);
+    ggml_cuda_kernel_launch(kernel, { dim3(p.n_split, a.n_head_kv, a.n_stream), 32*WARPS*GROUPS, p.shared, stream }, a, p, make_row_maps(a, p.rows.stride), values, meta);
 }
 
 } // namespace kvtc

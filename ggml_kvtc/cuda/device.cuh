@@ -116,6 +116,11 @@ __device__ __forceinline__ half hide_cell(const attn_args & a, const half & mask
     return hide_by_position(a, mask, query, cell.x);
 }
 
+// Is a cell seen, at this position, with codes only? seen: as hide_cell gives it
+__device__ __forceinline__ bool is_plain(const attn_args & a, const int2 & cell, const half & seen, int pos, int query_pos) {
+    return cell.x == pos && __half_as_ushort(seen) == 0 && get_use(a, cell.x, cell.y, query_pos, query_pos) == USE_CODES;
+}
+
 // eight neighbouring components of a key that counts exactly
 __device__ __forceinline__ uint4 load_exact(const attn_args & a, int side, int d, int head, int slot, int c) {
     if (slot >= 0) {

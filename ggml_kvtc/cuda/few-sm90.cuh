@@ -73,7 +73,7 @@ struct stretch_cells {
                 const half seen = hide_cell(a, read_mask(a, of_mask, 0, first + i), query_pos, x);
                 cell[i] = x;
                 mask[i] = seen;
-                plain = plain && x.x == first_pos + i && __half_as_ushort(seen) == 0 && get_use(a, x.x, x.y, query_pos, query_pos) == USE_CODES;
+                plain = plain && is_plain(a, x, seen, first_pos + i, query_pos);
             }
         }
         return plain;

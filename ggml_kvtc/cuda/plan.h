@@ -80,6 +80,11 @@ inline staging make_staging(const attn_shape & s) {
     return p;
 }
 
+// Does the copy engine bring such rows? Its boxes have up to 256 bytes of a row, multiples of 16
+inline bool fit_boxes(const staging & rows) {
+    return rows.unit == 16 && std::max(rows.stride[0], rows.stride[1]) <= 256;
+}
+
 // Not for values of another kind beside kvtc's keys. Blocks read whole tables and matrices before they start, so a split has enough slabs for each warp to have one.
 inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode_plan & p) {
     const int n_row = s.n_tokens*s.group;
@@ -200,8 +205,8 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
     p.slabs_per_split = ceil_div(p.n_slab, std::min(most, std::max(1, gpu.n_sm/blocks)));
     p.n_split         = ceil_div(p.n_slab, p.slabs_per_split);
     for (const bool few : { true, false }) {
-        if (few && (s.n_tokens > 1 || p.unit < 16 || std::max(p.stride[0], p.stride[1]) > 256)) {
-            continue; // the copy engine brings rows in boxes of up to 256 bytes, multiples of 16
+        if (few && (s.n_tokens > 1 || !fit_boxes(rows))) {
+            continue;
         }
         p.few       = few;
         p.few_rows  = s.group <= SM90_FEW_ROWS ? SM90_FEW_ROWS : 2*SM90_FEW_ROWS;
@@ -275,7 +280,7 @@ struct sm90_d256_plan {
     size_t shared;
 };
 
-constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 2*16*4 + 2*8); // bytes that a group's warps exchange: weights, largest logits, slots, ranges
+constexpr int SM90_EXCHANGE = 4*(32*8 + 8*4 + 2*16*4 + 2*8 + 2*4); // bytes that a group's warps exchange: weights, largest logits, slots, ranges, slabs
 constexpr int SM90_LOOKED_UP = 256; // bytes of one of these groups of 16 cells, for each warp
 constexpr int SM90_WIDE     = 4096; // bytes for the levels of a side's groups of more than 4 bits; what has no room is read from the pack
 
@@ -343,6 +348,7 @@ constexpr int SM90_SLOW_NODES   = 4;
 constexpr int SM90_SLOW_FAR     = 118; // and positions from it to these: REACH times the cosines of pi/8 and 3*pi/8, to both sides
 constexpr int SM90_SLOW_NEAR    = 49;
 constexpr int SM90_SLOW_QUERIES = 2;
+constexpr int SM90_SLOW_BARRIERS = 8*5*SM90_SLOW_GROUPS; // bytes, of rows
 constexpr int SM90_SLOW_LEAST   = 2*SM90_SLOW_GROUPS; // slabs of a split from which on it pays
 constexpr int SM90_BANK_COLUMN  = (32 + 3*16)*GGML_KVTC_CUDA_LEVEL; // bytes of values' tables of one pair of components (banks-sm90.cuh)
 
@@ -359,7 +365,7 @@ struct sm90_slow_plan {
     int pairs;             // as in sm90_d256_plan
     int fast;              // columns: 64 or 128
     staging rows;
-    int at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2], at_own, at_zeros, at_barrier; // the decode matrix is at 0
+    int at_pairs, at_queries, at_turned, at_freq, at_fine, at_codes, at_levels, at_wide, at_exchange, at_stage[2], at_own, at_zeros, at_cells, at_barrier; // the decode matrix is at 0
     size_t shared;
 };
 
@@ -367,7 +373,7 @@ inline bool make_sm90_slow_plan(const attn_shape & s, const gpu_shape & gpu, sm9
     constexpr int SLAB   = 64;
     constexpr int GROUPS = SM90_SLOW_GROUPS;
     p.rows = make_staging(s);
-    if (s.n_tokens > 1 || s.group > SM90_SLOW_QUERIES || s.d != 256 || p.rows.unit == 1 || has_others(s) || s.n_fast == 0 || s.n_fast > s.d/4) {
+    if (s.n_tokens > 1 || s.group > SM90_SLOW_QUERIES || s.d != 256 || !fit_boxes(p.rows) || has_others(s) || s.n_fast == 0 || s.n_fast > s.d/4) {
         return false;
     }
     p.fast   = s.n_fast > s.d/8 ? s.d/2 : s.d/4;
@@ -395,7 +401,8 @@ inline bool make_sm90_slow_plan(const attn_shape & s, const gpu_shape & gpu, sm9
         p.at_stage[1] = take(GROUPS*SLAB*p.rows.stride[1] + 16);
         p.at_own      = take(2*s.d*2);
         p.at_zeros    = take((p.fast + 8)*2);
-        p.at_barrier  = take(SM90_BARRIERS);
+        p.at_cells    = take(p.fast == s.d/4 ? GROUPS*2*SM90_SLOW_REACH*8 : 0); // with more columns there is no room
+        p.at_barrier  = take(SM90_BARRIERS + SM90_SLOW_BARRIERS);
         p.shared      = std::max(used, GROUPS*8*(s.d + 8 + 1 + 4)*4);
         if ((size_t) p.shared <= gpu.shared) {
             return true;

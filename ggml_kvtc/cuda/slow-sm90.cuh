@@ -76,32 +76,36 @@ __device__ __forceinline__ void turn_around(turned_queries<D, FAST> & to, const 
         ldmatrix_x4(q[u], turned + lane%16*LDS + 16*u + lane/16*8);
     }
     meet<GROUP_WARPS>(1 + group); // all have them: the result takes their place
-    // eight components 2*(lane%4), + 1, of row lane/4 around both anchors
-    const auto multiply = [&](int g) {
+    // eight components 2*(lane%4), + 1, of row lane/4 around both anchors; the last group is the mean's upper and lower half
+    const int part = threadIdx.x/32%GROUP_WARPS;
+    const auto read = [&](int g, uint4 (&b)[N/2]) {
+#pragma unroll
+        for (int u = 0; u < N/2; ++u) {
+            b[u] = parts[(min(g, D/8)*(D/32) + FAST/32 + u)*32 + lane];
+        }
+    };
+    uint4 next[N/2];
+    read(part, next);
+#pragma unroll 1
+    for (int g = part; g <= D/8; g += GROUP_WARPS) {
         uint4 b[N/2];
 #pragma unroll
         for (int u = 0; u < N/2; ++u) {
-            b[u] = parts[(g*(D/32) + FAST/32 + u)*32 + lane];
+            b[u] = next[u];
         }
+        read(g + GROUP_WARPS, next);
         float c[2][4] = {};
 #pragma unroll
         for (int u = 0; u < N/2; ++u) {
             mma(c[0], q[2*u],     b[u].x, b[u].y);
             mma(c[1], q[2*u + 1], b[u].z, b[u].w);
         }
-        return make_float4(c[0][0] + c[1][0], c[0][1] + c[1][1], c[0][2] + c[1][2], c[0][3] + c[1][3]);
-    };
-    const int part = threadIdx.x/32%GROUP_WARPS;
-#pragma unroll 1
-    for (int g = part; g < D/8; g += GROUP_WARPS) {
-        const float4 x = multiply(g);
-        const int at = lane/4*T::LD + 8*g + lane%4*2;
-        *(uint32_t *) (to.coded[0] + at) = pack_half2(x.x, x.y);
-        *(uint32_t *) (to.coded[1] + at) = pack_half2(x.z, x.w);
-    }
-    if (part == 0) {
-        const float4 x = multiply(D/8); // the mean's upper and lower half
-        if (lane%4 == 0) {
+        const float4 x = make_float4(c[0][0] + c[1][0], c[0][1] + c[1][1], c[0][2] + c[1][2], c[0][3] + c[1][3]);
+        if (g < D/8) {
+            const int at = lane/4*T::LD + 8*g + lane%4*2;
+            *(uint32_t *) (to.coded[0] + at) = pack_half2(x.x, x.y);
+            *(uint32_t *) (to.coded[1] + at) = pack_half2(x.z, x.w);
+        } else if (lane%4 == 0) {
             to.mean[0][lane/4] = x.x + x.y;
             to.mean[1][lane/4] = x.z + x.w;
         }

@@ -18,6 +18,7 @@ struct exchange {
     float top    [GROUP_WARPS][8];  // these, of each query
     int   chosen [2][SLAB90];       // slots of values that count exactly, or -1, of this slab and the next
     int2  range  [2][GROUP_WARPS];  // of positions, in this slab and the next
+    uint32_t others[2][GROUP_WARPS]; // slabs of a stretch that are not plain, and of the next
 };
 
 static_assert(sizeof(exchange) == SM90_EXCHANGE, "the plan has another size");

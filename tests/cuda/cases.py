@@ -212,6 +212,7 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
                 "few 64, many slabs, unequal parts",
                 replace(many, streams=1, heads=32, n_kv=24_500, empty=0, k=3, v=6),
             )
+        yield f"few {d}, many slabs, swapped", replace(many, order="swapped", n_kv=9000)  # some stretches are plain
         for name, extra in variants.items():
             yield f"few {d}, many slabs, {name}", replace(many, **extra | {"n_kv": 3100, "heads": 16, "streams": 2})
     else:  # slabs enough for a block, most rotation pairs of which turn slowly: all but 51, and all but 32
@@ -224,6 +225,8 @@ def few_cases(plain: object, d: int) -> Iterator[tuple[str, object]]:
             yield f"few {d}, {slow}, group 1", replace(many, group=1)
             # queries are turned around two anchors, then around two others
             yield f"few {d}, {slow}, cells 5000", replace(many, n_kv=5000)
+            # some slabs of a stretch are plain
+            yield f"few {d}, {slow}, swapped", replace(many, order="swapped", n_kv=5000)
             for name in variants if scale < 1 else ("shuffled", "interleaved", "holes", "normal, three quarters"):
                 extra = variants[name] | sizes
                 if extra.get("rope"):

@@ -80,7 +80,7 @@ int plan_sm90_slow(const int * shape, int n_sm, long shared, long * out) {
     sm90_slow_plan p = {};
     const bool ok = make_sm90_slow_plan(get_shape(shape), { n_sm, (size_t) shared }, p);
     const long values[] = { p.n_slab, 64, p.slabs_per_split, p.n_split, 1, 1, (long) p.shared,
-        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_zeros, p.at_barrier, p.fast };
+        p.at_pairs, p.at_queries, p.at_turned, p.at_freq, p.at_fine, p.at_codes, p.at_levels, p.at_wide, p.at_exchange, p.at_stage[0], p.at_stage[1], p.at_own, p.at_zeros, p.at_cells, p.at_barrier, p.fast, std::max(p.rows.stride[0], p.rows.stride[1]) };
     std::copy(std::begin(values), std::end(values), out);
     return ok;
 }

@@ -35,7 +35,8 @@ class Case:
     streams: int = 1
     rope: Rope | None = field(default_factory=lambda: Rope(64, neox=True), hash=False)
     start: int = 0  # position of the first token
-    order: str = "contiguous"  # cells: contiguous, shuffled, sparse (positions 97 apart), interleaved (two sequences)
+    # cells: contiguous, swapped (some neighbours), shuffled, sparse (positions 97 apart), interleaved (two sequences)
+    order: str = "contiguous"
     sinks: int = 4
     window: int = 32
     exact: str = "store"  # what is exact: none, store (every token), some (of them), batch (only this batch's own)
@@ -84,7 +85,10 @@ class Inputs:
         self.batch = np.zeros((case.streams, case.tokens), np.int64)  # cell of each token
         for stream in range(case.streams):
             where = np.arange(used)
-            if case.order != "contiguous":
+            if case.order == "swapped":
+                where[300:-200:350] += 1
+                where[301:-199:350] -= 1
+            elif case.order != "contiguous":
                 where = self.rng.permutation(case.n_kv)[:used]
             token = np.arange(used)
             if case.order == "interleaved":
