@@ -15,6 +15,7 @@
 #include "ahead-sm90.cuh"
 #include "hopper.cuh"
 #include "keys-sm90.cuh"
+#include "logits-sm90.cuh"
 #include "pack-sm90.cuh"
 #include "pairs.cuh"
 #include "stage.cuh"
@@ -320,28 +321,7 @@ __global__ void decode_cells_sm90_d256(const attn_args a, const sm90_d256_plan p
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
-            cap_logits(a, w);
-            bool rises = false;
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float & v = w[2*i + x];
-                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), 16*here + r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
-                    if (any_either) {
-                        if (either && token[x] >= 0) {
-                            const bool some = either >> (16*here + r8 + 8*i) & 1;
-                            const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
-                            if (pass == 0 ? ex : !ex) {
-                                v = -INFINITY;
-                            }
-                        } else if (pass == 1) {
-                            v = -INFINITY; // another warp of the group has keys for this pass
-                        }
-                    }
-                    rises = rises || v > top[x];
-                }
-            }
+            const bool rises = finish_logits<ONE>(a, w, now, slope, 16*here + r8, { either, any_either, pass }, query_pos, token, row_pos, top);
             if (__any_sync(0xffffffff, rises)) {
                 raise_top(w, top, sum);
             }

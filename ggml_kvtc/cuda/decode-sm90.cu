@@ -19,6 +19,7 @@
 #include "ahead-sm90.cuh"
 #include "block-sm90.cuh"
 #include "hopper.cuh"
+#include "logits-sm90.cuh"
 #include "stage.cuh"
 #include "turn-sm90.cuh"
 
@@ -313,28 +314,7 @@ __global__ void decode_cells_sm90(const attn_args a, const sm90_plan p, float * 
             }
 
             // weights: w[2*i + x] is key r8 + 8*i, query 2*q4 + x
-            cap_logits(a, w);
-            bool rises = false;
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float & v = w[2*i + x];
-                    v += slope[x]*(ONE ? __shfl_sync(0xffffffff, __half2float(now.mask[0][0]), 16*here + r8 + 8*i) : __half2float(now.mask[ONE ? 0 : i][x]));
-                    if (any_either) {
-                        if (either && token[x] >= 0) {
-                            const bool some = either >> (16*here + r8 + 8*i) & 1;
-                            const bool ex   = some && is_exact(a, query_pos[token[x]], row_pos[i]);
-                            if (pass == 0 ? ex : !ex) {
-                                v = -INFINITY;
-                            }
-                        } else if (pass == 1) {
-                            v = -INFINITY; // other warps of the group have keys for this pass
-                        }
-                    }
-                    rises = rises || v > top[x];
-                }
-            }
+            const bool rises = finish_logits<ONE>(a, w, now, slope, 16*here + r8, { either, any_either, pass }, query_pos, token, row_pos, top);
             float gain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
