@@ -112,8 +112,7 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
 
     const auto fetch = [&](int s, int slab) {
         if (lane == 0) {
-            barrier_expect(arrived[s], 16*p.stride[s]);
-            copy_box(stage[s], maps.side[s], from[s], slab*SLAB + 16*part, stream, arrived[s]);
+            bring_rows(stage[s], maps.side[s], from[s], p.stride[s], slab*SLAB + 16*part, stream, arrived[s]);
         }
     };
     stretch_cells of_stretch;
@@ -483,12 +482,24 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             add_slabs(slab_kind<0, false>());
         } else if constexpr (!SHORT && D == 128) {
             if (any_wide) {
-                n_steps <= 3 ? add_slabs(slab_kind<3, false>()) : add_slabs(slab_kind<4, false>());
+                if (n_steps <= 3) {
+                    add_slabs(slab_kind<3, false>());
+                } else {
+                    add_slabs(slab_kind<4, false>());
+                }
+            } else if (n_steps == 2) {
+                add_slabs(slab_kind<2, true>());
+            } else if (n_steps == 3) {
+                add_slabs(slab_kind<3, true>());
             } else {
-                n_steps == 2 ? add_slabs(slab_kind<2, true>()) : n_steps == 3 ? add_slabs(slab_kind<3, true>()) : add_slabs(slab_kind<4, true>());
+                add_slabs(slab_kind<4, true>());
             }
         } else if constexpr (!SHORT) {
-            any_wide ? add_slabs(slab_kind<D/32, false>()) : add_slabs(slab_kind<D/32, true>());
+            if (any_wide) {
+                add_slabs(slab_kind<D/32, false>());
+            } else {
+                add_slabs(slab_kind<D/32, true>());
+            }
         }
     }
 

@@ -141,9 +141,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     int parity[2] = { 0, 0 };
     const auto fetch = [&](int s, int slab) { // rows of the warp's 16 cells
         if (lane == 0) {
-            uint64_t & barrier = s == 0 ? arrived.keys[warp] : arrived.values[group];
-            barrier_expect(barrier, 16*p.rows.stride[s]);
-            copy_box(stage[s], maps.side[s], from[s], slab*SLAB90 + 16*part, stream, barrier);
+            bring_rows(stage[s], maps.side[s], from[s], p.rows.stride[s], slab*SLAB90 + 16*part, stream, s == 0 ? arrived.keys[warp] : arrived.values[group]);
         }
     };
     const int split_end = min(p.n_slab, (int) (blockIdx.x + 1)*p.slabs_per_split);
@@ -179,9 +177,8 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     // of a slab
     bool more = false; // do others follow?
     int  row_pos[2];   // positions of cells r8, r8 + 8
-    int  lowest  = 0;  // of all; those of a run of plain slabs
-    int  highest = 0;
     // and where it is not plain
+    int  highest    = 0;                   // position that is seen
     half cell_mask  = __ushort_as_half(0); // of one of the 32 cells that hold the warp's
     int  chosen     = -1; // its slot, if it counts exactly
     bool any_chosen = false;
@@ -190,8 +187,8 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
     const auto find_from = [&](int from) {
         return warp_min(min(seen.x < from ? INT_MAX : seen.x, seen.y < from ? INT_MAX : seen.y));
     };
-    // the queries for positions from `lowest` on; true if all are near enough to their anchor
-    const auto choose_anchor = [&] {
+    // the queries for positions from `lowest` on; true if all up to `highest` are near enough to their anchor
+    const auto choose_anchor = [&](int lowest, int highest) {
         const auto covers = [&](int x) { return lowest >= x - SM90_SLOW_REACH && highest <= x + SM90_SLOW_REACH; };
         if (anchor == INT_MIN || !covers(anchor)) {
             if (anchor != INT_MIN && covers(turned_to + 2*SM90_SLOW_REACH)) {
@@ -299,9 +296,9 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
                 w[i] = is_near[i/2] ? y[i] : w[i];
             }
             if (ANY && !last) {
-                lowest = find_from(anchor + SM90_SLOW_REACH + 1);
+                const int lowest = find_from(anchor + SM90_SLOW_REACH + 1);
                 meet<WARPS>(1 + group); // the turned queries were read
-                all_near = choose_anchor();
+                all_near = choose_anchor(lowest, highest);
                 meet<WARPS>(1 + group);
                 if (any_chosen) {
                     exact[0].read(a, head, D/32 - 1);
@@ -367,9 +364,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
         for (const int begin = slab, end = slab + n; slab < end; ) {
             const int run = min(end, slab + __ffs(others >> (slab - begin) | 1u << STRETCH) - 1);
             if (slab < run) {
-                lowest  = start + (slab - begin)*SLAB90;
-                highest = start + (run - begin)*SLAB90 - 1;
-                choose_anchor();
+                choose_anchor(start + (slab - begin)*SLAB90, start + (run - begin)*SLAB90 - 1);
             }
 #pragma unroll 1
             for (; slab < run; ++slab) {
@@ -390,7 +385,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
                 now.hide(a, query_pos, nullptr, token, part);
                 cell_mask = now.mask[0][0];
                 seen    = make_int2(is_seen(now.mask[0][0]) ? now.cell.x : -1, is_seen(now.mask[0][1]) ? now.other.x : -1);
-                lowest  = find_from(0);
+                const int lowest = find_from(0);
                 highest = warp_max(max(seen.x, seen.y));
                 await_keys();
                 if (lowest == INT_MAX) {
@@ -410,7 +405,7 @@ __global__ void decode_cells_sm90_slow(const attn_args a, const sm90_slow_plan p
                 if (lane/16 == here) {
                     shared.chosen[which][16*part + lane%16] = chosen;
                 }
-                all_near = choose_anchor();
+                all_near = choose_anchor(lowest, highest);
                 meet<WARPS>(1 + group); // as above
                 fetch(1, slab);
                 add_slab(std::true_type());
