@@ -65,8 +65,8 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
     }
 
     const int lane  = threadIdx.x % 32;
-    const int warp  = threadIdx.x / 32;
-    const int group = __shfl_sync(0xffffffff, warp/WARPS, 0); // known to be the same for all of a warp
+    const int warp  = __shfl_sync(0xffffffff, (int) threadIdx.x/32, 0); // known to be the same for all of a warp, as what follows from it
+    const int group = warp/WARPS;
     const int part  = warp % WARPS; // of the slab
     const int q4    = lane % 4;
     const int r8    = lane / 4;
@@ -116,17 +116,17 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
         }
     };
     stretch_cells of_stretch;
-    const auto get_cells = [&](int odd) { return smem + p.at_cells + (2*group + odd)*p.n_fine*SM90_FEW_CELL; };
-    const auto look = [&](int odd, int slab) { of_stretch.look(a, get_cells(odd), p.n_fine, stream, slab*SLAB, 32*part + lane); };
+    uint8_t * const cells = smem + p.at_cells + group*p.n_fine*SM90_FEW_CELL;
+    const auto look = [&](int slab) { of_stretch.look(a, cells, p.n_fine, stream, slab*SLAB, 32*part + lane); };
 
     // neighbouring slabs to one group
     const int2 slabs = get_slabs<UNEVEN>(p, share, group);
-    const int  slab_end = slabs.y;
-    int        slab     = slabs.x;
+    const int  slab_end = __shfl_sync(0xffffffff, slabs.y, 0);
+    int        slab     = __shfl_sync(0xffffffff, slabs.x, 0);
     const int stretch = p.n_fine/SLAB;
     if (slab < slab_end) {
         fetch(0, slab);
-        look(0, slab);
+        look(slab);
     }
     const float2 z_own = read_own<D>(a, head, stream);
     load_queries<D, true>(a, queries, head, stream, rope_type, n_rot, pack.rope_mscale, 32*N_WARP);
@@ -147,11 +147,11 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             meet(group, false); // those of the last stretch were read
         }
         half * anchored = turned + (odd & (p.n_turned - 1))*2*ROWS*LD;
-        const bool plain = of_stretch.start(a, get_cells(odd), p.n_fine, stream, slab*SLAB, n*SLAB, 32*part + lane, query_pos);
+        const bool plain = of_stretch.start(a, cells, p.n_fine, stream, slab*SLAB, n*SLAB, 32*part + lane, query_pos);
         turn_twice<D, ROWS>(queries, anchored, freq, start, n_row);
-        const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && n_rot > 0 && start >= 0;
-        if (slab + n < slab_end) {
-            look(odd ^ 1, slab + n); // all have met: the stretch before is read
+        const bool all_plain = !__any_sync(0xffffffff, meet(group, !plain)) && !SHORT && n_rot > 0 && start >= 0;
+        if (all_plain && slab + n < slab_end) {
+            look(slab + n); // of a plain stretch, each thread has read its own cells
         }
         int anchor = start < 0 ? INT_MIN : start; // of an empty cell: none
 
@@ -478,8 +478,12 @@ __global__ void decode_cells_sm90_few(const attn_args a, const sm90_plan p, cons
             }
         };
         // not in each slab: code that lies apart is slow to reach
-        if (SHORT || !all_plain) {
+        if (!all_plain) {
             add_slabs(slab_kind<0, false>());
+            if (slab < slab_end) {
+                meet(group, false); // all have read the cells
+                look(slab);
+            }
         } else if constexpr (!SHORT && D == 128) {
             if (any_wide) {
                 if (n_steps <= 3) {
@@ -526,7 +530,7 @@ void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * m
 template <int D>
 void launch(const attn_args & a, const sm90_plan & p, float * values, float2 * meta, cudaStream_t stream) {
     constexpr int FEW = SM90_FEW_ROWS;
-    if (p.few_rows > FEW) { // plans have these for many cells alone
+    if (p.few_rows > FEW) {
         return p.n_block > 0 ? launch<D, 2*FEW, true,  false>(a, p, values, meta, stream)
                              : launch<D, 2*FEW, false, false>(a, p, values, meta, stream);
     }

@@ -90,17 +90,17 @@ __device__ __forceinline__ int get_steps(const ggml_kvtc_cuda_head & kh) {
 // What a head's cells take, roughly: groups of single levels, of which n_wide tells, have paths of their own, those of keys four together
 template <int D, int ROWS>
 __device__ __forceinline__ float get_cost(const char * pack, int head) {
-    constexpr float OF_STEP = ROWS > SM90_FEW_ROWS ? 7.0f : 11.0f;
+    constexpr float OF_STEP = ROWS > SM90_FEW_ROWS ? 9.5f : 10.5f;
     const ggml_kvtc_cuda_head & kh = get_head(pack, GGML_KVTC_K, head);
     const ggml_kvtc_cuda_head & vh = get_head(pack, GGML_KVTC_V, head);
-    return 100.0f - OF_STEP*(D/32 - get_steps(kh)) + 8.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
+    return 100.0f - OF_STEP*(D/32 - get_steps(kh)) + 18.0f*((kh.n_wide + 3)/4) + 5.0f*vh.n_wide;
 }
 
 // the slabs of a group of the block's warps: from x on, before y
 template <bool UNEVEN>
 __device__ __forceinline__ int2 get_slabs(const sm90_plan & p, const block_share & share, int group) {
     if constexpr (UNEVEN) {
-        return find_slabs(p.n_slab, share, group);
+        return find_slabs(p.n_slab, p.n_fine, share, group);
     } else {
         const int end       = min(p.n_slab, (share.split + 1)*p.slabs_per_split);
         const int per_group = (p.slabs_per_split + SM90_GROUPS - 1)/SM90_GROUPS;

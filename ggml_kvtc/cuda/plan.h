@@ -143,19 +143,16 @@ inline bool make_decode_plan(const attn_shape & s, const gpu_shape & gpu, decode
 //
 
 constexpr int SM90_GROUPS    = 3;
-constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves at any depth, and twice as many
-constexpr int SM90_FEW_LONG  = 12;     // where splits have this many slabs
+constexpr int SM90_FEW_ROWS  = 4;      // query rows of one token that decode-sm90-few.cu serves, and twice as many
 constexpr int SM90_FEW_GAINS = 256*12; // bytes of what it makes of gains' codes
 constexpr int SM90_FEW_CELL  = 10;     // and of (position, slot) and mask of each of a stretch's cells
-constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has short code
+constexpr int SM90_FEW_SLABS = 2*SM90_GROUPS; // of a split, up to which it has short code for at most SM90_FEW_ROWS
 constexpr int SM90_START     = 1024;   // of shared memory, the first KiB is the system's: a block's offsets count from there
 constexpr int SM90_TABLE     = GGML_KVTC_CUDA_COLUMN(128); // to which tables of pairs are aligned, by their addresses: the largest one's size
 constexpr int SM90_BARRIERS  = 16;     // bytes of those of all of a block
-constexpr int SM90_UNEVEN    = 32;     // slabs of a split from which on its heads get unequal numbers of blocks
+constexpr int SM90_UNEVEN    = 16;     // slabs of a split from which on its heads get unequal numbers of blocks
 constexpr int SM90_WRITE     = 18;     // slabs of a split, for each head, that take as long as one processor needs for a token's codes
 constexpr int SM90_WRITE_8   = 15;     // of more than SM90_FEW_ROWS query rows, which take longer
-constexpr int SM90_EXACT_FIRST = 2;    // slabs, where they do, that a head's first one counts for besides itself: it holds exact rows
-constexpr int SM90_EXACT_LAST  = 3;    // and its last ones
 
 struct sm90_plan {
     int n_slab;
@@ -171,7 +168,7 @@ struct sm90_plan {
     int lanes[2];
     int stride[2];
     int n_fine;            // positions from an anchor on that slabs share; few: the table of rotations has the first eight of each 16
-    int n_turned;          // few: 2 where there is room for the next stretch's queries beside this one's, as for its cells
+    int n_turned;          // few: 2 where there is room for the next stretch's queries beside this one's
     int at_own, at_barrier, at_queries, at_turned, at_freq, at_fine, at_codes, at_ranges, at_weights, at_tops, at_wide, at_table[2], at_stage[2]; // the decode matrix is at 0
     int at_cells, at_gains; // few
     int at_merge;          // of the warps' sums: a place of its own where there is room
@@ -210,10 +207,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
         }
         p.few       = few;
         p.few_rows  = s.group <= SM90_FEW_ROWS ? SM90_FEW_ROWS : 2*SM90_FEW_ROWS;
-        if (few && p.few_rows > SM90_FEW_ROWS && p.slabs_per_split < SM90_FEW_LONG) {
-            continue;
-        }
-        p.few_slabs = p.slabs_per_split <= SM90_FEW_SLABS;
+        p.few_slabs = p.few_rows <= SM90_FEW_ROWS && p.slabs_per_split <= SM90_FEW_SLABS;
         // where it pays that no processor is left without a block, or but one, and that each block finds its part
         const int  write   = (p.few_rows > SM90_FEW_ROWS ? SM90_WRITE_8 : SM90_WRITE)*s.n_head_kv;
         const int  n_left  = s.n_stream == 1 && p.slabs_per_split >= write;
@@ -240,7 +234,7 @@ inline bool make_sm90_plan(const attn_shape & s, const gpu_shape & gpu, sm90_pla
             p.at_turned   = take(p.n_turned*SM90_GROUPS*(few ? 2*p.few_rows : 8)*(s.d + 8)*2);
             p.at_own      = take(s.n_tokens == 1 ? 2*s.d*2 : 0);
             p.at_fine     = take(p.n_fine/(few ? 2 : 1)*(s.d/2 + 16)*4);
-            p.at_cells    = take(few ? 2*SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
+            p.at_cells    = take(few ? SM90_GROUPS*p.n_fine*SM90_FEW_CELL : 0);
             p.at_gains    = take(few ? SM90_FEW_GAINS : 0);
             p.at_ranges   = take(few ? 0 : 2*n_warp*8);
             p.at_weights  = take(few ? 0 : n_warp*32*8);

@@ -17,11 +17,11 @@ __device__ __forceinline__ block_share find_share(float cost, int n_head, int n_
     const int   lane  = threadIdx.x % 32;
     const float exact = n_block*cost/warp_reduce_sum(cost);
     int n = (int) exact;
-    const float rest = exact - n;
-    int before = 0; // heads that one of the blocks which are left goes to sooner
+    const float each = cost/max(n, 1);
+    int before = 0; // heads whose blocks have more to do: one of those which are left goes to them sooner
     for (int i = 0; i < n_head; ++i) {
-        const float x = __shfl_sync(0xffffffff, rest, i);
-        before += x > rest || (x == rest && i < lane);
+        const float x = __shfl_sync(0xffffffff, each, i);
+        before += x > each || (x == each && i < lane);
     }
     n += before < n_block - warp_reduce_sum(n) && lane < n_head;
     n  = min(n, n_most);
@@ -34,13 +34,15 @@ __device__ __forceinline__ block_share find_share(float cost, int n_head, int n_
     return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
 }
 
-// The slabs of one of a block's groups of warps: from x on, before y. A head's first slab and its last ones mostly hold exact rows
-// and take longer than others, as if there were more of them (plan.h)
-__device__ __forceinline__ int2 find_slabs(int n_slab, const block_share & share, int group) {
+// The slabs of one of a block's groups of warps: from x on, before y. A head's first slab and its last ones mostly hold exact rows. With
+// them their whole stretches of n_fine cells take longer, as if there were that many more slabs, as measured
+__device__ __forceinline__ int2 find_slabs(int n_slab, int n_fine, const block_share & share, int group) {
     const int part   = share.split*SM90_GROUPS + group;
     const int n_part = share.n_split*SM90_GROUPS;
-    const int n      = n_slab + SM90_EXACT_FIRST + SM90_EXACT_LAST;
-    const auto slab  = [&](int i) { return min(max(n*i/n_part - SM90_EXACT_FIRST, 0), n_slab); };
+    const int first  = n_fine/64;
+    const int last   = n_fine/128 + 3;
+    const int n      = n_slab + first + last;
+    const auto slab  = [&](int i) { return min(max(n*i/n_part - first, 0), n_slab); };
     return make_int2(slab(part), slab(part + 1));
 }
 

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
-#include <utility>
 
 namespace {
 
@@ -293,11 +292,15 @@ ggml_tensor * llama_kvtc::store(ggml_context * ctx, ggml_kvtc_side side, ggml_te
     z = ggml_add(ctx, z, l.bias[side]);
 
     cache = ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1]*cache->ne[2]); // idxs count over all streams
+    if (side == GGML_KVTC_V && last_keys.idxs) {
+        idxs = last_keys.idxs; // the same numbers: the graph has an input less, which would be copied to its device for each ubatch
+    }
     ggml_tensor * write = ggml_kvtc_set_rows(ctx, cache, z, idxs, l.pack, side);
-    if (side == GGML_KVTC_K) {
-        keys_x = x;
+    if (side == GGML_KVTC_V) {
+        ggml_kvtc_set_rows_keep(write, last_keys.x);
+        last_keys = {};
     } else {
-        ggml_kvtc_set_rows_keep(write, std::exchange(keys_x, nullptr));
+        last_keys = { x, idxs };
     }
     return write;
 }

@@ -276,8 +276,11 @@ private:
     bool sliding = false; // the cache drops tokens behind a window of its own, so that a part of its state is not the exact rows alone
 
     // The keys that the graph in the making wrote last. The values' write names them as a source that it does not read, so that their
-    // memory is not given to the values' components: else no kernel could write both sides at once.
-    ggml_tensor * keys_x = nullptr;
+    // memory is not given to the values' components: else no kernel could write both sides at once. It takes their indices, too.
+    struct {
+        ggml_tensor * x    = nullptr;
+        ggml_tensor * idxs = nullptr;
+    } last_keys;
     std::vector<buffer> buffers; // of every device; apart from the cache's own buffers, which are zeroed on clear
 
     uint32_t n_slots = 0; // per stream
