@@ -1,4 +1,4 @@
-// How the kernels divide their work, and what they keep in shared memory. No CUDA in here: tests run it anywhere.
+// How the kernels divide their work, and what they keep in shared memory. It needs no CUDA: tests run it anywhere.
 #pragma once
 
 #include "kvtc-pack-cuda.h"
@@ -9,6 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#ifdef __CUDACC__
+#define KVTC_ANYWHERE __host__ __device__
+#else
+#define KVTC_ANYWHERE
+#endif
 
 namespace kvtc {
 
@@ -174,6 +180,16 @@ struct sm90_plan {
     int at_merge;          // of the warps' sums: a place of its own where there is room
     size_t shared;
 };
+
+// Where heads get unequal numbers of blocks: the first slab of the i-th of a head's n_part groups of warps. A head's first slab and its last
+// ones mostly hold exact rows. With them their whole stretches of n_fine cells take longer, as if there were that many more slabs, as measured
+KVTC_ANYWHERE inline int get_first_slab(int n_slab, int n_fine, int i, int n_part) {
+    const int before = n_fine/64;
+    const int behind = n_fine/128 + 3;
+    const int slab   = (n_slab + before + behind)*i/n_part - before;
+    const int begun  = slab > 0 ? slab : 0;
+    return begun < n_slab ? begun : n_slab;
+}
 
 // the first offset from `used` on whose address is a multiple of `align`
 inline int align_shared(int used, int align) {

@@ -34,16 +34,11 @@ __device__ __forceinline__ block_share find_share(float cost, int n_head, int n_
     return { head, (int) blockIdx.x - __shfl_sync(0xffffffff, end - n, head), __shfl_sync(0xffffffff, n, head) };
 }
 
-// The slabs of one of a block's groups of warps: from x on, before y. A head's first slab and its last ones mostly hold exact rows. With
-// them their whole stretches of n_fine cells take longer, as if there were that many more slabs, as measured
+// the slabs of one of a block's groups of warps: from x on, before y
 __device__ __forceinline__ int2 find_slabs(int n_slab, int n_fine, const block_share & share, int group) {
     const int part   = share.split*SM90_GROUPS + group;
     const int n_part = share.n_split*SM90_GROUPS;
-    const int first  = n_fine/64;
-    const int last   = n_fine/128 + 3;
-    const int n      = n_slab + first + last;
-    const auto slab  = [&](int i) { return min(max(n*i/n_part - first, 0), n_slab); };
-    return make_int2(slab(part), slab(part + 1));
+    return make_int2(get_first_slab(n_slab, n_fine, part, n_part), get_first_slab(n_slab, n_fine, part + 1, n_part));
 }
 
 // sums of a head that no block has, so that all have n_sum

@@ -23,6 +23,7 @@ def plans(tmp_path_factory):
         int  plan_sm90_sides(const int * shape, const int * kinds);
         int  plan_sm90   (const int * shape, int n_sm, long shared, long * out);
         void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out);
+        int  get_slab(int n_slab, int n_fine, int i, int n_part);
         int  plan_sm90_d256(const int * shape, int n_sm, long shared, long * out);
         int  plan_sm90_slow(const int * shape, int n_sm, long shared, long * out);
         void get_slow_nodes(int * out, double * angle);

@@ -66,6 +66,10 @@ void plan_sm90_parts(const int * shape, int n_sm, long shared, int * out) {
     std::copy(std::begin(values), std::end(values), out);
 }
 
+int get_slab(int n_slab, int n_fine, int i, int n_part) {
+    return get_first_slab(n_slab, n_fine, i, n_part);
+}
+
 int plan_sm90_d256(const int * shape, int n_sm, long shared, long * out) {
     sm90_d256_plan p = {};
     const bool ok = make_sm90_d256_plan(get_shape(shape), { n_sm, (size_t) shared }, p);

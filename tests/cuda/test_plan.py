@@ -153,6 +153,18 @@ def test_heads_get_unequal_parts_of_long_contexts_alone(plans, heads, group, n_k
 
 
 @settings(deadline=None, max_examples=300)
+@given(n_slab=st.integers(1, 1 << 14), n_fine=st.sampled_from([64, 128, 256]), n_part=st.integers(1, 3 * 132))
+def test_unequal_parts_of_a_head_have_every_slab_once_and_fewer_exact_ones(plans, n_slab, n_fine, n_part):
+    _, library = plans
+    begin = [library.get_slab(n_slab, n_fine, i, n_part) for i in range(n_part + 1)]
+    sizes = [b - a for a, b in zip(begin, begin[1:], strict=False)]
+    assert begin[0] == 0 and begin[-1] == n_slab and min(sizes) >= 0
+    if n_slab > 16 * n_part > 32:
+        assert max(sizes[1:-1]) - min(sizes[1:-1]) <= 1
+        assert max(sizes[0], sizes[-1]) < min(sizes[1:-1])
+
+
+@settings(deadline=None, max_examples=300)
 @given(shape=shapes(st.integers(1, 8), st.just(256)))
 def test_wgmma_decode_of_head_dim_256_reads_every_cell_once(plans, shape):
     ffi, library = plans
