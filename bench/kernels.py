@@ -9,6 +9,7 @@ libraries are those of $KVTC_LIB_DIR, the device is $KVTC_TEST_DEVICE (CUDA0).
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import typer
 from kvtc_gguf.format import Calibration
 from kvtc_gguf.reference_rope import Rope
@@ -174,6 +176,34 @@ def time_stock(ffi: Any, shape: Shape, name: str, depth: int, tokens: int, copie
         return time_nodes(ffi, g, nodes)
 
 
+def print_row(kind: str, tokens: int, depth: int, us: float, over_floor: float) -> None:
+    Console().print(f"{kind} {tokens} tokens, {depth} cells: {us:.1f} µs, {over_floor:.1f} x floor")
+
+
+def combine(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of `COLUMNS` of several runs as one table, as the first has them: medians, and what follows."""
+    keys = ["shape", "type", "tokens", "depth"]
+    rows = tables[0].set_index(keys)
+    faster = rows["us"] / pd.concat(tables).groupby(keys)["us"].median()
+    rows[["gb_per_s", "tflop_per_s"]] = rows[["gb_per_s", "tflop_per_s"]].mul(faster, axis=0)
+    rows[["us", "over_floor"]] = rows[["us", "over_floor"]].div(faster, axis=0)
+    return rows.reset_index()[list(COLUMNS)]
+
+
+def run_processes(count: int, arguments: list[object], bandwidth: float, rate: float) -> pd.DataFrame:
+    """Rows of several processes with these arguments; the first one's ceilings are all of theirs."""
+    tables: list[pd.DataFrame] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        for _ in range(count):
+            command = [sys.executable, "-m", "bench.kernels", *arguments, "--bandwidth", bandwidth, "--rate", rate]
+            if code := subprocess.run([*map(str, command), "-o", str(path)]).returncode:
+                raise typer.Exit(code)
+            tables.append(pd.read_csv(path))
+            bandwidth, rate = tables[0][["ceiling_gb_per_s", "ceiling_tflop_per_s"]].iloc[0]
+    return combine(tables)
+
+
 def main(
     shape: Annotated[str, typer.Argument(help=f"One of {', '.join(SHAPES)}.")],
     depths: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1024,4096,16384,65536,131072,524288",
@@ -182,11 +212,22 @@ def main(
     types: Annotated[str, typer.Option(help="f16, q8_0, q4_0, turbo<b> or k<a>v<b>.")] = TYPES,
     bandwidth: Annotated[float, typer.Option(help="GB/s of the device's memory for the floor; 0: measured.")] = 0.0,
     rate: Annotated[float, typer.Option(help="TFLOP/s of its f16 products for the floor; 0: measured.")] = 0.0,
+    processes: Annotated[int, typer.Option(min=1, help="Medians of so many: some are slower than others.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", help="CSV to write.")] = None,
 ) -> None:
     """Time the attention operation by depth."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape}: use one of {', '.join(SHAPES)}")
+    if processes > 1:
+        more = ["--masked"] if masked else []
+        options = [shape, "--depths", depths, "--tokens", tokens, "--types", types, *more]
+        table = run_processes(processes, options, bandwidth, rate)
+        Console().print(f"medians of {processes}:")
+        for row in table.itertuples():
+            print_row(row.type, row.tokens, row.depth, row.us, row.over_floor)
+        if output:
+            write_csv(output, COLUMNS, table.to_dict("records"))
+        return
     ffi, s, rows = load_libraries(), SHAPES[shape], []
     from sides import is_turbo, size_of
 
@@ -212,8 +253,7 @@ def main(
                 floor = limits.floor(size, operations)
                 rows.append((shape, name, n_tokens, depth, seconds * 1e6, size / seconds / 1e9,
                              operations / seconds / 1e12, seconds / floor, limits.bandwidth, limits.rate))  # fmt: skip
-                times = f"{seconds * 1e6:.1f} µs, {seconds / floor:.1f} x floor"
-                Console().print(f"{name} {n_tokens} tokens, {depth} cells: {times}")
+                print_row(name, n_tokens, depth, seconds * 1e6, seconds / floor)
     if output:
         write_csv(output, COLUMNS, rows)
 

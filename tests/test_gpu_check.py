@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -45,6 +46,16 @@ def test_verdict_tells_the_worst_depth_and_type():
     assert not deep.met and deep.text == "1 of 2 types: k2v4 0.90 at 16384, k1v3 1.10 at 16384"
     assert deepest.met
     assert told["tg >= 1.0 x q8_0"].met is None and told["pp >= 0.95 x f16"].verdict == "not run"
+
+
+def test_medians_of_processes_keep_bytes_operations_and_floor():
+    rows = [("m", "k2v4", 1, depth, us, 6000 / us, 300 / us, us / 5, 3000.0, 600.0) for depth, us in ((1, 10), (2, 30))]
+    slow = [(*row[:4], 2 * row[4], *row[5:]) for row in rows]
+    fast = [(*row[:4], row[4] - 1, *row[5:]) for row in rows]
+    told = kernels.combine([pd.DataFrame(table, columns=kernels.COLUMNS) for table in (slow, rows, fast)])
+    assert list(told["depth"]) == [1, 2] and list(told["us"]) == [10, 30]
+    one = pd.DataFrame(rows, columns=kernels.COLUMNS)
+    pd.testing.assert_frame_equal(kernels.combine([one, one.assign(us=99.0), one]), one, check_dtype=False)
 
 
 def test_floor_is_of_all_that_the_operation_must_do():
